@@ -1,0 +1,380 @@
+"""The typed configuration: one dataclass a config group, every field with its unit, checked before work starts.
+
+The classes know neither Hydra nor MLflow; ``__main__`` registers them with Hydra's ConfigStore and turns the composed
+configuration into these objects. A field's documentation and range stand in its :func:`opt`; ``--help`` prints the
+one, ``__post_init__`` checks the other and raises :class:`~bnre_exp.errors.UserError` with the name the user types.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
+from typing import Any, Callable, ClassVar, Dict, List, Optional
+
+from bnre_exp.errors import UserError
+
+
+class Optimizer(Enum):
+    """Optimizers of the training loop."""
+
+    sgd = "sgd"
+    adamw = "adamw"
+
+
+class Schedule(Enum):
+    """Learning-rate schedules, stepped every batch."""
+
+    one_cycle = "one_cycle"
+    cosine = "cosine"
+    constant = "constant"
+
+
+class RangeEstimator(Enum):
+    """How a quantization range is fitted to data."""
+
+    mse = "mse"
+    minmax = "minmax"
+    percentile = "percentile"
+
+
+class ReestMethod(Enum):
+    """Estimators of the BN statistics over several batches."""
+
+    batch_average = "batch_average"
+    pooled = "pooled"
+    ema = "ema"
+
+
+class ActQuant(Enum):
+    """What activation quantizers do while BN statistics are re-estimated."""
+
+    auto = "auto"
+    frozen = "frozen"
+    bypassed = "bypassed"
+
+
+class Recalibrate(Enum):
+    """Whether activation ranges are calibrated anew after re-estimation."""
+
+    auto = "auto"
+    always = "always"
+    never = "never"
+
+
+class FoldMode(Enum):
+    """Where the BN scale goes."""
+
+    auto = "auto"
+    scale = "scale"
+    weight = "weight"
+
+
+class Device(Enum):
+    """Where the network runs."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Precision(Enum):
+    """Arithmetic of the forward and backward pass in training."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class MemoryFormat(Enum):
+    """Layout of 4-D tensors."""
+
+    channels_last = "channels_last"
+    contiguous = "contiguous"
+
+
+def opt(
+    default: Any = None,
+    doc: str = "",
+    *,
+    factory: Optional[Callable[[], Any]] = None,
+    ge: Optional[float] = None,
+    gt: Optional[float] = None,
+    le: Optional[float] = None,
+    lt: Optional[float] = None,
+) -> Any:
+    """A documented field; a number (or each of a list of numbers) must lie within the given bounds. None is allowed
+    where the type is Optional, and is never compared."""
+    metadata = {"doc": doc, "bounds": {"at least": ge, "greater than": gt, "at most": le, "less than": lt}}
+    if factory is not None:
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+_COMPARE: Dict[str, Callable[[float, float], bool]] = {
+    "at least": lambda value, bound: value >= bound,
+    "greater than": lambda value, bound: value > bound,
+    "at most": lambda value, bound: value <= bound,
+    "less than": lambda value, bound: value < bound,
+}
+
+
+def _check_bounds(section: Any, group: str) -> None:
+    for item in fields(section):
+        value = getattr(section, item.name)
+        bounds = {words: bound for words, bound in item.metadata["bounds"].items() if bound is not None}
+        for number in value if isinstance(value, list) else [value]:
+            if number is None or not bounds:
+                continue
+            if not (math.isfinite(number) and all(_COMPARE[words](number, bound) for words, bound in bounds.items())):
+                expected = " and ".join(f"{words} {bound:g}" for words, bound in bounds.items())
+                name = f"{group}.{item.name}" if group else item.name
+                raise UserError(f"{name}={number}: expected a number {expected}; it means: {item.metadata['doc']}.")
+
+
+@dataclass
+class ModelConfig:
+    """The network: any importable callable that returns an nn.Module."""
+
+    group: ClassVar[str] = "model"
+    _target_: str = opt("bnre_exp.models.torchvision_model", "dotted path of the callable that builds the network")
+    name: Optional[str] = opt(None, "architecture name, for the torchvision and timm builders")
+    kwargs: Dict[str, Any] = opt(factory=dict, doc="keyword arguments of the callable")
+    weights: Optional[str] = opt(None, "pretrained weights: a torchvision weights name (DEFAULT), or true for timm")
+    checkpoint: Optional[str] = opt(None, "path of a .safetensors or .pth state dict to load")
+    strip_prefixes: List[str] = opt(
+        factory=lambda: ["module.", "model.", "_orig_mod."],
+        doc="removed from the checkpoint's keys where every key has them",
+    )
+    strict: bool = opt(True, "false: missing and unexpected keys of the checkpoint are listed, not refused")
+    replace_head: bool = opt(False, "true: replace a head whose class count is not the dataset's by a new one")
+    leaf_modules: List[str] = opt(factory=list, doc="module or class names that tracing does not look into")
+
+    def __post_init__(self) -> None:
+        if not self._target_:
+            raise UserError("model._target_ is empty: expected the dotted path of a callable, such as mynet.MyNet.")
+
+
+@dataclass
+class DatasetConfig:
+    """The data: a callable f(train: bool, root, **kwargs) that returns a dataset of (PIL image or tensor, class)."""
+
+    group: ClassVar[str] = "dataset"
+    _target_: str = opt("bnre_exp.data.digits", "dotted path of the callable that builds one split")
+    kwargs: Dict[str, Any] = opt(factory=dict, doc="more keyword arguments of the callable")
+    root: Optional[str] = opt(None, "folder of the data files; null: the dataset's own default")
+    num_classes: int = opt(10, "number of classes", ge=2)
+    image_size: Optional[int] = opt(None, "height and width fed to the network [pixels]; null: as the weights", ge=8)
+    mean: Optional[List[float]] = opt(None, "a value per channel, of pixels in [0, 1]; null: as the weights")
+    std: Optional[List[float]] = opt(None, "a value per channel, of pixels in [0, 1]; null: as the weights", gt=0)
+    default_image_size: int = opt(32, "image_size where the weights do not say [pixels]", ge=8)
+    default_mean: List[float] = opt(factory=lambda: [0.5], doc="mean where the weights do not say")
+    default_std: List[float] = opt(factory=lambda: [0.5], doc="std where the weights do not say", gt=0)
+    in_memory: bool = opt(True, "keep the resized images in memory (8 bits a value) instead of reading them anew")
+    augment: bool = opt(False, "random crop and horizontal flip of training images")
+    batch_size: int = opt(128, "images a batch, for training, calibration and re-estimation", ge=2)
+    eval_batch_size: int = opt(256, "images a batch, for validation and test", ge=1)
+    val_fraction: float = opt(0.1, "part of the training data kept for validation", ge=0, lt=1)
+    train_limit: Optional[int] = opt(None, "use at most this many training images; null: all", ge=2)
+    test_limit: Optional[int] = opt(None, "use at most this many test images; null: all", ge=1)
+    train_epochs: int = opt(15, "FP32 epochs where train.epochs is null", ge=0)
+
+    def __post_init__(self) -> None:
+        _check_bounds(self, self.group)
+
+
+@dataclass
+class TrainConfig:
+    """FP32 training."""
+
+    group: ClassVar[str] = "train"
+    epochs: Optional[int] = opt(
+        None, "passes over the training data; null: dataset.train_epochs, or 0 where weights are loaded", ge=0
+    )
+    lr: float = opt(0.05, "peak learning rate", gt=0)
+    optimizer: Optimizer = opt(Optimizer.sgd, "sgd or adamw")
+    momentum: float = opt(0.9, "of SGD", ge=0, lt=1)
+    weight_decay: float = opt(5e-4, "L2 penalty on weights; never on BN parameters, biases or scales", ge=0)
+    schedule: Schedule = opt(Schedule.one_cycle, "one_cycle, cosine or constant")
+    label_smoothing: float = opt(0.0, "fraction of the target spread over all classes", ge=0, lt=1)
+
+    def __post_init__(self) -> None:
+        _check_bounds(self, self.group)
+
+
+@dataclass
+class Fp32Config:
+    """What the FP32 network must reach before anything else starts."""
+
+    group: ClassVar[str] = "fp32"
+    min_top1: float = opt(0.0, "stop the run if the FP32 top-1 is below this fraction", ge=0, le=1)
+
+    def __post_init__(self) -> None:
+        _check_bounds(self, self.group)
+
+
+@dataclass
+class LayerOverride:
+    """What differs for the layers and operations that a pattern matches."""
+
+    group: ClassVar[str] = "quant.overrides[]"
+    pattern: str = opt("", "names, with * and ?, as the run's report lists them: layer3.*, classifier.1")
+    weight_bits: Optional[int] = opt(None, "bits of weights; null: as the scheme", ge=2, le=16)
+    act_bits: Optional[int] = opt(None, "bits of the output; null: as the scheme", ge=2, le=16)
+    off: bool = opt(False, "true: neither weights nor output are quantized")
+
+    def __post_init__(self) -> None:
+        _check_bounds(self, self.group)
+        if not self.pattern:
+            raise UserError("quant.overrides: an entry has no pattern; write {pattern: 'layer3.*', weight_bits: 8}.")
+        if not self.off and self.weight_bits is None and self.act_bits is None:
+            raise UserError(
+                f"quant.overrides: {self.pattern!r} changes nothing; give weight_bits, act_bits or off: true."
+            )
+
+
+@dataclass
+class QuantConfig:
+    """The quantization scheme and its calibration."""
+
+    group: ClassVar[str] = "quant"
+    weight_bits: Optional[int] = opt(8, "bits of weights, 2 to 16; null: float weights", ge=2, le=16)
+    act_bits: Optional[int] = opt(8, "bits of activations, 2 to 16; null: float activations", ge=2, le=16)
+    per_channel: bool = opt(True, "one weight scale per output channel; false: one per tensor")
+    range_learning: bool = opt(True, "QAT trains the scales (LSQ); false: they stay as calibrated")
+    first_last_bits: Optional[int] = opt(
+        None, "bits of the weights of the first and last layer; null: as the others", ge=2, le=16
+    )
+    overrides: List[LayerOverride] = opt(factory=list, doc="exceptions by layer: [{pattern: 'layer3.*', act_bits: 8}]")
+    weight_range: RangeEstimator = opt(RangeEstimator.mse, "range estimator of weights: mse, minmax or percentile")
+    act_range: RangeEstimator = opt(RangeEstimator.mse, "range estimator of activations: mse, minmax or percentile")
+    percentile: float = opt(99.99, "of values, kept by the percentile estimator [percent]", gt=50, le=100)
+    calib_batches: int = opt(8, "batches of training data that activation ranges are fitted on", ge=1)
+
+    def __post_init__(self) -> None:
+        _check_bounds(self, self.group)
+        if self.weight_bits is None and self.act_bits is None:
+            raise UserError("quant.weight_bits and quant.act_bits are both null: nothing would be quantized.")
+
+
+@dataclass
+class QatConfig:
+    """Quantization-aware training."""
+
+    group: ClassVar[str] = "qat"
+    epochs: int = opt(2, "passes over the training data; 0: no QAT (PTQ)", ge=0)
+    lr: float = opt(0.01, "peak learning rate", gt=0)
+    optimizer: Optimizer = opt(Optimizer.sgd, "sgd or adamw")
+    momentum: float = opt(0.9, "of SGD", ge=0, lt=1)
+    weight_decay: float = opt(1e-4, "L2 penalty on weights; never on BN parameters, biases or scales", ge=0)
+    schedule: Schedule = opt(Schedule.cosine, "one_cycle, cosine or constant")
+    label_smoothing: float = opt(0.0, "fraction of the target spread over all classes", ge=0, lt=1)
+
+    def __post_init__(self) -> None:
+        _check_bounds(self, self.group)
+
+
+@dataclass
+class ReestConfig:
+    """BN re-estimation."""
+
+    group: ClassVar[str] = "reest"
+    num_batches: int = opt(100, "batches of training data; 0: no re-estimation", ge=0)
+    method: ReestMethod = opt(ReestMethod.batch_average, "batch_average, pooled or ema")
+    momentum: float = opt(0.1, "weight of the newest batch, for ema", gt=0, le=1)
+    act_quant: ActQuant = opt(
+        ActQuant.auto, "activation quantizers meanwhile: frozen, bypassed; auto: bypassed without QAT"
+    )
+    recalibrate: Recalibrate = opt(
+        Recalibrate.auto, "activation ranges are fitted anew afterwards: always, never; auto: without QAT"
+    )
+
+    def __post_init__(self) -> None:
+        _check_bounds(self, self.group)
+
+
+@dataclass
+class FoldConfig:
+    """Folding BN into the layer before it."""
+
+    group: ClassVar[str] = "fold"
+    mode: FoldMode = opt(
+        FoldMode.auto, "scale: into the weight scale, exact; weight: weights are re-quantized; auto: scale if per channel"
+    )
+    bias_bits: Optional[int] = opt(32, "bits of biases on the grid s_in*s_w; null: float biases", ge=8, le=32)
+
+    def __post_init__(self) -> None:
+        _check_bounds(self, self.group)
+
+
+@dataclass
+class RuntimeConfig:
+    """How and where the work is done."""
+
+    group: ClassVar[str] = "runtime"
+    device: Device = opt(Device.auto, "cpu, cuda, or auto: cuda where there is one")
+    precision: Precision = opt(Precision.float32, "of training: float32, or bfloat16 (autocast)")
+    threads: Optional[int] = opt(None, "CPU threads of torch; null: torch's own choice", ge=1)
+    memory_format: MemoryFormat = opt(MemoryFormat.channels_last, "channels_last or contiguous")
+    workers: int = opt(0, "data-loading processes; 0: load in the main process", ge=0)
+    output_dir: str = opt("outputs", "folder of everything that a run writes")
+
+    def __post_init__(self) -> None:
+        _check_bounds(self, self.group)
+        if not self.output_dir:
+            raise UserError("runtime.output_dir is empty: expected the path of a folder.")
+        self.output_dir = os.path.abspath(os.path.expanduser(self.output_dir))
+
+
+@dataclass
+class TrackingConfig:
+    """Where results are logged, besides the run's own metrics.jsonl."""
+
+    group: ClassVar[str] = "tracking"
+    enabled: bool = opt(True, "false: nothing goes to MLflow")
+    uri: Optional[str] = opt(None, "MLflow tracking URI; null: an SQLite store in runtime.output_dir")
+    experiment: str = opt("bnre_exp", "MLflow experiment name")
+    run_name: Optional[str] = opt(None, "MLflow run name; null: made of model, dataset, bits and batches")
+
+    def __post_init__(self) -> None:
+        if not self.experiment.strip():
+            raise UserError("tracking.experiment is empty: expected a name.")
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    group: ClassVar[str] = ""
+    seed: int = opt(0, "of everything random: weights, sampling, augmentation, splits", ge=0, lt=2**32)
+    model: ModelConfig = opt(factory=ModelConfig, doc="the network")
+    dataset: DatasetConfig = opt(factory=DatasetConfig, doc="the data")
+    train: TrainConfig = opt(factory=TrainConfig, doc="FP32 training")
+    fp32: Fp32Config = opt(factory=Fp32Config, doc="what the FP32 network must reach")
+    quant: QuantConfig = opt(factory=QuantConfig, doc="the quantization scheme")
+    qat: QatConfig = opt(factory=QatConfig, doc="quantization-aware training")
+    reest: ReestConfig = opt(factory=ReestConfig, doc="BN re-estimation")
+    fold: FoldConfig = opt(factory=FoldConfig, doc="folding")
+    runtime: RuntimeConfig = opt(factory=RuntimeConfig, doc="how and where the work is done")
+    tracking: TrackingConfig = opt(factory=TrackingConfig, doc="where results are logged")
+
+    def __post_init__(self) -> None:
+        _check_bounds(self, self.group)
+
+
+def flatten(config: Any, prefix: str = "") -> Dict[str, Any]:
+    """Flat ``{"quant.weight_bits": 4, ...}`` with the names the user types; enums as their names."""
+    items = {f.name: getattr(config, f.name) for f in fields(config)} if is_dataclass(config) else dict(config)
+    flat: Dict[str, Any] = {}
+    for key, value in items.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Enum):
+            flat[name] = value.name
+        elif is_dataclass(value) or (isinstance(value, dict) and value):
+            flat.update(flatten(value, name + "."))
+        elif isinstance(value, list) and value and all(is_dataclass(item) for item in value):
+            for index, item in enumerate(value):
+                flat.update(flatten(item, f"{name}[{index}]."))
+        else:
+            flat[name] = value
+    return flat

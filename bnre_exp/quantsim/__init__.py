@@ -1,0 +1,1 @@
+"""Simulated quantization of a torch model."""

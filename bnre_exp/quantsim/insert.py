@@ -1,0 +1,283 @@
+"""Where quantizers go: from a float network to its quantization simulation."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+
+from bnre_exp.errors import UserError
+from bnre_exp.quantsim.groups import Grouping, find_groups, is_layer, is_relu_like, module_of, sole_user
+from bnre_exp.quantsim.layout import LAYERS, layout_of
+from bnre_exp.quantsim.operations import is_nonnegative, is_preserving
+from bnre_exp.quantsim.quantizer import ActivationQuantizer, WeightQuantizer, narrow_quant_max
+from bnre_exp.quantsim.ranges import fit_symmetric_scale
+from bnre_exp.quantsim.scheme import QuantScheme
+from bnre_exp.quantsim.trace import trace
+from bnre_exp.quantsim.verify import check_same_behaviour
+
+CONTAINER = "act_quantizers"  # submodule of a simulation that holds its activation quantizers, by node name
+
+
+@dataclass(frozen=True)
+class SimReport:
+    """What a simulation does not do, as ``(name, reason)``: quantizers left out, BNs of the original that are gone."""
+
+    scheme: QuantScheme
+    unquantized: tuple[tuple[str, str], ...]
+    unreached_bns: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def sim_report(sim: nn.Module) -> SimReport:
+    """The report of a simulation. Raises ``UserError`` for any other module."""
+    report = getattr(sim, "meta", {}).get("bnre_exp") if isinstance(sim, fx.GraphModule) else None
+    if not isinstance(report, SimReport):
+        raise UserError(f"Expected a network that quantize() returned, got {type(sim).__name__}.")
+    return report
+
+
+def quantize(
+    model: nn.Module,
+    example_input: Union[Tensor, Sequence[Tensor]],
+    scheme: Optional[QuantScheme] = None,
+    *,
+    leaf_modules: Sequence[str] = (),
+) -> fx.GraphModule:
+    """Return a quantization simulation of a copy of ``model``; weight ranges are fitted, activation ranges are not yet.
+
+    example_input: one batch ``[N, ...]`` as the model takes it, or a tuple of its inputs. BN stays as it is.
+    leaf_modules: names or class names of modules that are kept whole (their weights stay in floating point).
+
+    Raises ``UserError`` if the network cannot be traced, if its traced form behaves differently in evaluation or
+    training mode at either of two batch sizes, or if an override matches nothing.
+    """
+    scheme = scheme or QuantScheme()
+    inputs = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
+    if not inputs or not all(isinstance(x, Tensor) and x.dim() > 0 for x in inputs):
+        raise UserError("example_input: expected a tensor [N, ...] or a non-empty tuple of tensors.")
+    sim = trace(model, leaf_modules, num_inputs=len(inputs))
+    notes = check_same_behaviour(model, sim, inputs)
+    _record_shapes(sim, inputs)
+    grouping = find_groups(sim)
+    unquantized = _Unquantized()
+    _check_overrides(sim, grouping, scheme)
+    edges = _first_and_last(grouping) if scheme.first_last_bits is not None else set()
+    _insert_activation_quantizers(sim, grouping, scheme, edges, unquantized)
+    _quantize_weights(sim, grouping, scheme, edges, unquantized)
+    sim.graph.lint()
+    sim.recompile()
+    bns = {name for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    reached = {node.target for node in sim.graph.nodes if node.op == "call_module"}
+    inside_leaves = {bn for bn in bns for leaf in reached if bn.startswith(f"{leaf}.")}
+    unreached = tuple(sorted(bns - reached - inside_leaves))
+    sim.meta["bnre_exp"] = SimReport(scheme, tuple(unquantized.rows), unreached, notes)
+    for node in sim.graph.nodes:
+        if node.op == "call_module" and node.target in grouping.kept:
+            node.meta["kept_reason"] = grouping.kept[node.target]
+    return sim.train(model.training)
+
+
+class _Unquantized:
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, str]] = []
+
+    def add(self, name: str, reason: str) -> None:
+        if (name, reason) not in self.rows:
+            self.rows.append((name, reason))
+
+
+class _ShapeRecorder(fx.Interpreter):
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        items = result if isinstance(result, (tuple, list)) else [result]
+        floats = [x for x in items if isinstance(x, Tensor) and x.is_floating_point()]
+        n.meta["is_float"] = bool(floats)
+        n.meta["is_single"] = isinstance(result, Tensor)
+        if isinstance(result, Tensor):
+            n.meta["ndim"] = result.dim()
+        return result
+
+
+def _record_shapes(sim: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        was_training = sim.training
+        _ShapeRecorder(sim.eval()).run(*inputs)
+        sim.train(was_training)
+
+
+def names_of(*nodes: Optional[fx.Node]) -> tuple[str, ...]:
+    """The names by which overrides and reports know operations: module paths, and node names of functions."""
+    return tuple(str(n.target) if n.op == "call_module" else n.name for n in nodes if n is not None)
+
+
+def _check_overrides(sim: fx.GraphModule, grouping: Grouping, scheme: QuantScheme) -> None:
+    names = {name for node in sim.graph.nodes if node.meta.get("is_float") for name in names_of(node)}
+    for rule in scheme.overrides:
+        if not rule.matches(names):
+            layers = [str(group.layer.target) for group in grouping.groups]
+            shown = ", ".join(layers[:8]) + (", …" if len(layers) > 8 else "")
+            raise UserError(
+                f"quant.overrides: the pattern {rule.pattern!r} matches nothing in the network. Its layers are {shown}."
+            )
+
+
+def _first_and_last(grouping: Grouping) -> set[fx.Node]:
+    """Nodes that first_last_bits applies to: both layers, the tensors they read, and the last one's output."""
+    if not grouping.groups:
+        return set()
+    first, last = grouping.groups[0], grouping.groups[-1]
+    nodes = {first.layer, last.layer, last.output}
+    for layer in (first.layer, last.layer):
+        source = layer.args[0]
+        while isinstance(source, fx.Node) and is_preserving(source) and source.args:
+            source = source.args[0]
+        if isinstance(source, fx.Node):
+            nodes.add(source)
+    return nodes
+
+
+def _insert_activation_quantizers(
+    sim: fx.GraphModule, grouping: Grouping, scheme: QuantScheme, edges: set[fx.Node], unquantized: _Unquantized
+) -> None:
+    inner = {node for group in grouping.groups for node in group.inner}
+    inner |= {group.bn for group in grouping.groups if group.bn is not None and group.bn_before}
+    group_of = {group.output: group for group in grouping.groups}
+    if hasattr(sim, CONTAINER):
+        raise UserError(f"The network has an attribute {CONTAINER!r}, which the simulation needs; rename it.")
+    reference = next((p for p in sim.parameters() if p.is_floating_point()), None)
+    container = nn.Module()
+    sim.add_submodule(CONTAINER, container)
+    for node in list(sim.graph.nodes):
+        if not node.meta.get("is_float") or node.op == "output" or node in inner:
+            continue
+        group = group_of.get(node)
+        names = names_of(group.layer, group.bn, group.activation) if group else names_of(node)
+        reason = _why_no_quantizer(node, scheme)
+        rule = scheme.rule(names)
+        bits = rule.act_bits if rule and rule.act_bits else scheme.act_bits
+        if node in edges and scheme.act_bits is not None and not (rule and rule.act_bits):
+            bits = scheme.first_last_bits
+        if reason == "":
+            continue
+        if rule and rule.off and reason is None:
+            reason = f"switched off by the override {rule.pattern!r}"
+        if reason is not None:
+            unquantized.add(names[0], reason)
+            continue
+        if bits is None:
+            continue
+        learned = scheme.range_learning
+        quantizer = ActivationQuantizer(bits, is_nonnegative(node), learned, label=names[0])
+        container.add_module(node.name, quantizer)
+        _insert_after(node, f"{CONTAINER}.{node.name}")
+    if reference is not None:
+        container.to(reference.device)
+    for node in sim.graph.nodes:
+        if node.op == "call_module" and isinstance(module_of(node), ActivationQuantizer):
+            node.meta.update({"is_float": True, "is_single": True, "ndim": node.args[0].meta.get("ndim")})
+
+
+def _why_no_quantizer(node: fx.Node, scheme: QuantScheme) -> Optional[str]:
+    """None: it gets one. "": it needs none. Otherwise why it goes without, in words."""
+    if is_preserving(node):
+        fresh_relu = is_relu_like(node) and _is_sole_relu_of_an_operation(node)
+        return None if fresh_relu else ""
+    if is_relu_like(sole_user(node)) and not is_preserving(node):
+        return ""  # the quantizer comes after the activation
+    if node.op == "get_attr":
+        return "" if scheme.act_bits is None else "a constant or parameter that the graph reads directly"
+    if not node.meta.get("is_single"):
+        return "an operation with several outputs"
+    return None
+
+
+def _is_sole_relu_of_an_operation(node: fx.Node) -> bool:
+    source = node.args[0]
+    return isinstance(source, fx.Node) and sole_user(source) is node and not is_preserving(source)
+
+
+def _insert_after(node: fx.Node, target: str) -> None:
+    with node.graph.inserting_after(node):
+        new = node.graph.call_module(target, ())
+    node.replace_all_uses_with(new)
+    new.args = (node,)
+
+
+def _quantize_weights(
+    sim: fx.GraphModule, grouping: Grouping, scheme: QuantScheme, edges: set[fx.Node], unquantized: _Unquantized
+) -> None:
+    done: set[str] = set()
+    for group in grouping.groups:
+        name = str(group.layer.target)
+        if name in done:
+            continue
+        done.add(name)
+        rule = scheme.rule(names_of(group.layer))
+        bits = scheme.first_last_bits if group.layer in edges and scheme.weight_bits else scheme.weight_bits
+        bits = rule.weight_bits if rule and rule.weight_bits else bits
+        if rule and rule.off:
+            unquantized.add(name, f"switched off by the override {rule.pattern!r}")
+        elif bits is not None:
+            _quantize_weight(sim.get_submodule(name), bits, scheme)
+    if scheme.weight_bits is not None:
+        _name_other_weights(sim, unquantized)
+
+
+def _quantize_weight(layer: nn.Module, bits: int, scheme: QuantScheme) -> None:
+    layout = layout_of(layer)
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    rows = layout.rows(weight, scheme.per_channel)
+    scale = fit_symmetric_scale(rows, narrow_quant_max(bits), scheme.weight_range, scheme.percentile)
+    quantizer = WeightQuantizer(bits, layout, scale, scheme.range_learning)
+    parametrize.register_parametrization(layer, "weight", quantizer)
+
+
+def _name_other_weights(sim: fx.GraphModule, unquantized: _Unquantized) -> None:
+    for node in sim.graph.nodes:
+        module = module_of(node)
+        if module is None or isinstance(module, (_BatchNorm, ActivationQuantizer)) or is_layer(node):
+            continue
+        layers = [m for m in module.modules() if isinstance(m, LAYERS)]
+        if layers:
+            unquantized.add(str(node.target), f"kept whole; its {len(layers)} conv or linear weights stay float")
+        elif any(True for _ in module.parameters()):
+            unquantized.add(str(node.target), f"the weights of {type(module).__name__} stay float; its output is quantized")
+    for node in sim.graph.find_nodes(op="get_attr"):
+        if any(getattr(user.target, "__name__", "").startswith(("conv", "linear")) for user in node.users):
+            unquantized.add(str(node.target), "a weight that is read by a functional conv or linear")
+
+
+def activation_quantizers(sim: nn.Module) -> dict[str, ActivationQuantizer]:
+    """All activation quantizers of a simulation or folded network by module name, in order of execution."""
+    return {name: module for name, module in sim.named_modules() if isinstance(module, ActivationQuantizer)}
+
+
+def weight_quantizers(sim: nn.Module) -> dict[str, WeightQuantizer]:
+    """All weight quantizers by the name of their layer."""
+    suffix = ".parametrizations.weight.0"
+    found = {name: module for name, module in sim.named_modules() if isinstance(module, WeightQuantizer)}
+    return {name.removesuffix(suffix): module for name, module in found.items()}
+
+
+@contextmanager
+def bypassed(sim: nn.Module, *, activations: bool = True, weights: bool = False) -> Iterator[None]:
+    """Within the block, activation (and weight) quantizers pass their input through; restored afterwards."""
+    chosen: list[Union[ActivationQuantizer, WeightQuantizer]] = []
+    chosen += list(activation_quantizers(sim).values()) if activations else []
+    chosen += list(weight_quantizers(sim).values()) if weights else []
+    before = [quantizer.bypassed for quantizer in chosen]
+    for quantizer in chosen:
+        quantizer.bypassed = True
+    try:
+        yield
+    finally:
+        for quantizer, was in zip(chosen, before):
+            quantizer.bypassed = was

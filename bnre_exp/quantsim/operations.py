@@ -1,0 +1,81 @@
+"""What an operation of a graph does to a quantized tensor."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import fx, nn
+
+from bnre_exp.quantsim.groups import module_of
+from bnre_exp.quantsim.trace import FollowTraining
+
+# These move or select values, so a value on the grid stays on it.
+PRESERVING_MODULES = (
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
+    nn.Flatten, nn.Unflatten, nn.Identity, nn.ReLU, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
+    nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle,
+    torchvision.ops.StochasticDepth, torchvision.ops.Permute,
+)  # fmt: skip
+PRESERVING_FUNCTIONS = {
+    torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.chunk,
+    torch.split, torch.narrow, torch.select, torch.unbind, torch.relu, torch.movedim, torch.roll,
+    torch.flip, torch.clone, torch.detach, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d, torch.channel_shuffle,
+    torch.pixel_shuffle, torch.pixel_unshuffle, torch.swapaxes, torch.broadcast_to, torch.t, torch.index_select,
+    F.relu, F.max_pool1d, F.max_pool2d, F.max_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d,
+    F.adaptive_max_pool3d, operator.getitem, getattr,
+}  # fmt: skip
+PRESERVING_METHODS = {
+    "view", "reshape", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "chunk", "split",
+    "expand", "expand_as", "repeat", "clone", "detach", "relu", "narrow", "select", "unbind", "size", "dim", "t",
+    "view_as", "reshape_as", "unflatten", "movedim", "swapaxes", "roll", "flip", "to", "float", "type_as",
+}  # fmt: skip
+NONNEGATIVE_MODULES = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.Softplus)
+NONNEGATIVE_CALLS = {
+    torch.relu, F.relu, F.relu6, torch.sigmoid, F.sigmoid, F.hardsigmoid, torch.softmax, F.softmax, F.softplus,
+    torch.abs, torch.square, torch.exp, "relu", "sigmoid", "softmax", "abs", "square", "exp",
+}  # fmt: skip
+# Non-negative where all their tensor operands are.
+MONOTONE_MODULES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
+                    nn.AdaptiveAvgPool3d)  # fmt: skip
+MONOTONE_CALLS = {
+    operator.add, torch.add, operator.mul, torch.mul, torch.cat, torch.concat, torch.mean, torch.sum, F.avg_pool1d,
+    F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
+    "add", "mul", "mean", "sum",
+}  # fmt: skip
+
+
+def is_preserving(node: fx.Node) -> bool:
+    """Whether the output holds only values of the input (and zeros), so that it needs no quantizer of its own."""
+    if node.op == "call_module":
+        module = module_of(node)
+        if isinstance(module, FollowTraining):
+            return module.function != "rrelu"
+        return isinstance(module, PRESERVING_MODULES)
+    if node.target is F.pad:
+        mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
+        value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value", None)
+        return mode != "constant" or not value
+    if node.op == "call_function":
+        return node.target in PRESERVING_FUNCTIONS
+    return node.op == "call_method" and node.target in PRESERVING_METHODS
+
+
+def is_nonnegative(node: Any) -> bool:
+    """Whether every value of the node's output is provably >= 0, whatever the input."""
+    if not isinstance(node, fx.Node):
+        return isinstance(node, (int, float)) and node >= 0
+    if node.op == "call_module" and isinstance(module_of(node), NONNEGATIVE_MODULES):
+        return True
+    if node.op in ("call_function", "call_method") and node.target in NONNEGATIVE_CALLS:
+        return True
+    if node.op == "call_module":
+        passes_on = is_preserving(node) or isinstance(module_of(node), MONOTONE_MODULES)
+    else:
+        passes_on = is_preserving(node) or (node.op != "get_attr" and node.target in MONOTONE_CALLS)
+    operands = [source for source in node.all_input_nodes if source.meta.get("is_float")]
+    constants = [a for a in node.args if isinstance(a, (int, float))] if not is_preserving(node) else []
+    return passes_on and bool(operands) and all(is_nonnegative(operand) for operand in (*operands, *constants))

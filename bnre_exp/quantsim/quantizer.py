@@ -1,0 +1,231 @@
+"""Fake quantization: weights as a parametrization, activations as modules, with fixed or learned (LSQ) ranges."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from bnre_exp.errors import UserError
+from bnre_exp.quantsim.layout import WeightLayout
+from bnre_exp.quantsim.ranges import affine_grid, fit_activation_range
+
+MIN_SCALE = 1e-10  # far below any range that training reaches; keeps a learned scale off zero
+MIN_SAMPLES = 1024
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """(clamp(round(x / s + z), lo, hi) - z) * s with straight-through gradients.
+
+    The gradient of s is eq. 3 of Esser et al., "Learned step size quantization", ICLR 2020; that of z, which is
+    non-zero for clipped values only, follows Bhalgat et al., "LSQ+", CVPR workshops 2020.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Optional[Tensor], low: int, high: int, gradient_scale: float
+    ) -> Tensor:
+        ctx.save_for_backward(x, scale, zero_point)
+        ctx.low, ctx.high, ctx.gradient_scale = low, high, gradient_scale
+        codes = x / scale
+        if zero_point is None:
+            return codes.round_().clamp_(low, high).mul_(scale)
+        return codes.add_(zero_point).round_().clamp_(low, high).sub_(zero_point).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (grad,) = gradients
+        x, scale, zero_point = ctx.saved_tensors
+        position = x / scale
+        if zero_point is not None:
+            position += zero_point
+        inside = (position >= ctx.low) & (position <= ctx.high)
+        grad_x = grad * inside
+        grad_scale = grad_zero = None
+        if ctx.needs_input_grad[1]:
+            codes = position.round().clamp_(ctx.low, ctx.high)
+            zero = 0.0 if zero_point is None else zero_point
+            slope = codes.sub_(torch.where(inside, position, zero))
+            grad_scale = slope.mul_(grad).sum_to_size(scale.shape) * ctx.gradient_scale
+        if zero_point is not None and ctx.needs_input_grad[2]:
+            grad_zero = (grad * ~inside).mul_(-scale).sum_to_size(zero_point.shape) * ctx.gradient_scale
+        return grad_x, grad_scale, grad_zero, None, None, None
+
+
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Optional[Tensor], quant_min: int, quant_max: int, gradient_scale: float = 1.0
+) -> Tensor:
+    """Round ``x`` to the grid ``(k - zero_point) * scale``, quant_min <= k <= quant_max, half to even.
+
+    x: any shape; scale and zero_point broadcast against it. Works in the dtype of ``x`` (half types: in float32). The
+    gradients of scale and zero_point are multiplied by ``gradient_scale``.
+    """
+    dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+    zero_point = None if zero_point is None else zero_point.to(dtype)
+    y = _FakeQuantize.apply(x.to(dtype), scale.to(dtype), zero_point, quant_min, quant_max, gradient_scale)
+    return y.to(x.dtype)  # type: ignore[no-any-return]
+
+
+def positive(scale: Tensor) -> Tensor:
+    """A learned scale as it is used: its magnitude, at least MIN_SCALE; the gradient passes wherever it is."""
+    magnitude = scale.abs()
+    return magnitude + (magnitude.clamp_min(MIN_SCALE) - magnitude).detach()
+
+
+def narrow_quant_max(bits: int) -> int:
+    """Largest code of the narrow signed range: 7 for 4 bits, with -7 the smallest."""
+    return int(2 ** (bits - 1) - 1)
+
+
+class WeightQuantizer(nn.Module):
+    """Parametrization of a layer's ``weight``: symmetric, narrow range, per channel ``[C_out]`` or per tensor ``[1]``."""
+
+    def __init__(self, bits: int, layout: WeightLayout, scale: Tensor, learned: bool) -> None:
+        super().__init__()
+        self.bits, self.layout, self.learned = bits, layout, learned
+        self.quant_max = narrow_quant_max(bits)
+        self.bypassed = False
+        self.scale: Tensor
+        if learned:
+            self.scale = nn.Parameter(scale.detach().clone())
+        else:
+            self.register_buffer("scale", scale.detach().clone())
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if self.bypassed:
+            return weight
+        gradient_scale = 1 / math.sqrt(weight.numel() / self.scale.numel() * self.quant_max)
+        scale = self.layout.expand(positive(self.scale))
+        return fake_quantize(weight, scale, None, -self.quant_max, self.quant_max, gradient_scale)
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """The integer codes of a float weight: int8 up to 8 bits, else int16."""
+        scale = self.layout.expand(positive(self.scale)).to(weight.dtype)
+        codes = (weight / scale).round().clamp(-self.quant_max, self.quant_max)
+        return codes.to(torch.int8 if self.bits <= 8 else torch.int16)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, scales={self.scale.numel()}, learned={self.learned}"
+
+
+class Dequantize(nn.Module):
+    """Parametrization of a folded layer's ``weight`` or ``bias``: integer codes times scale."""
+
+    def __init__(self, bits: int, ndim: int, transposed: bool, groups: int, in_channels: int, scale: Tensor) -> None:
+        super().__init__()
+        self.bits, self.ndim, self.transposed = bits, ndim, transposed
+        self.groups, self.in_channels = groups, in_channels
+        self.scale: Tensor
+        self.register_buffer("scale", scale)
+
+    @property
+    def layout(self) -> WeightLayout:
+        """Of the weight; a bias has none."""
+        return WeightLayout(self.ndim, self.transposed, self.groups, self.in_channels)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        scale = self.scale if self.ndim == 1 else self.layout.expand(self.scale)
+        return codes.to(self.scale.dtype) * scale
+
+
+class ActivationQuantizer(nn.Module):
+    """Per-tensor quantizer of an activation, on the grid ``0 .. 2^bits - 1``.
+
+    ``unsigned``: the zero point is 0, for values that are never negative. Otherwise the zero point is an integer on the
+    grid, so that real zero is exact. It quantizes once it has a range, from :func:`~bnre_exp.calibrate`; before that,
+    calling it raises ``UserError`` unless it is bypassed or observing.
+    """
+
+    def __init__(self, bits: int, unsigned: bool, learned: bool, label: str = "") -> None:
+        super().__init__()
+        self.bits, self.unsigned, self.learned, self.label = bits, unsigned, learned, label
+        self.quant_max = 2**bits - 1
+        self.bypassed = False
+        self.observer: Optional[RangeObserver] = None
+        self.has_range = False
+        self.scale: Tensor
+        self.zero_point: Tensor
+        scale, zero_point = torch.full((1,), torch.nan), torch.zeros(1)
+        if learned:
+            self.scale = nn.Parameter(scale)
+        else:
+            self.register_buffer("scale", scale)
+        if learned and not unsigned:
+            self.zero_point = nn.Parameter(zero_point)
+        else:
+            self.register_buffer("zero_point", zero_point)
+        self.register_load_state_dict_post_hook(ActivationQuantizer._note_range)
+
+    @staticmethod
+    def _note_range(module: nn.Module, _: Any) -> None:
+        if isinstance(module, ActivationQuantizer):
+            module.has_range = bool(torch.isfinite(module.scale).all())
+
+    @torch.no_grad()
+    def set_range(self, low: float, high: float) -> None:
+        """Cover ``[low, high]`` (real values); in place."""
+        scale, zero_point = affine_grid(low, high, self.bits)
+        self.scale.fill_(max(scale, MIN_SCALE))
+        self.zero_point.fill_(zero_point)
+        self.has_range = True
+
+    def grid_zero_point(self) -> Tensor:
+        """The integer zero point in use, ``[1]``; a learned one is rounded, with a straight-through gradient."""
+        if self.unsigned or not self.learned:
+            return self.zero_point
+        rounded = self.zero_point.round().clamp(0, self.quant_max)
+        return self.zero_point + (rounded - self.zero_point).detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.observer is not None:
+            self.observer.observe(x)
+            return x
+        if self.bypassed:
+            return x
+        if not self.has_range:
+            raise UserError(
+                f"The activation quantizer of {self.label or 'a tensor'} has no range yet: "
+                "run calibrate(sim, loader) before the quantized network is used."
+            )
+        features = x.numel() // max(1, x.shape[0]) if x.dim() else 1
+        gradient_scale = 1 / math.sqrt(max(1, features) * self.quant_max)
+        zero_point = None if self.unsigned else self.grid_zero_point()
+        return fake_quantize(x, positive(self.scale), zero_point, 0, self.quant_max, gradient_scale)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, unsigned={self.unsigned}, learned={self.learned}, label={self.label!r}"
+
+
+class RangeObserver:
+    """Extremes of all values of a tensor, and a random sample of them."""
+
+    def __init__(self, num_batches: int, samples: int = 2**17) -> None:
+        self.per_batch = max(MIN_SAMPLES, samples // num_batches)
+        self.generator = torch.Generator().manual_seed(0)  # own, so that observing changes no global random state
+        self.samples: list[Tensor] = []
+        self.low, self.high = math.inf, -math.inf
+
+    def observe(self, x: Tensor) -> None:
+        """Take in one batch of values, any shape."""
+        values = x.detach().flatten().float()
+        if values.numel() == 0:
+            return
+        low, high = torch.aminmax(values)
+        self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
+        if values.numel() > self.per_batch:
+            index = torch.randint(values.numel(), (self.per_batch,), generator=self.generator)
+            values = values[index.to(values.device)]
+        self.samples.append(values.cpu())
+
+    def fit(self, quantizer: ActivationQuantizer, estimator: str, percentile: float) -> tuple[float, float]:
+        """The range ``(low, high)`` for a quantizer. Raises ``UserError`` if a value was not finite, or none came."""
+        if not (math.isfinite(self.low) and math.isfinite(self.high)):
+            raise UserError(
+                f"The activations of {quantizer.label} are not finite during calibration (or were never computed); look "
+                "for exploding weights or corrupted BN statistics in the network before it is quantized."
+            )
+        return fit_activation_range(
+            torch.cat(self.samples), self.low, self.high, quantizer.bits, quantizer.unsigned, estimator, percentile
+        )

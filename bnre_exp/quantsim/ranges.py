@@ -1,0 +1,103 @@
+"""Range estimators: the scale (and zero point) that represents given values best on an integer grid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+COARSE = torch.linspace(0.05, 1.0, 20)  # fractions of the largest value that the MSE search tries first
+REFINEMENTS = 8
+
+
+def fit_symmetric_scale(rows: Tensor, quant_max: int, estimator: str = "mse", percentile: float = 99.99) -> Tensor:
+    """Scale of a symmetric grid ``[-quant_max, quant_max]`` for each row.
+
+    rows: ``[C, n]``. Returns ``[C]``, positive. A row of zeros gets the largest scale of the others (1 / quant_max where
+    all are zero): its codes are 0 at any scale, and a tiny one would be useless to a bias on the same grid.
+    """
+    rows = rows.detach()
+    magnitude = rows.abs()
+    if estimator == "percentile":
+        kept = max(1, round(rows.shape[1] * percentile / 100))
+        largest = magnitude.kthvalue(kept, dim=1).values
+        largest = torch.where(largest > 0, largest, magnitude.amax(dim=1))
+    else:
+        largest = magnitude.amax(dim=1)
+    scale = largest / quant_max
+    fallback = scale.max() if bool((scale > 0).any()) else torch.ones_like(scale[0]) / quant_max
+    dead = scale <= 0
+    scale = torch.where(dead, fallback, scale)
+    if estimator == "mse":
+        scale = torch.where(dead, scale, _mse_symmetric(rows, scale, quant_max))
+    return scale
+
+
+def _mse_symmetric(rows: Tensor, full_scale: Tensor, quant_max: int) -> Tensor:
+    """A coarse search over fractions of the full range, then alternating least squares: for fixed codes q the best
+    scale is <w, q> / <q, q>. Keeps the best scale of each row seen on the way."""
+    best_scale, best_error = full_scale.clone(), torch.full_like(full_scale, torch.inf)
+
+    def try_scale(scale: Tensor) -> Tensor:
+        codes = (rows / scale[:, None]).round_().clamp_(-quant_max, quant_max)
+        error = (codes * scale[:, None] - rows).square_().sum(dim=1)
+        better = error < best_error
+        best_scale[better], best_error[better] = scale[better], error[better]
+        return codes
+
+    for fraction in COARSE.tolist():
+        try_scale(full_scale * fraction)
+    for _ in range(REFINEMENTS):
+        codes = try_scale(best_scale.clone())
+        energy = codes.square().sum(dim=1)
+        refined = (rows * codes).sum(dim=1) / energy.clamp_min(1)
+        try_scale(torch.where(refined > 0, refined, best_scale))
+    return best_scale
+
+
+def fit_activation_range(
+    values: Tensor, low: float, high: float, bits: int, unsigned: bool, estimator: str = "mse", percentile: float = 99.99
+) -> tuple[float, float]:
+    """The range ``(low, high)`` that a grid of 2^bits levels should cover; it always holds 0.
+
+    values: a sample, any shape; low, high: the extremes of all values seen. An all-zero tensor gets ``(0, 1)``.
+    """
+    low, high = (0.0 if unsigned else min(low, 0.0)), max(high, 0.0)
+    if estimator == "percentile":
+        ordered = values.flatten().sort().values
+        outside = round(ordered.numel() * (1 - percentile / 100))
+        low, high = max(low, min(float(ordered[outside]), 0.0)), min(high, max(float(ordered[-1 - outside]), 0.0))
+    if high - low <= 0:
+        return 0.0, 1.0
+    if estimator == "mse":
+        values = values.flatten()
+        for _ in range(2):  # coordinate descent: the upper end for a given lower one, and back
+            high = _shrink(lambda end, low=low: _range_error(values, low, end, bits), high)
+            if low < 0:
+                low = _shrink(lambda end, high=high: _range_error(values, end, high, bits), low)
+    return low, high
+
+
+def _shrink(error: Callable[[float], float], end: float) -> float:
+    """The fraction of ``end`` with the smallest error: coarse, then fine around the best."""
+    if end == 0:
+        return end
+    best = min(COARSE.tolist(), key=lambda fraction: error(end * fraction))
+    fine = [best + step * 0.01 for step in range(-4, 5) if 0 < best + step * 0.01 <= 1]
+    return end * min(fine, key=lambda fraction: error(end * fraction))
+
+
+def _range_error(values: Tensor, low: float, high: float, bits: int) -> float:
+    if high - low <= 0:
+        return float("inf")
+    scale, zero_point = affine_grid(low, high, bits)
+    codes = (values / scale).add_(zero_point).round_().clamp_(0, 2**bits - 1)
+    return float((codes.sub_(zero_point).mul_(scale) - values).square_().mean())
+
+
+def affine_grid(low: float, high: float, bits: int) -> tuple[float, int]:
+    """Scale and integer zero point of the grid ``0 .. 2^bits - 1`` over ``[low, high]``; 0 lies on the grid exactly."""
+    levels = 2**bits - 1
+    scale = (high - low) / levels
+    return scale, min(max(round(-low / scale), 0), levels)

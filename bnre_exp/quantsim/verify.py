@@ -1,0 +1,137 @@
+"""Does a traced network behave as its original, in evaluation and training mode and at two batch sizes?"""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, fx, nn
+
+from bnre_exp.errors import UserError
+
+TOLERANCE = 1e-4  # relative to the largest value of a tensor; a wrong graph is off by far more
+
+
+def check_same_behaviour(original: nn.Module, traced: fx.GraphModule, inputs: Sequence[Tensor]) -> tuple[str, ...]:
+    """Compare outputs; neither network is changed.
+
+    Returns notes on what the traced network lacks by design (auxiliary outputs of the training mode). Raises
+    ``UserError`` naming the first module whose outputs differ.
+    """
+    notes: list[str] = []
+    for training in (False, True):
+        for batch in _two_batches(inputs):
+            expected, wanted = _record(original, batch, training, where="the network itself")
+            actual, got = _record(traced, batch, training, where="the traced network")
+            if training and _is_one_tensor(actual) and not _is_one_tensor(expected):
+                expected = next(iter(_tensors(expected)))
+                note = "outputs beyond the first, given in training mode only (auxiliary heads), are dropped"
+                notes += [] if note in notes else [note]
+            if not _same(expected, actual):
+                mode = "training" if training else "evaluation"
+                raise UserError(
+                    f"The traced network differs from the original in {mode} mode with a batch of {len(batch[0])}: "
+                    f"{_first_difference(wanted, got)}. Tracing cannot follow what depends on the mode, the batch size or "
+                    "values; keep the module that does so whole with leaf_modules=[its name or class]."
+                )
+    return tuple(notes)
+
+
+def _two_batches(inputs: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    count = max(2, inputs[0].shape[0])
+    for size in (count, count + 1):
+        repeats = -(-size // inputs[0].shape[0])
+        yield tuple(torch.cat([x] * repeats)[:size] for x in inputs)
+
+
+def _is_one_tensor(output: Any) -> bool:
+    return isinstance(output, Tensor)
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from _tensors(value)
+
+
+def _same(a: Any, b: Any) -> bool:
+    first, second = list(_tensors(a)), list(_tensors(b))
+    if len(first) != len(second):
+        return False
+    for x, y in zip(first, second):
+        if x.shape != y.shape:
+            return False
+        if x.is_floating_point():
+            limit = TOLERANCE * max(1e-12, float(x.detach().abs().amax())) if x.numel() else 0.0
+            if not torch.allclose(x, y, rtol=0, atol=limit, equal_nan=True):
+                return False
+        elif not torch.equal(x, y):
+            return False
+    return True
+
+
+Outputs = dict[tuple[str, int], Any]
+
+
+def _record(model: nn.Module, inputs: Sequence[Tensor], training: bool, where: str) -> tuple[Any, Outputs]:
+    """Run a copy. Random numbers start anew before each module of a name, so that a dropped head shifts nothing."""
+    model = copy.deepcopy(model).train(training)
+    outputs: Outputs = {}
+    calls: dict[str, int] = defaultdict(int)
+    with torch.random.fork_rng(devices=_cuda_devices(inputs)), torch.no_grad(), _hooked(model, outputs, calls):
+        torch.manual_seed(0)
+        try:
+            return model(*inputs), outputs
+        except Exception as error:
+            mode = "training" if training else "evaluation"
+            shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+            raise UserError(
+                f"{where[0].upper()}{where[1:]} fails in {mode} mode on inputs of shape {shapes}: {error}"
+            ) from error
+
+
+def _cuda_devices(inputs: Sequence[Tensor]) -> list[int]:
+    return sorted({x.device.index or 0 for x in inputs if x.device.type == "cuda"})
+
+
+@contextmanager
+def _hooked(model: nn.Module, outputs: Outputs, calls: dict[str, int]) -> Iterator[None]:
+    handles = []
+    for name, module in model.named_modules():
+        if not name or any(True for _ in module.children()):
+            continue
+
+        def before(_: nn.Module, __: Any, name: str = name) -> None:
+            torch.manual_seed(zlib.crc32(name.encode()) + calls[name])
+
+        def after(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
+            outputs[name, calls[name]] = [x.clone() for x in _tensors(output)]
+            calls[name] += 1
+
+        handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first_difference(wanted: Outputs, got: Outputs) -> str:
+    last: Optional[str] = None
+    for (name, call), output in wanted.items():
+        if (name, call) in got:
+            if not _same(output, got[name, call]):
+                after = f" (the last that agrees is {last!r})" if last else ""
+                return f"the first module whose output differs is {name!r}{after}"
+            last = name
+    return f"they part after module {last!r}" if last else "they differ from the start"

@@ -1,0 +1,1 @@
+"""The algorithms, torch only, one file a stage."""

@@ -1,0 +1,94 @@
+"""Biases of a folded network on the integer grid on which the target adds them up."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from bnre_exp.quantsim.codes import set_codes
+from bnre_exp.quantsim.groups import is_layer, module_of
+from bnre_exp.quantsim.operations import is_preserving
+from bnre_exp.quantsim.quantizer import ActivationQuantizer, Dequantize, positive
+
+
+@dataclass(frozen=True)
+class BiasReport:
+    """rounded: names of layers whose bias is on the grid; kept: ``(layer, reason)`` of those that stay in floating
+    point; rescaled: ``(layer, channels)`` where a bias did not fit, so that the channels' weight scale was raised."""
+
+    rounded: tuple[str, ...]
+    kept: tuple[tuple[str, str], ...]
+    rescaled: tuple[tuple[str, int], ...]
+
+
+@torch.no_grad()
+def quantize_biases(folded: fx.GraphModule, bits: int = 32) -> BiasReport:
+    """Round every bias to the grid ``s_in * s_w`` with signed codes of ``bits`` bits (8 to 32); in place.
+
+    s_in is the scale of the quantizer that the layer's input comes from, s_w the weight scale of the channel. Where
+    |bias| exceeds the grid, the weight scale of that channel is raised until it fits and its codes are rounded again.
+    """
+    calls: dict[str, list[fx.Node]] = defaultdict(list)
+    for node in folded.graph.nodes:
+        if is_layer(node):
+            calls[node.target].append(node)
+    rounded, kept, rescaled = [], [], []
+    for name, nodes in calls.items():
+        layer = folded.get_submodule(name)
+        if layer.bias is None:
+            continue
+        steps = {None if q is None else float(positive(q.scale)) for q in map(_input_quantizer, nodes)}
+        step = steps.pop()
+        if steps:
+            kept.append((name, "called with inputs of different scales"))
+        elif step is None:
+            kept.append((name, "its input is not quantized"))
+        elif not parametrize.is_parametrized(layer, "weight"):
+            kept.append((name, "its weight is not quantized"))
+        else:
+            channels = _round_bias(layer, step, bits)
+            rounded.append(name)
+            rescaled += [(name, channels)] if channels else []
+    return BiasReport(tuple(rounded), tuple(kept), tuple(rescaled))
+
+
+def _input_quantizer(layer: fx.Node) -> Optional[ActivationQuantizer]:
+    source = layer.args[0]
+    while isinstance(source, fx.Node) and is_preserving(source) and source.args:
+        source = source.args[0]
+    module = module_of(source)
+    return module if isinstance(module, ActivationQuantizer) else None
+
+
+def _round_bias(layer: nn.Module, input_scale: float, bits: int) -> int:
+    """Returns how many channels had to be rescaled."""
+    dequantize: Dequantize = layer.parametrizations.weight[0]  # type: ignore[union-attr, index, assignment]
+    bias: Tensor = layer.bias.detach().double()  # type: ignore[union-attr, operator]
+    largest = 2 ** (bits - 1) - 1
+    needed = bias.abs() / largest / input_scale
+    needed = needed.amax(dim=0, keepdim=True) if dequantize.scale.numel() == 1 else needed
+    channels = _raise_scale(layer, dequantize, needed)
+    step = (input_scale * dequantize.scale.double()).to(dequantize.scale.dtype)
+    codes = (bias / step.double()).round().clamp(-largest, largest).to(torch.int32)
+    del layer.bias
+    scale = step if step.numel() == codes.numel() else step.expand(codes.numel()).clone()
+    set_codes(layer, "bias", codes, Dequantize(bits, 1, False, 1, 1, scale))
+    return channels
+
+
+def _raise_scale(layer: nn.Module, dequantize: Dequantize, needed: Tensor) -> int:
+    scale = dequantize.scale
+    too_small = scale.double() < needed
+    if not bool(too_small.any()):
+        return 0
+    raised = torch.where(too_small, (needed * (1 + 1e-6)).to(scale.dtype), scale)
+    codes: Tensor = layer.parametrizations.weight.original  # type: ignore[union-attr, assignment]
+    ratio = dequantize.layout.expand((scale.double() / raised.double()))
+    codes.copy_((codes.double() * ratio).round().to(codes.dtype))
+    dequantize.scale = raised
+    return int(too_small.sum())

@@ -1,0 +1,86 @@
+"""Evaluation of a classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from bnre_exp.errors import UserError
+from bnre_exp.progress import Progress, no_progress
+from bnre_exp.stages.inputs import ForwardFn, device_of, evaluation_mode, feed
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Sums over a data set divided by its size.
+
+    top1: fraction of samples in [0, 1] whose largest logit is the label's; loss: mean cross-entropy [nats];
+    count: samples; predictions: class with the largest logit, ``[count]`` int64 on the CPU.
+    """
+
+    top1: float
+    loss: float
+    count: int
+    predictions: Tensor
+
+
+@contextmanager
+def cached_weights(model: nn.Module) -> Iterator[None]:
+    """Quantize each weight once for the whole block. Only for graphs of ours, under ``no_grad``, and while weights do
+    not change: the cache of parametrize is global and knows no invalidation."""
+    if isinstance(model, fx.GraphModule) and not torch.is_grad_enabled():
+        with parametrize.cached():
+            yield
+    else:
+        yield
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits ``[N, classes]`` of a network's output: the tensor, or the first tensor of a tuple or dict."""
+    if isinstance(output, dict):
+        output = next(iter(output.values()), None)
+    if isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    if not isinstance(output, Tensor):
+        raise UserError(f"The network returns {type(output).__name__}; expected logits [N, classes].")
+    return output
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    forward_fn: Optional[ForwardFn] = None,
+    *,
+    progress: Progress = no_progress,
+    description: str = "evaluate",
+) -> Evaluation:
+    """Top-1 and cross-entropy of ``model`` over all of ``dataloader``, in evaluation mode; nothing is changed.
+
+    dataloader: yields ``(input, label)``, label int64 ``[N]``. Raises ``UserError`` for an empty loader or a batch
+    without labels.
+    """
+    device = device_of(model)
+    correct, loss, predictions = 0, 0.0, []
+    total = len(dataloader) if hasattr(dataloader, "__len__") else None
+    with evaluation_mode(model), cached_weights(model if forward_fn is None else nn.Identity()):
+        for batch in progress(dataloader, description, total):
+            if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+                raise UserError("evaluate: every batch must be (input, label); this loader yields no labels.")
+            logits = logits_of(feed(model, batch, device, forward_fn)).float()
+            labels = batch[1].to(device)
+            predicted = logits.argmax(dim=1)
+            correct += int((predicted == labels).sum())
+            loss += float(F.cross_entropy(logits, labels, reduction="sum").double())
+            predictions.append(predicted.cpu())
+    if not predictions:
+        raise UserError("evaluate: the data loader yields no batches.")
+    every = torch.cat(predictions)
+    return Evaluation(correct / len(every), loss / len(every), len(every), every)

@@ -1,0 +1,178 @@
+"""Folding of batch norm into the layer before it (or the depthwise layer after it)."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass
+from typing import Optional
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+
+from bnre_exp.errors import UserError
+from bnre_exp.quantsim.affine import ChannelAffine
+from bnre_exp.quantsim.codes import set_codes
+from bnre_exp.quantsim.groups import PLAIN_BN, Group, find_groups, module_of
+from bnre_exp.quantsim.insert import sim_report
+from bnre_exp.quantsim.layout import layout_of
+from bnre_exp.quantsim.quantizer import Dequantize, WeightQuantizer, positive
+from bnre_exp.quantsim.ranges import fit_symmetric_scale
+
+MODES = ("scale", "weight")
+SMALLEST_SCALE = 1e-30  # a channel scaled below this adds nothing in float32, and its scale would near the denormals
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """What became of every BN of the network.
+
+    folded: ``(layer, BN)``; kept: ``(BN, reason)``, each a per-channel affine now unless the reason says otherwise;
+    lossy: ``(layer, reason)`` where folding changed the function, because weights were quantized anew.
+    """
+
+    folded: tuple[tuple[str, str], ...]
+    kept: tuple[tuple[str, str], ...]
+    lossy: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class _Affine:
+    """y = gain * x + shift per channel, float64 ``[C]``: what a BN does in evaluation mode."""
+
+    gain: Tensor
+    shift: Tensor
+
+
+@torch.no_grad()
+def fold_batch_norms(sim: nn.Module, mode: str = "scale") -> tuple[fx.GraphModule, FoldReport]:
+    """Return a copy of ``sim`` without BN, holding integer weight codes and scales, and a report; ``sim`` is unchanged.
+
+    mode "scale": the per-channel weight scale takes BN's factor and the codes change at most their sign, so the function
+    stays the same up to float rounding. mode "weight": the factor multiplies the weight, whose range is fitted anew,
+    which is lossy; layers with one scale for the whole tensor get this in either mode. A BN that no layer can take in
+    becomes a per-channel affine and is named.
+
+    Raises ``UserError`` if ``sim`` is not a simulation, is folded already, or for an unknown mode.
+    Source: with y = gamma * (conv(x) - mu) / sigma + beta, sigma = sqrt(running_var + eps), the weight is multiplied by
+    gamma / sigma and the bias becomes beta + (bias - mu) * gamma / sigma.
+    """
+    if mode not in MODES:
+        raise UserError(f"mode={mode!r}: expected one of {', '.join(MODES)}.")
+    scheme = sim_report(sim).scheme
+    if "fold_report" in sim.meta:  # type: ignore[operator]
+        raise UserError("This network is folded already.")
+    folded: fx.GraphModule = copy.deepcopy(sim).eval()  # type: ignore[assignment]
+    grouping = find_groups(folded)
+    pairs, lossy, done = [], [], set()
+    for group in grouping.groups:
+        name = str(group.layer.target)
+        if name not in done:
+            done.add(name)
+            layer = folded.get_submodule(name)
+            affine = _affine_for(layer, group)
+            if affine is not None:
+                _fold_bias(layer, affine, group.bn_before)
+            why_lossy = None
+            if parametrize.is_parametrized(layer, "weight"):
+                plain, why_lossy = _with_codes(layer, affine, mode, scheme.weight_range, scheme.percentile)
+                folded.set_submodule(name, plain)
+            elif affine is not None:
+                layer.weight.copy_(layer.weight.double() * layout_of(layer).expand(affine.gain))  # type: ignore[operator]
+            lossy += [(name, why_lossy)] if why_lossy else []
+            pairs += [(name, str(group.bn.target))] if group.bn is not None else []
+    kept = [(name, _keep(folded, name, reason)) for name, reason in grouping.kept.items()]
+    kept += [(name, "never reached by the forward pass; dropped") for name in sim_report(sim).unreached_bns]
+    for group in grouping.groups:
+        if group.bn is not None:
+            group.bn.replace_all_uses_with(group.bn.args[0])  # type: ignore[arg-type]
+            folded.graph.erase_node(group.bn)
+    folded.delete_all_unused_submodules()
+    folded.graph.lint()
+    folded.recompile()
+    report = FoldReport(tuple(pairs), tuple(kept), tuple(lossy))
+    folded.meta["fold_report"] = asdict(report)
+    return folded, report
+
+
+def bn_affine(bn: nn.Module) -> _Affine:
+    """Gain gamma / sigma and shift beta - mu * gamma / sigma of a BN with running statistics."""
+    mean, var = bn.running_mean.double(), bn.running_var.double()  # type: ignore[union-attr, operator]
+    gain = torch.rsqrt(var + bn.eps)  # type: ignore[operator]
+    gain = gain if bn.weight is None else gain * bn.weight.double()  # type: ignore[operator]
+    shift = -mean * gain
+    return _Affine(gain, shift if bn.bias is None else shift + bn.bias.double())  # type: ignore[operator]
+
+
+def _keep(folded: fx.GraphModule, name: str, reason: str) -> str:
+    """Put an affine in place of a BN that stays, where it acts as one; returns the reason for the report."""
+    bn = folded.get_submodule(name)
+    if type(bn) not in PLAIN_BN or not isinstance(bn, _BatchNorm) or bn.running_mean is None:
+        return f"{reason}; stays a batch norm"
+    affine = bn_affine(bn)
+    replacement = ChannelAffine(bn.num_features).to(bn.running_mean.device)
+    replacement.scale, replacement.bias = affine.gain.to(bn.running_mean.dtype), affine.shift.to(bn.running_mean.dtype)
+    folded.set_submodule(name, replacement)
+    return reason
+
+
+def _affine_for(layer: nn.Module, group: Group) -> Optional[_Affine]:
+    """The group's BN per output channel of the layer."""
+    bn = module_of(group.bn)
+    affine = None if bn is None else bn_affine(bn)
+    if affine is not None and group.bn_before:  # input channel c meets the output channels c * m ... c * m + m - 1
+        multiplier = layer.out_channels // layer.in_channels  # type: ignore[operator]
+        affine = _Affine(affine.gain.repeat_interleave(multiplier), affine.shift.repeat_interleave(multiplier))
+    return affine
+
+
+def _fold_bias(layer: nn.Module, affine: _Affine, bn_before: bool) -> None:
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    bias = torch.zeros_like(affine.shift) if layer.bias is None else layer.bias.double()  # type: ignore[operator]
+    if bn_before:
+        folded = bias + layout_of(layer).rows(weight).double().sum(dim=1) * affine.shift
+    else:
+        folded = bias * affine.gain + affine.shift
+    layer.bias = nn.Parameter(folded.to(weight.dtype), requires_grad=False)
+
+
+def _with_codes(
+    layer: nn.Module, affine: Optional[_Affine], mode: str, estimator: str, percentile: float
+) -> tuple[nn.Module, Optional[str]]:
+    """A layer with codes in place of a quantized weight, BN's gain in its scale, and why that is lossy, if it is."""
+    quantizer: WeightQuantizer = layer.parametrizations.weight[0]  # type: ignore[union-attr, index, assignment]
+    original: Tensor = layer.parametrizations.weight.original  # type: ignore[union-attr, assignment]
+    layout, per_tensor = quantizer.layout, quantizer.scale.numel() == 1
+    scale, why_lossy = positive(quantizer.scale).detach(), None
+    codes = quantizer.codes(original)
+    if affine is not None and (per_tensor or mode == "weight"):
+        weight = original.double() * layout.expand(affine.gain)
+        rows = layout.rows(weight, not per_tensor)
+        scale = fit_symmetric_scale(rows, quantizer.quant_max, estimator, percentile).to(scale.dtype)
+        quotient = (weight / layout.expand(scale)).round().clamp(-quantizer.quant_max, quantizer.quant_max)
+        codes = quotient.to(codes.dtype)
+        why_lossy = f"weights quantized anew ({'one scale for the whole tensor' if per_tensor else 'fold.mode=weight'})"
+    elif affine is not None:
+        new_scale = (scale.double() * affine.gain.abs()).to(scale.dtype)
+        vanishes = new_scale < SMALLEST_SCALE
+        sign = torch.where(vanishes, 0.0, affine.gain.sign())
+        codes = codes * layout.expand(sign).to(codes.dtype)
+        scale = torch.where(vanishes, scale, new_scale)
+    plain = _unparametrized(layer)
+    dequantize = Dequantize(
+        quantizer.bits, layout.ndim, layout.transposed, layout.groups, layout.in_channels, scale
+    )
+    set_codes(plain, "weight", codes, dequantize)
+    return plain, why_lossy
+
+
+def _unparametrized(layer: nn.Module) -> nn.Module:
+    """The layer as its plain class, without a weight. parametrize.remove_parametrizations is no way here: it changes
+    the layer's class, which a deep copy shares with the simulation it was copied from."""
+    kind = parametrize.type_before_parametrizations(layer)
+    plain: nn.Module = kind.__new__(kind)
+    plain.__dict__.update(layer.__dict__)
+    plain._parameters, plain._buffers = dict(layer._parameters), dict(layer._buffers)
+    plain._modules = {name: child for name, child in layer._modules.items() if name != "parametrizations"}
+    return plain

@@ -1,0 +1,97 @@
+"""How the stages take batches from a user's loader and feed them to a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from bnre_exp.errors import UserError
+
+ForwardFn = Callable[[nn.Module, Any], Any]
+
+
+@dataclass
+class Passes:
+    """How far :func:`take_batches` has come: batches taken, and passes over the loader begun."""
+
+    batches: int = field(default=0)
+    passes: int = field(default=0)
+
+
+def take_batches(loader: Iterable[Any], num_batches: int, count: Optional[Passes] = None) -> Iterator[Any]:
+    """Yield exactly ``num_batches`` batches; a loader that is shorter is iterated again.
+
+    ``count`` is kept up to date. Raises ``UserError`` if num_batches is below 1 or the loader yields nothing (an
+    iterator that cannot be restarted yields nothing the second time).
+    """
+    if num_batches < 1:
+        raise UserError(f"num_batches={num_batches}: expected at least 1.")
+    count = count if count is not None else Passes()
+    while count.batches < num_batches:
+        count.passes += 1
+        before = count.batches
+        for batch in loader:
+            count.batches += 1
+            yield batch
+            if count.batches == num_batches:
+                return
+        if count.batches == before:
+            again = f" after the first {before}" if before else ""
+            raise UserError(
+                f"The data loader yields no batches{again}, but {num_batches} are needed; give a loader that is not "
+                "empty and can be iterated again, or a smaller number of batches."
+            )
+
+
+def feed(model: nn.Module, batch: Any, device: torch.device, forward_fn: Optional[ForwardFn] = None) -> Any:
+    """Run the model on a batch: a tensor as it is, of a tuple or list the first element, moved to ``device``.
+
+    ``forward_fn(model, batch)`` replaces that for other batches; tensors at the top level of its batch are moved too.
+    Raises ``UserError`` naming ``forward_fn`` for batches of any other kind.
+    """
+    if forward_fn is not None:
+        return forward_fn(model, to_device(batch, device))
+    x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if not isinstance(x, Tensor):
+        raise UserError(
+            f"A batch is of type {type(batch).__name__}; without forward_fn it must be a tensor, or a tuple or list "
+            "whose first element is one. Pass forward_fn=lambda model, batch: model(...)."
+        )
+    return model(x.to(device, non_blocking=True))
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on ``device``; tuples, lists and dicts are looked into."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter or buffer lives."""
+    first = next(model.parameters(), None)
+    first = next(model.buffers(), None) if first is None else first
+    return torch.device("cpu") if first is None else first.device
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode, then each back in the mode it was in, whatever happens."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
