@@ -66,7 +66,6 @@ class Recalibrate(Enum):
 class FoldMode(Enum):
     """Where the BN scale goes."""
 
-    auto = "auto"
     scale = "scale"
     weight = "weight"
 
@@ -299,7 +298,7 @@ class FoldConfig:
 
     group: ClassVar[str] = "fold"
     mode: FoldMode = opt(
-        FoldMode.auto, "scale: into the weight scale, exact; weight: weights are re-quantized; auto: scale if per channel"
+        FoldMode.scale, "scale: into the weight scale, exact (per-channel weights); weight: quantize the weights anew"
     )
     bias_bits: Optional[int] = opt(32, "bits of biases on the grid s_in*s_w; null: float biases", ge=8, le=32)
 

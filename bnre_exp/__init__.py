@@ -1,0 +1,38 @@
+"""Batch-norm re-estimation after quantization: simulate, re-estimate, fold, and prove that it helps."""
+
+from bnre_exp.errors import TrainingDivergedError, UserError
+# TEMP from bnre_exp.export.checkpoint import load_folded, save_folded
+from bnre_exp.quantsim.insert import (
+    activation_quantizers,
+    bypassed,
+    quantize,
+    sim_report,
+    weight_quantizers,
+)
+from bnre_exp.quantsim.scheme import LayerRule, QuantScheme
+from bnre_exp.stages.bias import quantize_biases
+from bnre_exp.stages.calibrate import calibrate
+from bnre_exp.stages.evaluate import evaluate
+from bnre_exp.stages.fold import fold_batch_norms
+from bnre_exp.stages.reestimate import reestimate_bn_stats
+from bnre_exp.stages.train import train
+
+__all__ = [
+    "LayerRule",
+    "QuantScheme",
+    "TrainingDivergedError",
+    "UserError",
+    "activation_quantizers",
+    "bypassed",
+    "calibrate",
+    "evaluate",
+    "fold_batch_norms",
+    "load_folded",
+    "quantize",
+    "quantize_biases",
+    "reestimate_bn_stats",
+    "save_folded",
+    "sim_report",
+    "train",
+    "weight_quantizers",
+]

@@ -1,0 +1,181 @@
+"""Seeded data loaders by role: train, calibration, reestimation, validation, test.
+
+Validation is split off the training data by the seed; calibration and re-estimation draw from what remains, without
+augmentation; test data are only ever evaluated on. Datasets are callables ``f(train: bool, root, **kwargs)``: those
+that come along and a user's own alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from bnre_exp.batches import Batch, SeededBatches
+from bnre_exp.datasets import ImageTensors, cifar10, cifar100, digits, fashion_mnist, image_folder, imagenet
+from bnre_exp.errors import UserError
+from bnre_exp.preprocess import Preprocessing, resolve_preprocessing
+from bnre_exp.progress import Progress, no_progress
+from bnre_exp.splits import Split, load_split, stream_seed
+
+__all__ = [
+    "ImageTensors",
+    "Loaders",
+    "Preprocessing",
+    "build_loaders",
+    "check_labels",
+    "cifar10",
+    "cifar100",
+    "digits",
+    "fashion_mnist",
+    "image_folder",
+    "imagenet",
+    "resolve_preprocessing",
+]
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """Loaders by role, each giving ``(float32 [N, C, H, W], int64 [N])``, and what is known about their data.
+
+    ``indices``: by role, into the split that the dataset's callable returned (int64 ``[N]``). ``digests``: of the
+    contents of the ``train`` and ``test`` split. ``num_classes_seen``: different classes among the training images.
+    ``label_range``: smallest and largest class by split.
+    """
+
+    train: DataLoader[Batch]
+    calibration: DataLoader[Batch]
+    reestimation: DataLoader[Batch]
+    validation: DataLoader[Batch] | None
+    test: DataLoader[Batch]
+    indices: Mapping[str, Tensor]
+    digests: Mapping[str, str]
+    num_classes_seen: int
+    label_range: Mapping[str, tuple[int, int]]
+    recipes: Mapping[str, Callable[[], DataLoader[Batch]]]
+
+    def fresh(self, role: str) -> DataLoader[Batch]:
+        """A new loader of ``role`` whose random order and augmentation start from the seed again.
+
+        Two fresh loaders give the same batches. Raises KeyError where there is no such role (``validation`` of a
+        ``val_fraction`` of 0).
+        """
+        return self.recipes[role]()
+
+    def example(self) -> Tensor:
+        """Two training images ``[2, C, H, W]``, not augmented; always the same for the same build."""
+        dataset: Any = self.calibration.dataset
+        images: Tensor = dataset.__getitems__(([0, 1], 0))[0]
+        return images
+
+
+def build_loaders(
+    target: str,
+    *,
+    root: str | None,
+    kwargs: Mapping[str, Any] | None,
+    preprocessing: Preprocessing,
+    seed: int,
+    batch_size: int,
+    eval_batch_size: int,
+    val_fraction: float,
+    train_limit: int | None,
+    test_limit: int | None,
+    in_memory: bool,
+    augment: bool,
+    workers: int,
+    pin_memory: bool = False,
+    progress: Progress = no_progress,
+) -> Loaders:
+    """Build the dataset that ``target`` (a dotted path) names, and its loaders.
+
+    Everything random depends on ``seed`` and the role alone. ``train_limit`` draws its images by the seed,
+    ``test_limit`` takes evenly spaced ones. Batches of ``batch_size`` are full, unless there is not even one; those of
+    ``eval_batch_size`` (validation, test) cover every image, in order. Raises UserError for a dataset that is not
+    there, is empty, or returns something else than (PIL image or uint8 tensor, class).
+    """
+
+    def load(train: bool, limit: int | None) -> Split:
+        return load_split(target, train, root, kwargs or {}, preprocessing, limit, seed, in_memory, progress)
+
+    splits = {"train": load(True, train_limit), "test": load(False, test_limit)}
+    kept, held_out = _split_positions(len(splits["train"].indices), val_fraction, seed)
+    positions = {
+        "train": kept,
+        "calibration": kept,
+        "reestimation": kept,
+        "validation": held_out,
+        "test": torch.arange(len(splits["test"].indices)),
+    }
+    if not len(held_out):
+        del positions["validation"]
+
+    def recipe(role: str) -> Callable[[], DataLoader[Batch]]:
+        evaluated = role in ("validation", "test")
+        split = splits["test" if role == "test" else "train"]
+        view = split.view(positions[role], preprocessing, augment and role == "train")
+        size = eval_batch_size if evaluated else batch_size
+        return lambda: _loader(view, role, size, not evaluated, seed, workers, pin_memory)
+
+    recipes = {role: recipe(role) for role in positions}
+    return Loaders(
+        train=recipes["train"](),
+        calibration=recipes["calibration"](),
+        reestimation=recipes["reestimation"](),
+        validation=recipes["validation"]() if "validation" in recipes else None,
+        test=recipes["test"](),
+        indices={
+            role: splits["test" if role == "test" else "train"].indices[where] for role, where in positions.items()
+        },
+        digests={name: split.digest for name, split in splits.items()},
+        num_classes_seen=len(splits["train"].labels.unique()),
+        label_range={name: (int(split.labels.min()), int(split.labels.max())) for name, split in splits.items()},
+        recipes=recipes,
+    )
+
+
+def check_labels(loaders: Loaders, num_classes: int) -> None:
+    """Raise UserError unless every class lies in ``[0, num_classes)``."""
+    for split, (low, high) in loaders.label_range.items():
+        if low < 0 or high >= num_classes:
+            way_out = f"Set dataset.num_classes={high + 1}." if low >= 0 else "Number them from 0."
+            raise UserError(
+                f"dataset.num_classes={num_classes}: the {split} images have classes from {low} to {high}; expected "
+                f"0 to {num_classes - 1}. {way_out}"
+            )
+
+
+def _loader(
+    view: Any, role: str, batch_size: int, shuffle: bool, seed: int, workers: int, pin_memory: bool
+) -> DataLoader[Batch]:
+    stream = stream_seed(seed, role)
+    batches: Any = SeededBatches(len(view), batch_size, shuffle=shuffle, drop_last=shuffle, seed=stream)
+    return DataLoader(
+        view,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_as_fetched,
+        pin_memory=pin_memory,
+        # Workers are seeded from this one; without it, every pass would draw from torch's global generator.
+        generator=torch.Generator().manual_seed(stream),
+    )
+
+
+def _as_fetched(batch: Any) -> Any:
+    return batch
+
+
+def _split_positions(count: int, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """(kept, held out) positions of ``count`` training images, ascending and disjoint."""
+    held = max(1, round(count * val_fraction)) if val_fraction > 0 else 0
+    if count - held < 2:
+        raise UserError(
+            f"dataset: {count} training images less {held} for validation leave fewer than 2, which BN cannot be "
+            "trained on; raise dataset.train_limit or lower dataset.val_fraction."
+        )
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(stream_seed(seed, "validation split")))
+    return order[held:].sort().values, order[:held].sort().values

@@ -1,0 +1,135 @@
+"""Networks by name: torchvision's, timm's, or any importable callable, with weights and a head that fit the data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnre_exp.errors import UserError
+from bnre_exp.targets import call_target, resolve_target
+from bnre_exp.weights import load_checkpoint
+from bnre_exp.zoo import (
+    BuiltModel,
+    build_timm,
+    build_torchvision,
+    head_names,
+    replace_heads,
+    timm_model,
+    timm_preprocessing,
+    torchvision_model,
+    torchvision_preprocessing,
+    weights_setting,
+)
+
+__all__ = [
+    "BuiltModel",
+    "build_model",
+    "check_head",
+    "timm_model",
+    "timm_preprocessing",
+    "torchvision_model",
+    "torchvision_preprocessing",
+]
+
+_BUILDERS = {torchvision_model: build_torchvision, timm_model: build_timm}
+
+
+def build_model(
+    target: str,
+    *,
+    name: str | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    num_classes: int,
+    weights: str | None = None,
+    checkpoint: str | None = None,
+    strip_prefixes: Sequence[str] = (),
+    strict: bool = True,
+    replace_head: bool = False,
+) -> BuiltModel:
+    """Build the network that the dotted path ``target`` names, and load its weights.
+
+    :func:`torchvision_model` and :func:`timm_model` get ``name``, ``num_classes`` and ``weights``; a user's own
+    callable gets ``kwargs`` only, and :func:`check_head` tells later whether its classes fit. With a ``checkpoint``,
+    ``weights`` is not fetched and gives the preprocessing only. ``replace_head``: a last layer of another class count
+    is replaced by a new one. Raises UserError for whatever does not exist, cannot be fetched or does not fit.
+    """
+    factory = resolve_target(target, "model._target_")
+    known = _BUILDERS.get(factory)
+    if known is not None:
+        if not name:
+            raise UserError("model.name is not set: expected an architecture such as resnet18.")
+        built = known(name, num_classes, weights, checkpoint is None, replace_head, dict(kwargs or {}))
+    else:
+        if weights_setting(weights) is not None:
+            raise UserError(
+                f"model.weights={weights} means nothing to {target}; it is for torchvision's and timm's networks. Pass "
+                "what the callable takes in model.kwargs, or a file as model.checkpoint."
+            )
+        module = call_target(factory, target, "model.kwargs", kwargs or {})
+        if not isinstance(module, nn.Module):
+            raise UserError(f"model._target_={target} returned a {type(module).__name__}; expected a torch.nn.Module.")
+        built = BuiltModel(module)
+    notes = built.notes
+    if checkpoint is not None:
+        notes += load_checkpoint(
+            built.module,
+            checkpoint,
+            strip_prefixes=strip_prefixes,
+            strict=strict,
+            heads=head_names(built.module),
+            replace_head=replace_head,
+        )
+    if replace_head and known is None:
+        notes += replace_heads(built.module, num_classes)
+    return replace(built, pretrained=built.pretrained or checkpoint is not None, notes=notes)
+
+
+def check_head(module: nn.Module, example_input: Tensor, num_classes: int) -> None:
+    """Run one forward pass in evaluation mode, and raise UserError unless it gives ``[N, num_classes]``.
+
+    ``example_input`` is ``[N, C, H, W]``, moved to the module's device. Of a dict or tuple, the first tensor counts.
+    The modes of all submodules are restored; nothing else changes.
+    """
+    weight = next(module.parameters(), None)
+    example = example_input if weight is None else example_input.to(weight.device)
+    with _evaluation_mode(module), torch.no_grad():
+        try:
+            output = _first_tensor(module(example))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise UserError(
+                f"model: the network cannot take images of shape {list(example.shape)}: {error}. Check "
+                "dataset.image_size (small images are enlarged to it) and the network's input channels."
+            ) from error
+    expected = [len(example), num_classes]
+    if output is None or list(output.shape) != expected:
+        got = "nothing of tensor type" if output is None else f"{list(output.shape)}"
+        classes = f"{output.shape[1]} classes" if output is not None and output.ndim == 2 else f"an output {got}"
+        raise UserError(
+            f"model: the network gives {classes} where the dataset has {num_classes} (expected {expected}, got {got}). "
+            "Set its class count in model.kwargs, replace its last layer with model.replace_head=true, or correct "
+            "dataset.num_classes."
+        )
+
+
+def _first_tensor(output: Any) -> Tensor | None:
+    if isinstance(output, Tensor):
+        return output
+    items = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
+    found = (_first_tensor(item) for item in items)
+    return next((tensor for tensor in found if tensor is not None), None)
+
+
+@contextmanager
+def _evaluation_mode(module: nn.Module) -> Iterator[None]:
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training

@@ -1,0 +1,87 @@
+"""The table at the end of a run: accuracy stage by stage, and everything that was left out, with the reason."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Optional
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+LISTED = 8  # entries of a list of exceptions that the console shows; report.md has them all
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """One row. top1 in [0, 1]; delta: change of top1 against the row above that it follows (None for the first); loss:
+    cross-entropy [nats]; seconds: of the stage itself, without its evaluation."""
+
+    stage: str
+    top1: float
+    delta: Optional[float]
+    loss: float
+    seconds: float
+    note: str = ""
+
+
+@dataclass
+class Summary:
+    """All that a run reports. exceptions: heading -> ``(name, reason)``; places: what -> path or command."""
+
+    title: str
+    stages: list[StageResult] = field(default_factory=list)
+    exceptions: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
+
+
+def stage_table(summary: Summary) -> Table:
+    """The stages as a table for the console."""
+    table = Table(title=summary.title, title_justify="left", title_style="bold")
+    for heading in ("stage", "top-1", "change", "loss", "seconds"):
+        table.add_column(heading, justify="left" if heading == "stage" else "right", no_wrap=True)
+    table.add_column("", overflow="fold")
+    for row in summary.stages:
+        table.add_row(row.stage, *_cells(row), row.note)
+    return table
+
+
+def _cells(row: StageResult) -> tuple[str, str, str, str]:
+    delta = "" if row.delta is None else f"{row.delta:+.4f}"
+    loss = f"{row.loss:.4f}" if abs(row.loss) < 1e4 or math.isnan(row.loss) else f"{row.loss:.2e}"
+    return f"{row.top1:.4f}", delta, loss, f"{row.seconds:.1f}"
+
+
+def print_summary(summary: Summary, console: Console) -> None:
+    """Print the table, the exceptions grouped by reason, and where things are."""
+    console.print()
+    console.print(stage_table(summary))
+    for heading, rows in summary.exceptions.items():
+        for line in _by_reason(rows):
+            console.print(Text(f"{heading}: {line}"))
+    for what, place in summary.places.items():
+        console.print(Text(f"{what}: "), Text(place, style="cyan"), sep="", soft_wrap=True)
+
+
+def _by_reason(rows: Iterable[tuple[str, str]]) -> list[str]:
+    names: dict[str, list[str]] = {}
+    for name, reason in rows:
+        names.setdefault(reason, []).append(name)
+    lines = []
+    for reason, members in names.items():
+        more = f" and {len(members) - LISTED} more" if len(members) > LISTED else ""
+        lines.append(f"{', '.join(members[:LISTED])}{more} ({reason})")
+    return lines
+
+
+def markdown(summary: Summary) -> str:
+    """The whole summary as Markdown, every exception on a line of its own."""
+    lines = [f"# {summary.title}", "", "| stage | top-1 | change | loss | seconds | |", "|---|--:|--:|--:|--:|---|"]
+    lines += [f"| {row.stage} | {' | '.join(_cells(row))} | {row.note} |" for row in summary.stages]
+    for heading, rows in summary.exceptions.items():
+        lines += ["", f"## {heading}", ""]
+        lines += [f"- `{name}`: {reason}" for name, reason in rows] or ["- none"]
+    lines += ["", "## Files and commands", ""] + [f"- {what}: `{place}`" for what, place in summary.places.items()]
+    return "\n".join(lines) + "\n"

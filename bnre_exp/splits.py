@@ -1,0 +1,157 @@
+"""One split of a dataset: which of its images are used, their classes, and a digest of their contents."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnre_exp.batches import ItemView, MemoryView, own_random_state, read_item
+from bnre_exp.datasets import ImageTensors
+from bnre_exp.errors import UserError
+from bnre_exp.preprocess import Preprocessing, as_channels, resize_and_crop
+from bnre_exp.progress import Progress
+from bnre_exp.targets import call_target, resolve_target
+
+logger = logging.getLogger(__name__)
+
+# Labels that a dataset does not list are looked up for this many images, and so are contents for its digest.
+_SAMPLED_ITEMS = 64
+
+# Prepared splits of this process: train and test of two datasets, so that jobs of a sweep do not prepare them anew.
+_PREPARED: OrderedDict[str, Split] = OrderedDict()
+_PREPARED_MAX = 4
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split: which images of the source are used, their classes, and a digest of their contents.
+
+    ``indices``: ``[N]`` into the source, ascending. ``labels``: int64 ``[N]``, or fewer where the source does not
+    list them and they were sampled. ``images``: uint8 ``[N, C, S, S]`` if in memory, else None and ``source`` is read.
+    """
+
+    indices: Tensor
+    labels: Tensor
+    digest: str
+    source: Any = None
+    images: Tensor | None = None
+
+    def view(self, positions: Tensor, preprocessing: Preprocessing, augment: bool) -> MemoryView | ItemView:
+        """The images at ``positions`` (into ``indices``) as a dataset of batches."""
+        if self.images is not None:
+            return MemoryView(self.images, self.labels, positions, preprocessing, augment)
+        return ItemView(self.source, self.indices[positions], preprocessing, augment)
+
+
+def memory_split(source: Any, indices: Tensor, preprocessing: Preprocessing, progress: Progress, name: str) -> Split:
+    """Read, resize and crop images ``indices`` once; the digest is that of the resulting pixels and the classes."""
+    if isinstance(source, ImageTensors):
+        everything = len(indices) == len(source)
+        raw = source.images if everything else source.images[indices]
+        images, labels = resize_and_crop(raw, preprocessing).contiguous(), source.labels[indices]
+    else:
+        pixels, classes = [], []
+        for index in progress(indices.tolist(), f"reading {name} images", len(indices)):
+            image, label = read_item(source, index)
+            pixels.append(resize_and_crop(image, preprocessing))
+            classes.append(label)
+        channels = max(image.shape[0] for image in pixels)
+        images, labels = torch.stack([as_channels(image, channels) for image in pixels]), torch.tensor(classes)
+    return Split(indices, labels, _digest([str(tuple(images.shape)), images.numpy(), labels.numpy()]), images=images)
+
+
+def item_split(source: Any, indices: Tensor) -> Split:
+    """Images ``indices``, read when needed; the digest is that of file names and sizes, or of sampled contents."""
+    labels = _listed_labels(source)
+    samples = getattr(source, "samples", None)
+    if samples and labels is not None:
+        root = os.path.commonpath([os.path.dirname(path) for path, _ in samples])
+        files = [samples[index] for index in indices.tolist()]
+        names = [f"{os.path.relpath(path, root)} {os.path.getsize(path)} {label}" for path, label in files]
+        return Split(indices, labels[indices], _digest(names), source=source)
+    sampled = indices[:: max(1, len(indices) // _SAMPLED_ITEMS)].tolist()
+    with own_random_state(0):
+        items = [read_item(source, index) for index in sampled]
+    seen = torch.tensor([label for _, label in items]) if labels is None else labels[indices]
+    return Split(
+        indices, seen, _digest([str(len(indices)), *(image.numpy() for image, _ in items), seen.numpy()]), source=source
+    )
+
+
+def _listed_labels(source: Any) -> Tensor | None:
+    """The classes of all images, where the dataset lists them without reading an image."""
+    for name in ("labels", "targets"):
+        values = getattr(source, name, None)
+        if isinstance(values, (Tensor, np.ndarray, Sequence)) and len(values) == len(source):
+            return torch.as_tensor(np.asarray(values), dtype=torch.int64)
+    return None
+
+
+def _digest(parts: Sequence[Any]) -> str:
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(part.encode() + b"\n" if isinstance(part, str) else np.ascontiguousarray(part).tobytes())
+    return sha.hexdigest()
+
+
+def stream_seed(seed: int, purpose: str) -> int:
+    """A seed of its own for every purpose, the same in every process (hash() is not)."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:7], "big")
+
+
+def _chosen(count: int, limit: int | None, train: bool, seed: int) -> Tensor:
+    if limit is None or limit >= count:
+        return torch.arange(count)
+    if train:
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(stream_seed(seed, "train limit")))
+        return order[:limit].sort().values
+    # Folders list images class by class: the first ones would be of one class.
+    return torch.arange(limit) * count // limit
+
+
+def load_split(
+    target: str,
+    train: bool,
+    root: str | None,
+    kwargs: Mapping[str, Any],
+    preprocessing: Preprocessing,
+    limit: int | None,
+    seed: int,
+    in_memory: bool,
+    progress: Progress,
+) -> Split:
+    geometry = preprocessing.resize_size, preprocessing.image_size, preprocessing.interpolation
+    drawn_by = seed if train and limit is not None else None
+    key = json.dumps([target, train, root, dict(kwargs), geometry, limit, drawn_by], sort_keys=True, default=repr)
+    if in_memory and key in _PREPARED:
+        _PREPARED.move_to_end(key)
+        return _PREPARED[key]
+    callable_ = resolve_target(target, "dataset._target_")
+    source = call_target(callable_, target, "dataset.kwargs", kwargs, train=train, root=root)
+    name = "training" if train else "test"
+    if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
+        raise UserError(
+            f"dataset._target_={target} returned a {type(source).__name__}; expected a dataset with a length and items "
+            "(image, class)."
+        )
+    if not len(source):
+        raise UserError(f"dataset._target_={target} returned no {name} images; check dataset.root={root}.")
+    indices = _chosen(len(source), limit, train, seed)
+    if not in_memory:
+        return item_split(source, indices)
+    split = memory_split(source, indices, preprocessing, progress, name)
+    logger.info("%d %s images in memory, %.0f MB", len(indices), name, split.images.numel() / 1e6)  # type: ignore[union-attr]
+    _PREPARED[key] = split
+    if len(_PREPARED) > _PREPARED_MAX:
+        _PREPARED.popitem(last=False)
+    return split

@@ -1,0 +1,48 @@
+"""Do two networks compute the same function?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from torch import nn
+
+from bnre_exp.progress import Progress, no_progress
+from bnre_exp.quantsim.insert import bypassed
+from bnre_exp.stages.evaluate import cached_weights, logits_of
+from bnre_exp.stages.inputs import ForwardFn, device_of, evaluation_mode, feed
+
+
+@dataclass(frozen=True)
+class Difference:
+    """largest: the largest absolute difference of a logit; relative: that divided by the largest absolute logit."""
+
+    largest: float
+    relative: float
+
+
+@torch.no_grad()
+def compare_logits(
+    first: nn.Module,
+    second: nn.Module,
+    dataloader: Iterable[Any],
+    forward_fn: Optional[ForwardFn] = None,
+    *,
+    progress: Progress = no_progress,
+) -> Difference:
+    """Compare logits over all of ``dataloader`` with activation quantizers bypassed; nothing is changed.
+
+    A quantizer would turn a difference of float rounding, at a tie, into one of a whole step.
+    """
+    largest = magnitude = torch.zeros((), dtype=torch.float64)
+    total = len(dataloader) if hasattr(dataloader, "__len__") else None
+    device = device_of(first)
+    modes = evaluation_mode(first), evaluation_mode(second), bypassed(first), bypassed(second)
+    with modes[0], modes[1], modes[2], modes[3], cached_weights(first):
+        for batch in progress(dataloader, "fold: compare logits", total):
+            a, b = (logits_of(feed(model, batch, device, forward_fn)).double().cpu() for model in (first, second))
+            largest = torch.maximum(largest, (a - b).abs().amax())
+            magnitude = torch.maximum(magnitude, a.abs().amax())
+    return Difference(float(largest), float(largest / magnitude) if magnitude > 0 else float(largest))
