@@ -1,7 +1,7 @@
 """Batch-norm re-estimation after quantization: simulate, re-estimate, fold, and prove that it helps."""
 
 from bnre_exp.errors import TrainingDivergedError, UserError
-# TEMP from bnre_exp.export.checkpoint import load_folded, save_folded
+from bnre_exp.export.checkpoint import load_folded, save_folded
 from bnre_exp.quantsim.insert import (
     activation_quantizers,
     bypassed,
