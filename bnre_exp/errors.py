@@ -9,3 +9,7 @@ class UserError(ValueError):
 
 class TrainingDivergedError(UserError):
     """The training loss is no longer finite."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived."""

@@ -180,9 +180,6 @@ def _insert_activation_quantizers(
         _insert_after(node, f"{CONTAINER}.{node.name}")
     if reference is not None:
         container.to(reference.device)
-    for node in sim.graph.nodes:
-        if node.op == "call_module" and isinstance(module_of(node), ActivationQuantizer):
-            node.meta.update({"is_float": True, "is_single": True, "ndim": node.args[0].meta.get("ndim")})
 
 
 def _why_no_quantizer(node: fx.Node, scheme: QuantScheme) -> Optional[str]:
@@ -209,6 +206,7 @@ def _insert_after(node: fx.Node, target: str) -> None:
         new = node.graph.call_module(target, ())
     node.replace_all_uses_with(new)
     new.args = (node,)
+    new.meta.update({key: node.meta[key] for key in ("is_float", "is_single", "ndim") if key in node.meta})
 
 
 def _quantize_weights(

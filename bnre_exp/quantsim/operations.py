@@ -11,6 +11,7 @@ import torchvision
 from torch import fx, nn
 
 from bnre_exp.quantsim.groups import module_of
+from bnre_exp.quantsim.quantizer import ActivationQuantizer
 from bnre_exp.quantsim.trace import FollowTraining
 
 # These move or select values, so a value on the grid stays on it.
@@ -68,12 +69,15 @@ def is_nonnegative(node: Any) -> bool:
     """Whether every value of the node's output is provably >= 0, whatever the input."""
     if not isinstance(node, fx.Node):
         return isinstance(node, (int, float)) and node >= 0
-    if node.op == "call_module" and isinstance(module_of(node), NONNEGATIVE_MODULES):
+    module = module_of(node)
+    if isinstance(module, ActivationQuantizer):
+        return module.unsigned
+    if isinstance(module, NONNEGATIVE_MODULES):
         return True
     if node.op in ("call_function", "call_method") and node.target in NONNEGATIVE_CALLS:
         return True
     if node.op == "call_module":
-        passes_on = is_preserving(node) or isinstance(module_of(node), MONOTONE_MODULES)
+        passes_on = is_preserving(node) or isinstance(module, MONOTONE_MODULES)
     else:
         passes_on = is_preserving(node) or (node.op != "get_attr" and node.target in MONOTONE_CALLS)
     operands = [source for source in node.all_input_nodes if source.meta.get("is_float")]

@@ -24,10 +24,11 @@ def check_same_behaviour(original: nn.Module, traced: fx.GraphModule, inputs: Se
     ``UserError`` naming the first module whose outputs differ.
     """
     notes: list[str] = []
+    names = _leaf_names(original) & _leaf_names(traced)
     for training in (False, True):
         for batch in _two_batches(inputs):
-            expected, wanted = _record(original, batch, training, where="the network itself")
-            actual, got = _record(traced, batch, training, where="the traced network")
+            expected, wanted = _record(original, batch, training, names, "the network itself")
+            actual, got = _record(traced, batch, training, names, "the traced network")
             if training and _is_one_tensor(actual) and not _is_one_tensor(expected):
                 expected = next(iter(_tensors(expected)))
                 note = "outputs beyond the first, given in training mode only (auxiliary heads), are dropped"
@@ -83,12 +84,19 @@ def _same(a: Any, b: Any) -> bool:
 Outputs = dict[tuple[str, int], Any]
 
 
-def _record(model: nn.Module, inputs: Sequence[Tensor], training: bool, where: str) -> tuple[Any, Outputs]:
-    """Run a copy. Random numbers start anew before each module of a name, so that a dropped head shifts nothing."""
+def _leaf_names(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if name and not any(True for _ in module.children())}
+
+
+def _record(
+    model: nn.Module, inputs: Sequence[Tensor], training: bool, names: set[str], where: str
+) -> tuple[Any, Outputs]:
+    """Run a copy and keep the outputs of the modules in ``names``, which both networks have. Random numbers start anew
+    before each of them, so that those drawn in a dropped head shift nothing."""
     model = copy.deepcopy(model).train(training)
     outputs: Outputs = {}
     calls: dict[str, int] = defaultdict(int)
-    with torch.random.fork_rng(devices=_cuda_devices(inputs)), torch.no_grad(), _hooked(model, outputs, calls):
+    with torch.random.fork_rng(devices=_cuda_devices(inputs)), torch.no_grad(), _hooked(model, names, outputs, calls):
         torch.manual_seed(0)
         try:
             return model(*inputs), outputs
@@ -105,11 +113,10 @@ def _cuda_devices(inputs: Sequence[Tensor]) -> list[int]:
 
 
 @contextmanager
-def _hooked(model: nn.Module, outputs: Outputs, calls: dict[str, int]) -> Iterator[None]:
+def _hooked(model: nn.Module, names: set[str], outputs: Outputs, calls: dict[str, int]) -> Iterator[None]:
     handles = []
-    for name, module in model.named_modules():
-        if not name or any(True for _ in module.children()):
-            continue
+    for name in sorted(names):
+        module = model.get_submodule(name)
 
         def before(_: nn.Module, __: Any, name: str = name) -> None:
             torch.manual_seed(zlib.crc32(name.encode()) + calls[name])

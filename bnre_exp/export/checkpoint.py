@@ -1,0 +1,153 @@
+"""Folded networks as files: a safetensors file and a JSON file that need neither pickle nor the model's own code."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Optional, Union
+
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from bnre_exp.errors import UserError
+from bnre_exp.export.files import check_replaceable, read_checkpoint, write_checkpoint
+from bnre_exp.export.graph_json import encode_graph, is_name, is_path, qualified_name
+from bnre_exp.export.module_json import describe_module
+from bnre_exp.export.rebuild import outside_names, rebuild
+from bnre_exp.export.tensors import encode_tensors
+from bnre_exp.export.value_json import encode_value
+from bnre_exp.quantsim.quantizer import ActivationQuantizer, WeightQuantizer
+
+logger = logging.getLogger(__name__)
+
+
+def save_folded(folded: fx.GraphModule, path: Union[str, os.PathLike[str]]) -> tuple[str, ...]:
+    """Write a folded network to the folder ``path``, whole or not at all; the network is unchanged.
+
+    The folder holds ``weights.safetensors`` (every tensor as it is, weights as integer codes and scales) and
+    ``network.json`` (the graph, the class and constructor arguments of its modules). A checkpoint that is there is
+    replaced.
+
+    Returns, and logs, what these files cannot rebuild, as ``"name (type)"``: modules and functions that are neither
+    torch's, torchvision's nor ours. :func:`load_folded` then needs ``model=``.
+
+    Raises ``UserError`` if the network is not folded, holds something that cannot be stored, or the folder holds other
+    files or cannot be written.
+    """
+    target = Path(path)
+    check_replaceable(target)
+    try:
+        document, tensors = _describe(folded)
+        weights, document["tensors"] = encode_tensors(tensors)
+    except UserError as error:
+        raise UserError(f"The network cannot be saved: {error}.") from error
+    write_checkpoint(target, document, weights)
+    outside = outside_names(document["modules"], document["graph"])
+    if outside:
+        logger.warning("The checkpoint %s needs load_folded(path, model=...) because of %s", path, ", ".join(outside))
+    return outside
+
+
+def load_folded(path: Union[str, os.PathLike[str]], model: Optional[nn.Module] = None) -> fx.GraphModule:
+    """Return the network that :func:`save_folded` wrote, with its tensors and outputs bit for bit.
+
+    It is in evaluation mode and on the CPU. Only tensor functions and modules of torch, torchvision and our own are
+    ever called, apart from what ``model`` provides.
+
+    model: the network that was quantized; needed only where the checkpoint holds modules or functions of the user's
+    own. Modules are copied from it and filled with the checkpoint's tensors; functions are those that its source files
+    mark with ``torch.fx.wrap``.
+
+    Raises ``UserError`` if the files are missing, damaged or not ours, or ``model`` is needed or does not fit.
+    """
+    document, weights = read_checkpoint(Path(path))
+    try:
+        return rebuild(document, weights, model)
+    except UserError as error:
+        raise UserError(f"The checkpoint {path} cannot be loaded: {error}.") from error
+    except Exception as error:  # a file from outside can be wrong in any way, and each is the same to the user
+        raise UserError(
+            f"The checkpoint {path} cannot be loaded: its network.json is damaged ({type(error).__name__}: {error})."
+        ) from error
+
+
+def _describe(folded: fx.GraphModule) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    _check_folded(folded)
+    rows = encode_graph(folded.graph)
+    leaves = {str(row["target"]): folded.get_submodule(row["target"]) for row in rows if row["op"] == "call_module"}
+    modules = {name: _describe_leaf(name, leaf, leaves) for name, leaf in leaves.items()}
+    attributes = _attributes(folded, rows, leaves)
+    parameters = dict(folded.named_parameters(remove_duplicate=False))
+    document = {
+        "name": type(folded).__name__ if is_name(type(folded).__name__) else "GraphModule",
+        "graph": rows,
+        "modules": modules,
+        "attributes": {key: _kind(folded, key) for key in attributes},
+        "frozen": [name for name, parameter in parameters.items() if not parameter.requires_grad],
+        **_fold_report(folded),
+    }
+    tensors = {f"{name}.{key}": value for name, leaf in leaves.items() for key, value in _state(name, leaf).items()}
+    return document, {**tensors, **attributes}
+
+
+def _check_folded(folded: nn.Module) -> None:
+    if not isinstance(folded, fx.GraphModule):
+        raise UserError(f"expected one that fold_batch_norms() returned, got a {type(folded).__name__}")
+    for name, module in folded.named_modules():
+        if isinstance(module, WeightQuantizer):
+            raise UserError("it is not folded yet; call fold_batch_norms(sim) first, and save what that returns")
+        if isinstance(module, ActivationQuantizer) and (module.bypassed or module.observer is not None):
+            raise UserError(f"the quantizer {name} is bypassed or being calibrated; save outside of that block")
+
+
+def _describe_leaf(name: str, leaf: nn.Module, leaves: Mapping[str, nn.Module]) -> dict[str, Any]:
+    around = [other for other in leaves if name.startswith(f"{other}.")]
+    if around:
+        raise UserError(f"{name} is called by itself and is part of {around[0]}, which is kept whole; keep only one so")
+    if not is_path(name):
+        raise UserError(f"the module name {name!r} has characters that a checkpoint does not allow; rename it")
+    kind = qualified_name(parametrize.type_before_parametrizations(leaf))
+    return describe_module(leaf) or {"outside": kind}
+
+
+def _state(name: str, leaf: nn.Module) -> dict[str, Tensor]:
+    """All tensors of a leaf, non-persistent buffers included."""
+    state = {**leaf.state_dict(), **{key: x for key, x in leaf.named_buffers(remove_duplicate=False)}}
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"the state of {name} ({type(leaf).__name__}) holds {key!r}, which is not a tensor")
+    return state
+
+
+def _attributes(
+    folded: fx.GraphModule, rows: list[dict[str, Any]], leaves: Mapping[str, nn.Module]
+) -> dict[str, Tensor]:
+    """Tensors that the graph reads by path and that belong to no leaf."""
+    paths = dict.fromkeys(str(row["target"]) for row in rows if row["op"] == "get_attr")
+    paths = {path: None for path in paths if not any(path.startswith(f"{leaf}.") for leaf in leaves)}
+    found = {}
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        value = getattr(folded.get_submodule(parent), name)
+        if not isinstance(value, Tensor):
+            raise UserError(f"it reads {path}, which is not a tensor but a {type(value).__name__}")
+        found[path] = value
+    return found
+
+
+def _kind(folded: fx.GraphModule, path: str) -> str:
+    parent, _, name = path.rpartition(".")
+    owner = folded.get_submodule(parent)
+    if name in owner._parameters:
+        return "parameter"
+    return "non-persistent buffer" if name in owner._non_persistent_buffers_set else "buffer"
+
+
+def _fold_report(folded: fx.GraphModule) -> dict[str, Any]:
+    report = folded.meta.get("fold_report")
+    try:
+        return {"fold_report": encode_value(report)} if isinstance(report, dict) else {}
+    except UserError:
+        return {}

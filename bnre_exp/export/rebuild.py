@@ -1,0 +1,82 @@
+"""From the content of a checkpoint to a network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Optional
+
+from torch import Tensor, fx, nn
+
+from bnre_exp.errors import UserError
+from bnre_exp.export.graph_json import Names, decode_graph, is_name, is_path, outside_functions
+from bnre_exp.export.module_json import build_module
+from bnre_exp.export.outside import function_finder, module_from_model
+from bnre_exp.export.tensors import decode_tensors
+from bnre_exp.export.value_json import decode_value
+
+
+def outside_names(modules: Mapping[str, Mapping[str, Any]], rows: list[dict[str, Any]]) -> tuple[str, ...]:
+    """``"name (type)"`` of what is not on the allow-list."""
+    named = [f"{name} ({module['outside']})" for name, module in modules.items() if "outside" in module]
+    return (*named, *(f"{name} (function)" for name in outside_functions(rows)))
+
+
+def rebuild(document: Mapping[str, Any], weights: bytes, model: Optional[nn.Module]) -> fx.GraphModule:
+    """The network, in evaluation mode. Raises ``UserError`` for what is not allowed or does not fit, and any other
+    exception for a document that is not built as ours are."""
+    modules, attributes, rows = document["modules"], document["attributes"], document["graph"]
+    outside = outside_names(modules, rows)
+    if outside and model is None:
+        raise UserError(f"it holds {', '.join(outside)}; give load_folded(path, model=the network that was quantized)")
+    tensors = decode_tensors(weights, document["tensors"])
+    bad = [name for name in (*modules, *attributes) if not is_path(name)]
+    if bad or not is_name(document["name"]):
+        raise UserError(f"it has names that are none: {[*bad, document['name']]!r}")
+    root = nn.Module()
+    readable = set(attributes)
+    for name, description in modules.items():
+        state = {key.removeprefix(f"{name}."): x for key, x in tensors.items() if key.startswith(f"{name}.")}
+        readable |= {f"{name}.{key}" for key in (*state, *description.get("codes", ()))}
+        owner, own_name = _owner(root, name)
+        owner.add_module(own_name, _leaf(name, description, state, model))
+    for name, kind in attributes.items():
+        owner, own_name = _owner(root, name)
+        if kind == "parameter":
+            owner.register_parameter(own_name, nn.Parameter(tensors[name], requires_grad=False))
+        else:
+            owner.register_buffer(own_name, tensors[name], persistent=kind == "buffer")
+    if not readable >= tensors.keys():
+        raise UserError(f"tensors that belong to no module: {', '.join(sorted(tensors.keys() - readable))}")
+    graph = decode_graph(rows, Names(modules, readable, function_finder(model)))
+    loaded = fx.GraphModule(root, graph, document["name"])
+    loaded.graph.lint()
+    frozen = set(document["frozen"])
+    for name, parameter in loaded.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    if "fold_report" in document:
+        loaded.meta["fold_report"] = decode_value(document["fold_report"], {})
+    return loaded.eval()
+
+
+def _owner(root: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that holds what is at ``path``, made where it is not there yet, and the last part of the path."""
+    parts = path.split(".")
+    owner = root
+    for part in parts[:-1]:
+        if part not in owner._modules:
+            owner.add_module(part, nn.Module())
+        owner = owner.get_submodule(part)
+    return owner, parts[-1]
+
+
+def _leaf(
+    name: str, description: Mapping[str, Any], state: Mapping[str, Tensor], model: Optional[nn.Module]
+) -> nn.Module:
+    try:
+        if "outside" in description and model is not None:
+            return module_from_model(name, description["outside"], state, model)
+        return build_module(description, state)
+    except UserError as error:
+        raise UserError(f"module {name}: {error}") from error
+    except Exception as error:  # whatever a constructor or load_state_dict raises
+        raise UserError(f"the module {name} cannot be built from its class, arguments and tensors: {error}") from error

@@ -1,0 +1,132 @@
+"""A network with code of the user's own: not needed where torch, torchvision and ours suffice, else named."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import bnre_exp
+from bnre_exp import UserError
+from bnre_exp.export.checkpoint import load_folded, save_folded
+from tests.export.saving import IMAGES, assert_same, folded_network
+from tests.networks import flat_cnn, randomize
+
+USER_CODE = """
+import torch
+from torch import fx, nn
+
+@fx.wrap
+def twice(x):
+    return 2 * x if float(x.sum()) != 1e9 else x
+
+class Gate(nn.Module):
+    def __init__(self, channels=8):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(channels))
+        self.register_buffer("shift", torch.randn(channels), persistent=False)
+        self.bn = nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        if x.sum() > 1e9:
+            return x
+        return self.bn(x * self.weight[:, None, None] + self.shift[:, None, None])
+
+class UserNet(nn.Module):
+    def __init__(self, gated=False, doubled=False):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, bias=False)
+        self.bn = nn.BatchNorm2d(8)
+        self.gate = Gate() if gated else nn.ReLU()
+        self.doubled = doubled
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.gate(self.bn(self.conv(x)))
+        x = twice(x) if self.doubled else x
+        return self.head(x.mean((2, 3)))
+"""
+
+LOADER = """
+import importlib.util, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from safetensors.torch import load_file
+from bnre_exp.export.checkpoint import load_folded
+assert importlib.util.find_spec("user_code") is None
+
+def forbid(event, args):
+    if event == "pickle.find_class":
+        raise SystemExit(f"pickle was used: {args}")
+
+sys.addaudithook(forbid)
+data = load_file(sys.argv[3])
+with torch.no_grad():
+    same = torch.equal(load_folded(sys.argv[2])(data["x"]), data["y"])
+print("same" if same else "different")
+"""
+
+
+@pytest.fixture
+def user_code(tmp_path, monkeypatch):
+    (tmp_path / "user").mkdir()
+    (tmp_path / "user" / "user_code.py").write_text(USER_CODE)
+    monkeypatch.syspath_prepend(tmp_path / "user")
+    yield importlib.import_module("user_code")
+    del sys.modules["user_code"]
+
+
+def test_new_process_without_the_users_code(tmp_path, user_code):
+    folded = folded_network(randomize(user_code.UserNet()), IMAGES, weight_bits=4)
+    assert save_folded(folded, tmp_path / "net") == ()
+    save_file({"x": IMAGES, "y": folded(IMAGES).detach()}, tmp_path / "data.safetensors")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    root = str(Path(bnre_exp.__file__).parents[1])
+    command = [sys.executable, "-I", "-c", LOADER, root, str(tmp_path / "net"), str(tmp_path / "data.safetensors")]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "same", done.stderr
+
+
+def test_users_leaf_is_named_and_required(tmp_path, user_code, caplog):
+    model = randomize(user_code.UserNet(gated=True))
+    folded = folded_network(model, IMAGES, leaf_modules=["Gate"])
+    with caplog.at_level(logging.WARNING):
+        assert save_folded(folded, tmp_path / "net") == ("gate (user_code.Gate)",)
+    assert "gate (user_code.Gate)" in caplog.text
+    with pytest.raises(UserError, match=r"gate \(user_code.Gate\).*model="):
+        load_folded(tmp_path / "net")
+    other = user_code.UserNet(gated=True).double()  # other values everywhere
+    assert_same(folded, load_folded(tmp_path / "net", model=other), IMAGES)
+    assert other.gate.weight.dtype == torch.float64
+    with pytest.raises(UserError, match="'gate' of model= is a torch.nn.modules.activation.ReLU, expected"):
+        load_folded(tmp_path / "net", model=user_code.UserNet())
+    with pytest.raises(UserError, match="no module 'gate'"):
+        load_folded(tmp_path / "net", model=flat_cnn())
+    other.gate = user_code.Gate(4)
+    with pytest.raises(UserError, match="gate.* has the shape"):
+        load_folded(tmp_path / "net", model=other)
+
+
+def test_users_function_is_named_and_required(tmp_path, user_code):
+    folded = folded_network(randomize(user_code.UserNet(doubled=True)), IMAGES)
+    assert save_folded(folded, tmp_path / "net") == ("user_code.twice (function)",)
+    with pytest.raises(UserError, match=r"user_code.twice \(function\).*model="):
+        load_folded(tmp_path / "net")
+    assert_same(folded, load_folded(tmp_path / "net", model=user_code.UserNet()), IMAGES)
+    with pytest.raises(UserError, match="user_code.twice is not marked"):
+        load_folded(tmp_path / "net", model=flat_cnn())
+
+
+def test_a_hooked_layer_needs_the_model(tmp_path):
+    folded = folded_network(flat_cnn(), IMAGES)
+    folded.get_submodule("2").register_forward_hook(lambda module, args, output: output + 1)
+    assert save_folded(folded, tmp_path / "net") == ("2 (torch.nn.modules.activation.ReLU)",)

@@ -1,0 +1,287 @@
+"""Where quantizers go, what is named instead, and that tracing keeps the network's behaviour."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from bnre_exp import (
+    LayerRule,
+    QuantScheme,
+    UserError,
+    activation_quantizers,
+    bypassed,
+    calibrate,
+    quantize,
+    reestimate_bn_stats,
+    sim_report,
+    weight_quantizers,
+)
+from tests.networks import Net, flat_cnn, randomize
+
+X = torch.randn(4, 3, 16, 16)
+
+
+def placed(sim) -> dict[str, bool]:
+    """Label -> unsigned, in order of execution."""
+    return {quantizer.label: quantizer.unsigned for quantizer in activation_quantizers(sim).values()}
+
+
+def test_one_quantizer_at_the_end_of_each_group():
+    sim = quantize(flat_cnn(), X)
+    assert list(placed(sim).items())[1:] == [("0", True), ("3", True), ("6", True), ("9", True), ("11", False)]
+    assert list(placed(sim).values())[0] is False  # the input
+    assert list(weight_quantizers(sim)) == ["0", "3", "6", "11"]
+
+
+def test_residual_network_quantizes_every_op_once():
+    sim = quantize(torchvision.models.resnet18(num_classes=10), torch.randn(2, 3, 32, 32))
+    assert len(placed(sim)) == 1 + 20 + 8 + 1 + 1  # input, convs, additions, average pool, fc
+    assert len(weight_quantizers(sim)) == 21
+    for node in sim.graph.nodes:
+        if str(node.target).startswith("act_quantizers."):
+            assert not str(node.args[0].target).startswith("act_quantizers.")
+    assert sim_report(sim).unquantized == ()
+
+
+def test_smooth_activations_get_a_quantizer_before_and_after():
+    layers = {"conv": nn.Conv2d(3, 3, 1), "bn": nn.BatchNorm2d(3), "act": nn.SiLU()}
+    sim = quantize(Net(lambda m, x: m.act(m.bn(m.conv(x))), **layers), X)
+    assert placed(sim) == {"x": False, "conv": False, "act": False}
+
+
+@pytest.mark.parametrize(
+    ("op", "unsigned"),
+    [
+        (lambda x: torch.sigmoid(x), True),
+        (lambda x: F.leaky_relu(x), False),
+        (lambda x: F.relu6(x), True),
+        (lambda x: torch.cat([x, x], 1), False),
+        (lambda x: torch.cat([F.relu(x), torch.sigmoid(x)], 1), True),
+        (lambda x: F.relu(x) * torch.sigmoid(x), True),
+        (lambda x: F.relu(x) * -1, False),
+        (lambda x: F.relu(x) - 1, False),
+        (lambda x: F.avg_pool2d(F.relu(x), 2), True),
+        (lambda x: x.mean((2, 3)), False),
+        (lambda x: F.interpolate(x, scale_factor=2.0), False),
+        (lambda x: torch.softmax(x, 1), True),
+        (lambda x: x.flatten(2) @ x.flatten(2).transpose(1, 2), False),
+    ],
+)
+def test_ops_that_compute_are_quantized_and_unsigned_only_if_provably_so(op, unsigned):
+    sim = quantize(Net(lambda m, x: op(m.conv(x)), conv=nn.Conv2d(3, 3, 1)), X)
+    last = [q for q in activation_quantizers(sim).values()][-1]
+    assert last.unsigned is unsigned
+    output = next(n for n in sim.graph.nodes if n.op == "output").args[0]
+    assert str(output.target).startswith("act_quantizers.")
+
+
+def test_ops_that_move_values_get_none():
+    def forward(m, x):
+        x = F.max_pool2d(m.conv(x), 2)
+        a, b = x.flatten(1).view(4, -1).chunk(2, dim=1)
+        return m.drop(F.pad(a.reshape(4, -1), (0, 1))), b.contiguous()
+
+    sim = quantize(Net(forward, conv=nn.Conv2d(3, 2, 1), drop=nn.Identity()), X)
+    assert list(placed(sim)) == ["x", "conv"]
+
+
+def test_kept_bn_is_an_operation_of_its_own():
+    layers = {"conv": nn.Conv2d(3, 3, 1), "bn": nn.BatchNorm2d(3)}
+    sim = quantize(Net(lambda m, x: F.relu(m.bn(y := m.conv(x))) + y, **layers), X)
+    assert placed(sim) == {"x": False, "conv": False, "relu": True, "add": False}
+
+
+def test_bits_none_means_float():
+    assert not activation_quantizers(quantize(flat_cnn(), X, QuantScheme(act_bits=None)))
+    assert not weight_quantizers(quantize(flat_cnn(), X, QuantScheme(weight_bits=None)))
+
+
+def test_overrides_and_first_last_bits():
+    rules = (LayerRule("3", weight_bits=6, act_bits=5), LayerRule("9", off=True))
+    scheme = QuantScheme(weight_bits=3, act_bits=4, first_last_bits=8, overrides=rules)
+    sim = quantize(flat_cnn(), X, scheme)
+    assert {name: q.bits for name, q in weight_quantizers(sim).items()} == {"0": 8, "3": 6, "6": 3, "11": 8}
+    bits = {q.label: q.bits for q in activation_quantizers(sim).values()}
+    assert bits["0"] == 4 and bits["3"] == 5 and bits["6"] == 4 and bits["11"] == 8 and "9" not in bits
+    assert list(bits.values())[0] == 8
+    assert ("9", "switched off by the override '9'") in sim_report(sim).unquantized
+    with pytest.raises(UserError, match=r"pattern 'layer9\.\*' matches nothing.*0, 3, 6, 11"):
+        quantize(flat_cnn(), X, QuantScheme(overrides=(LayerRule("layer9.*", off=True),)))
+
+
+@pytest.mark.parametrize("bits", [1, 17, 0, -3])
+def test_bits_out_of_range(bits):
+    for name in ("weight_bits", "act_bits", "first_last_bits"):
+        with pytest.raises(UserError, match=f"{name}={bits}"):
+            QuantScheme(**{name: bits})
+
+
+def test_sixteen_bits_are_close_to_fp32_and_the_original_is_untouched():
+    model = randomize(flat_cnn()).eval()
+    state = copy.deepcopy(model.state_dict())
+    sim = quantize(model, X, QuantScheme(weight_bits=16, act_bits=16, weight_range="minmax", act_range="minmax"))
+    calibrate(sim, [X], 1)
+    with torch.no_grad():
+        torch.testing.assert_close(sim(X), model(X), rtol=1e-3, atol=1e-3 * float(model(X).abs().max()))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert type(model[0]) is nn.Conv2d
+
+
+class WithAuxiliaryHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.head_bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        return (y, self.head_bn(y)) if self.training else y
+
+
+def test_auxiliary_heads_are_dropped_and_their_bns_named():
+    report = sim_report(quantize(WithAuxiliaryHead(), X))
+    assert report.unreached_bns == ("head_bn",) and "auxiliary" in report.notes[0]
+    googlenet = torchvision.models.googlenet(num_classes=10, init_weights=False)
+    assert set(sim_report(quantize(googlenet, torch.randn(2, 3, 64, 64))).unreached_bns) == {
+        "aux1.conv.bn",
+        "aux2.conv.bn",
+    }
+
+
+class DropPath(nn.Module):
+    def forward(self, x):
+        if not self.training:
+            return x
+        return x * torch.bernoulli(torch.full((len(x), 1, 1, 1), 0.5)) * 2
+
+
+def test_stochastic_layers_still_act_in_training_mode():
+    def forward(m, x):
+        return F.dropout(m.path(m.bn(m.conv(x))), 0.3, training=m.training)
+
+    model = Net(forward, conv=nn.Conv2d(3, 3, 1), bn=nn.BatchNorm2d(3), path=DropPath())
+    sim = quantize(model, X, QuantScheme(act_bits=None))
+    for mode, zeros in ((True, True), (False, False)):
+        with torch.no_grad():
+            assert bool((sim.train(mode)(X) == 0).any()) is zeros
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b0", "mobilenet_v3_small"])
+def test_torchvision_networks_train_as_before_when_quantizers_are_off(name):
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, num_classes=10).train()
+    sim = quantize(model, torch.randn(2, 3, 32, 32)).train()
+    assert any(isinstance(m, (torchvision.ops.StochasticDepth, nn.Dropout)) and m.training for m in sim.modules())
+    with bypassed(sim, weights=True), torch.no_grad():
+        torch.manual_seed(1)
+        ours = sim(X)
+        torch.manual_seed(1)
+        theirs = model(X)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_in_place_ops_keep_their_meaning():
+    def forward(m, x):
+        y = m.conv(x)
+        z = F.relu(y, inplace=True)  # y is changed too
+        y = y + z
+        y += x
+        w = y.mul_(2)
+        return m.act(w) + w + y.clamp_(-1, 1)
+
+    model = Net(forward, conv=nn.Conv2d(3, 3, 1), act=nn.ReLU(inplace=True)).eval()
+    sim = quantize(model, X, QuantScheme(weight_bits=None, act_bits=None))
+    with torch.no_grad():
+        torch.testing.assert_close(sim(X.clone()), model(X.clone()))
+    sim.train()(X).sum().backward()
+
+
+def test_what_cannot_be_traced_names_module_line_and_way_out():
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            if x.sum() > 0:
+                return self.conv(x)
+            return x
+
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), Branch())
+    with pytest.raises(UserError, match=r"module '2' \(Branch\)[\s\S]*if x.sum\(\) > 0[\s\S]*leaf_modules=\['2'\]"):
+        quantize(model, X)
+    sim = quantize(model, X, leaf_modules=["2"])
+    assert ("2", "kept whole; its 1 conv or linear weights stay float") in sim_report(sim).unquantized
+    assert list(weight_quantizers(quantize(model, X, leaf_modules=["Branch"]))) == ["0"]
+    with pytest.raises(UserError, match="no module or class named layer9"):
+        quantize(model, X, leaf_modules=["layer9"])
+
+
+def test_a_graph_that_depends_on_the_batch_size_is_refused_by_name():
+    def forward(m, x):
+        y = m.conv(x)
+        return m.bn(y.reshape(int(x.shape[0]) if isinstance(x.shape[0], int) else 4, 3, -1, 16))
+
+    model = Net(forward, conv=nn.Conv2d(3, 3, 1), bn=nn.BatchNorm2d(3))
+    with pytest.raises(UserError, match=r"(batch of 5|fails in evaluation mode on inputs of shape \(5)"):
+        quantize(model, X)
+
+
+def test_a_graph_that_depends_on_the_mode_is_refused_by_name():
+    def forward(m, x):
+        y = m.bn(m.conv(x))
+        return m.late(y * 2 if m.training else y)
+
+    model = Net(forward, conv=nn.Conv2d(3, 3, 1), bn=nn.BatchNorm2d(3), late=nn.Conv2d(3, 3, 1))
+    with pytest.raises(UserError, match="in training mode.*first module whose output differs is 'late'.*'bn'"):
+        quantize(model, X)
+
+
+def test_models_with_optional_arguments_several_inputs_and_dict_outputs():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, a, b, mask=None, scale: float = 1.0):
+            y = self.conv(a) + b * scale
+            return {"out": y if mask is None else y * mask, "aux": y}
+
+    sim = quantize(Two(), (X, X), QuantScheme(weight_bits=8, act_bits=8))
+    calibrate(sim, [(X, X)], 1, lambda model, batch: model(*batch))
+    assert set(sim(X, X)) == {"out", "aux"}
+
+
+def test_weights_that_a_function_reads_are_named():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 3, 1, 1))
+
+        def forward(self, x):
+            return F.conv2d(x, self.weight)
+
+    assert ("weight", "a weight that is read by a functional conv or linear") in sim_report(
+        quantize(Functional(), X)
+    ).unquantized
+
+
+def test_example_input_must_be_tensors():
+    with pytest.raises(UserError, match="example_input"):
+        quantize(flat_cnn(), [])
+
+
+def test_calibration_changes_ranges_only_and_nothing_if_it_fails():
+    sim = quantize(randomize(flat_cnn()), X, QuantScheme(act_bits=8)).train()
+    before = {k: v.clone() for k, v in sim.state_dict().items()}
+    with pytest.raises(UserError, match="not finite"):
+        calibrate(sim, [X, X * float("inf")], 2)
+    assert all(torch.equal(v, before[k]) or bool(v.isnan().all()) for k, v in sim.state_dict().items())
+    calibrate(sim, [X], 3)
+    changed = {k for k, v in sim.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed and all(k.startswith("act_quantizers.") for k in changed) and sim.training
