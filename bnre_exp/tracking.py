@@ -64,7 +64,7 @@ class RunLog:
         self._deliver(lambda: self._client.log_artifact(self.run_id, str(path), folder or None))
 
     def dataset(self, name: str, digest: str, source: str, role: str, profile: Mapping[str, Any]) -> None:
-        """Name a data set that the run reads: its digest, where it is from, and as what (training, test, …) it is used."""
+        """Name a data set that the run reads: its digest, where it is from, and its role (train, test, …)."""
 
         def deliver() -> None:
             from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -91,7 +91,9 @@ class RunLog:
             self._client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
             self._client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step=0)])
             stamp = int(time.time() * 1000)
-            batch = [Metric(k, float(v), stamp, 0, model_id=model.model_id, run_id=self.run_id) for k, v in metrics.items()]
+            batch = [
+                Metric(k, float(v), stamp, 0, model_id=model.model_id, run_id=self.run_id) for k, v in metrics.items()
+            ]
             self._client.log_batch(self.run_id, metrics=batch)
 
         self._deliver(deliver)
@@ -111,8 +113,10 @@ class RunLog:
             if self.undelivered == 1:
                 logger.warning(
                     "MLflow did not take a record (%s: %s). The run goes on; its metrics are in %s.",
-                    type(error).__name__, str(error).splitlines()[0] if str(error) else "", self.run_dir / "metrics.jsonl",
-                )  # fmt: skip
+                    type(error).__name__,
+                    str(error).partition("\n")[0],
+                    self.run_dir / "metrics.jsonl",
+                )
 
     def _open(self, experiment: str, uri: str, artifacts: Path) -> None:
         self._client, self.experiment_id = _connect(experiment, uri, artifacts)
@@ -181,11 +185,10 @@ def _connect(experiment: str, uri: str, artifacts: Path) -> tuple[Any, str]:
     if uri.startswith("http"):  # the defaults keep a run waiting for minutes
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
-    for noisy in ("mlflow", "alembic"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
     from mlflow import MlflowClient
 
-    logging.getLogger("mlflow").setLevel(logging.WARNING)  # importing it resets the level
+    for noisy in ("mlflow", "alembic"):  # what matters of their errors is in ours, without stack traces
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
     try:
         if not uri.startswith("sqlite:///"):
             client = MlflowClient(uri)

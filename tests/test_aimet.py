@@ -37,7 +37,7 @@ PER_CHANNEL = {
 
 
 def network() -> nn.Sequential:
-    """A flat network in which no weight is its channel's most negative extreme, so that AIMET, whose grid reaches down to
+    """A flat network in which no channel's largest weight is negative, so that AIMET, whose grid reaches down to
     -2^(b-1), uses only codes that the narrow range has too."""
     model = randomize(flat_cnn())
     with torch.no_grad():
@@ -100,7 +100,9 @@ def test_same_statistics_and_same_fold_with_its_weight_scales(num_batches, tmp_p
     with torch.no_grad():
         for name, quantizer in weight_quantizers(ours).items():
             quantizer.scale.copy_(theirs.model[layers[name]].param_quantizers["weight"].get_scale().flatten())
-            codes = theirs.model[layers[name]].weight / theirs.model[layers[name]].param_quantizers["weight"].get_scale()
+            codes = (
+                theirs.model[layers[name]].weight / theirs.model[layers[name]].param_quantizers["weight"].get_scale()
+            )
             assert int(codes.round().min()) > -8
         torch.testing.assert_close(ours.eval()(BATCHES[1]), theirs.model(BATCHES[1]), rtol=1e-4, atol=1e-5)
     reestimate_bn_stats(ours, BATCHES, num_batches)

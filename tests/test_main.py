@@ -1,29 +1,22 @@
-"""The command line: configuration groups, help, and what is said, with which exit status, when something is wrong."""
+"""The command line: where a job runs, and what is said, with which exit status, when something is wrong."""
 
 from __future__ import annotations
 
 import errno
 import os
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
-import bnre_exp
 from bnre_exp import pipeline
-from bnre_exp.__main__ import compose_config, config_folder, main
-from bnre_exp.config import Config, FoldMode, LayerOverride, Optimizer
+from bnre_exp.__main__ import main
+from bnre_exp.config import Config
 from bnre_exp.errors import Terminated, UserError
-
-GROUP_FILES = sorted(file for file in config_folder().glob("*/*.yaml"))
-ROOT = Path(bnre_exp.__file__).parent.parent
 
 
 class Job:
@@ -52,60 +45,6 @@ def job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Job:
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["bnre_exp", *arguments])
     return main()
-
-
-# --- configuration groups
-
-
-@pytest.mark.parametrize("file", GROUP_FILES, ids=lambda file: f"{file.parent.name}={file.stem}")
-def test_every_choice_composes_to_what_its_file_says(file: Path) -> None:
-    group = file.parent.name
-    overrides = [f"{group}={file.stem}", *(["model._target_=torch.nn.Flatten"] if file.stem == "custom" else [])]
-    config = compose_config(overrides)
-    said = OmegaConf.to_container(OmegaConf.load(file))
-    sections = said.items() if group == "experiment" else [(group, said)]
-    for name, values in sections:
-        for key, value in values.items():
-            got = getattr(getattr(config, name), key)
-            if value != "":
-                assert (got.name if hasattr(got, "name") else got) == value, f"{name}.{key}"
-
-
-def test_defaults_are_the_main_job() -> None:
-    config = compose_config([])
-    assert (config.model.name, config.dataset._target_) == ("resnet18", "bnre_exp.data.digits")
-    assert (config.quant.weight_bits, config.quant.act_bits, config.reest.num_batches) == (4, 8, 100)
-    assert config.qat.epochs > 0 and config.fold.mode is FoldMode.scale and config.tracking.enabled
-
-
-def test_quant_choices_do_what_their_names_say() -> None:
-    for file in (config_folder() / "quant").glob("*.yaml"):
-        quant = compose_config([f"quant={file.stem}"]).quant
-        name = f"w{quant.weight_bits}" + ("" if quant.act_bits is None else f"a{quant.act_bits}")
-        assert name + ("" if quant.per_channel else "_per_tensor") == file.stem
-
-
-def test_values_are_typed() -> None:
-    config = compose_config(
-        ["train.optimizer=adamw", "model.kwargs.width=2", "quant.overrides=[{pattern: 'a.*', act_bits: 16}]"]
-    )
-    assert config.train.optimizer is Optimizer.adamw
-    assert config.model.kwargs == {"width": 2}
-    assert config.quant.overrides == [LayerOverride("a.*", act_bits=16)]
-
-
-def test_a_choice_on_the_command_line_beats_the_experiment() -> None:
-    config = compose_config(["experiment=smoke", "qat=off", "dataset.train_limit=99"])
-    assert config.qat.epochs == 0 and config.dataset.train_limit == 99 and config.dataset.test_limit == 128
-
-
-def test_output_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("BNRE_OUTPUT_DIR", raising=False)
-    assert compose_config([]).runtime.output_dir == str(tmp_path / "outputs")
-    monkeypatch.setenv("BNRE_OUTPUT_DIR", str(tmp_path / "elsewhere"))
-    assert compose_config([]).runtime.output_dir == str(tmp_path / "elsewhere")
-    assert compose_config(["runtime.output_dir=here"]).runtime.output_dir == str(tmp_path / "here")
 
 
 # --- a job
@@ -268,37 +207,7 @@ def test_a_mistyped_key_stops_a_multirun_before_its_first_job(job: Job, monkeypa
     assert job.configs == []
 
 
-# --- help
-
-
-def field_names(section: Any, prefix: str) -> list[str]:
-    names = []
-    for item in fields(section):
-        if isinstance(item.default_factory, type) and is_dataclass(item.default_factory):
-            names += field_names(item.default_factory, f"{prefix}{item.name}.")
-        else:
-            names.append(prefix + item.name)
-    return names
-
-
-def test_help_has_every_field_and_choice(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(monkeypatch, "model=resnet18", "--help") == 0
-    text = capsys.readouterr().out
-    assert max(len(line) for line in text.splitlines()) <= 120
-    words = text.split()
-    names = [*field_names(Config, ""), *field_names(LayerOverride, "quant.overrides[].")]
-    assert [name for name in names if name not in words] == []
-    for file in GROUP_FILES:
-        line = next(line for line in text.splitlines() if line.split()[:1] == [file.parent.name])
-        assert file.stem in line.replace(",", " ").replace("*", " ").split()
-    assert "(>= 2, <= 16)" in " ".join(words)
-    default = next(line.split()[2] for line in text.splitlines() if line.split()[:1] == ["quant.weight_bits"])
-    assert default == "4"  # that of the default choice quant=w4a8, not of the dataclass
-
-
-def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(monkeypatch, "--version") == 0
-    assert capsys.readouterr().out.startswith("bnre_exp ")
+# --- Hydra's own flags
 
 
 def test_hydras_own_flags_still_work(
@@ -308,40 +217,3 @@ def test_hydras_own_flags_still_work(
     assert "seed: 3" in capsys.readouterr().out
     assert call(monkeypatch, "--no-such-flag") == 2
     assert job.configs == []
-
-
-# --- real processes, from another folder
-
-
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    environment.pop("BNRE_OUTPUT_DIR", None)
-    command = [sys.executable, "-m", "bnre_exp", *arguments]
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-
-
-def test_process_with_a_mistake(tmp_path: Path) -> None:
-    process = start(tmp_path, "quant.weight_bit=3")
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 2
-    assert error.startswith("Error: quant.weight_bit:") and len(error.splitlines()) == 1
-
-
-def test_process_stopped_by_sigterm_keeps_what_is_finished(tmp_path: Path) -> None:
-    process = start(tmp_path, "experiment=smoke", "tracking=off", "dataset.train_epochs=1000")
-    deadline = time.monotonic() + 120
-    try:
-        while not list(tmp_path.glob("outputs/runs/*/metrics.jsonl")) and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        _, error = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 143, error
-    assert "SIGTERM" in error and "Traceback" not in error
-    (run,) = tmp_path.glob("outputs/runs/*")
-    assert f"What was finished is in {run}" in error
-    assert (run / "config.yaml").exists() and (run / "bnre_exp.log").exists()

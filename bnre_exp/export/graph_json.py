@@ -125,7 +125,7 @@ def is_name(text: Any) -> bool:
 def is_path(text: Any) -> bool:
     """Whether it is a path of submodules that cannot break out of a quoted string."""
     parts = text.split(".") if isinstance(text, str) else [""]
-    return all(part and part.isprintable() and not set(part) & set("\"'\\") for part in parts)
+    return all(part and part.isprintable() and not set(part) & set('"\\') for part in parts)
 
 
 def _decode_target(op: Any, target: Any, args: tuple[Any, ...], kwargs: JsonDict, names: Names) -> Any:

@@ -48,12 +48,17 @@ class Grouping:
     kept: dict[str, str]  # BN name -> reason
 
 
-def module_of(node: Any) -> Optional[nn.Module]:
+def module_of(node: Any) -> Any:
     """The module that a node calls, or None."""
     if not isinstance(node, fx.Node) or node.op != "call_module":
         return None
     root = node.graph.owning_module
-    return root.get_submodule(node.target) if root is not None else None  # type: ignore[arg-type]
+    return root.get_submodule(str(node.target)) if root is not None else None
+
+
+def source_of(node: fx.Node) -> Any:
+    """The node (or constant) that a node reads first."""
+    return node.args[0] if node.args else None
 
 
 def is_bn(node: Any) -> bool:
@@ -75,12 +80,12 @@ def is_relu_like(node: Any) -> bool:
     return node.op in ("call_function", "call_method") and node.target in RELU_LIKE_CALLS
 
 
-def sole_user(node: fx.Node) -> Optional[fx.Node]:
-    """The one node that reads this one's value, if it is one and reads it once as its first argument."""
+def sole_user(node: fx.Node) -> Any:
+    """The one node that reads this one's value, if it reads it once and as its first argument, else None."""
     users = list(node.users)
     if len(users) != 1 or sum(value is node for value in users[0].all_input_nodes) != 1:
         return None
-    return users[0] if users[0].args and users[0].args[0] is node else None
+    return users[0] if source_of(users[0]) is node else None
 
 
 def find_groups(graph: fx.GraphModule) -> Grouping:
@@ -96,9 +101,9 @@ def find_groups(graph: fx.GraphModule) -> Grouping:
             continue
         reason = _why_not_after_layer(nodes, calls)
         if reason is None:
-            bn_of.update({node.args[0]: (node, False) for node in nodes})  # type: ignore[misc]
+            bn_of.update({source_of(node): (node, False) for node in nodes})
         elif _is_before_depthwise(nodes, calls):
-            bn_of.update({sole_user(node): (node, True) for node in nodes})  # type: ignore[misc]
+            bn_of.update({sole_user(node): (node, True) for node in nodes})
         else:
             kept[target] = nodes[0].meta.get("kept_reason", reason)
     groups = []
@@ -117,18 +122,18 @@ def _why_not_after_layer(bns: list[fx.Node], calls: dict[Any, list[fx.Node]]) ->
     bn = module_of(bns[0])
     if type(bn) not in PLAIN_BN:
         return f"a BN subclass with a forward of its own ({type(bn).__name__})"
-    if bn.running_mean is None or bn.running_var is None:  # type: ignore[union-attr]
+    if bn.running_mean is None or bn.running_var is None:
         return "no running statistics: it normalizes each batch by its own"
     for node in bns:
-        source = node.args[0] if node.args else None
+        source = source_of(node)
         if isinstance(module_of(source), ActivationQuantizer):
             return "a quantizer between the layer and the BN"
         if not is_layer(source):
             return f"no conv or linear layer directly before it (its input is {_describe(source)})"
-        reason = _why_not_pair(source, node, bn)  # type: ignore[arg-type]
+        reason = _why_not_pair(source, node, bn)
         if reason:
             return reason
-    layers = {node.args[0].target for node in bns}  # type: ignore[union-attr]
+    layers = {source_of(node).target for node in bns}
     if len(layers) > 1:
         return f"shared by several layers ({', '.join(sorted(map(str, layers)))})"
     callers = calls[next(iter(layers))]
@@ -142,10 +147,10 @@ def _why_not_pair(layer_node: fx.Node, bn_node: fx.Node, bn: Any) -> Optional[st
     if sole_user(layer_node) is not bn_node:
         others = [_describe(user) for user in layer_node.users if user is not bn_node]
         return f"the output of {layer_node.target} has another consumer ({', '.join(others)})"
-    expected = 2 if isinstance(layer, nn.Linear) else len(layer.kernel_size) + 2  # type: ignore[union-attr, arg-type]
+    expected = 2 if isinstance(layer, nn.Linear) else len(layer.kernel_size) + 2
     if layer_node.meta.get("ndim") != expected:
         return f"the channels of {layer_node.target}'s output are not on the axis that BN normalizes"
-    if bn.num_features != out_channels(layer):  # type: ignore[arg-type]
+    if bn.num_features != out_channels(layer):
         return f"{layer_node.target} has another number of channels"
     return None
 
@@ -153,17 +158,17 @@ def _why_not_pair(layer_node: fx.Node, bn_node: fx.Node, bn: Any) -> Optional[st
 def _is_before_depthwise(bns: list[fx.Node], calls: dict[Any, list[fx.Node]]) -> bool:
     """BN → depthwise conv without padding: each input channel meets one row of weights everywhere, so it is exact."""
     bn = module_of(bns[0])
-    if type(bn) not in PLAIN_BN or bn.running_mean is None:  # type: ignore[union-attr]
+    if type(bn) not in PLAIN_BN or bn.running_mean is None:
         return False
     users = [sole_user(node) for node in bns]
-    layers = {user.target if is_layer(user) else None for user in users}  # type: ignore[union-attr]
+    layers = {user.target if is_layer(user) else None for user in users}
     if len(layers) != 1 or None in layers or len(calls[next(iter(layers))]) != len(bns):
         return False
     conv = module_of(users[0])
     if not isinstance(conv, CONVS) or conv.groups != conv.in_channels or conv.in_channels != bn.num_features:
         return False
     no_padding = conv.padding == "valid" or not any(conv.padding) if conv.padding != "same" else False
-    following = [sole_user(user) for user in users]  # type: ignore[arg-type]
+    following = [sole_user(user) for user in users]
     has_bn_after = any(is_bn(node) for node in following)
     return no_padding and not has_bn_after and bns[0].meta.get("ndim") == len(conv.kernel_size) + 2
 

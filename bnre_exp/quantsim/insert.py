@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from bnre_exp.errors import UserError
-from bnre_exp.quantsim.groups import Grouping, find_groups, is_layer, is_relu_like, module_of, sole_user
+from bnre_exp.quantsim.groups import Grouping, find_groups, is_layer, is_relu_like, module_of, sole_user, source_of
 from bnre_exp.quantsim.layout import LAYERS, layout_of
 from bnre_exp.quantsim.operations import is_nonnegative, is_preserving
 from bnre_exp.quantsim.quantizer import ActivationQuantizer, WeightQuantizer, narrow_quant_max
@@ -136,9 +135,9 @@ def _first_and_last(grouping: Grouping) -> set[fx.Node]:
     first, last = grouping.groups[0], grouping.groups[-1]
     nodes = {first.layer, last.layer, last.output}
     for layer in (first.layer, last.layer):
-        source = layer.args[0]
-        while isinstance(source, fx.Node) and is_preserving(source) and source.args:
-            source = source.args[0]
+        source = source_of(layer)
+        while isinstance(source, fx.Node) and is_preserving(source):
+            source = source_of(source)
         if isinstance(source, fx.Node):
             nodes.add(source)
     return nodes
@@ -197,7 +196,7 @@ def _why_no_quantizer(node: fx.Node, scheme: QuantScheme) -> Optional[str]:
 
 
 def _is_sole_relu_of_an_operation(node: fx.Node) -> bool:
-    source = node.args[0]
+    source = source_of(node)
     return isinstance(source, fx.Node) and sole_user(source) is node and not is_preserving(source)
 
 
@@ -247,7 +246,9 @@ def _name_other_weights(sim: fx.GraphModule, unquantized: _Unquantized) -> None:
         if layers:
             unquantized.add(str(node.target), f"kept whole; its {len(layers)} conv or linear weights stay float")
         elif any(True for _ in module.parameters()):
-            unquantized.add(str(node.target), f"the weights of {type(module).__name__} stay float; its output is quantized")
+            unquantized.add(
+                str(node.target), f"the weights of {type(module).__name__} stay float; its output is quantized"
+            )
     for node in sim.graph.find_nodes(op="get_attr"):
         if any(getattr(user.target, "__name__", "").startswith(("conv", "linear")) for user in node.users):
             unquantized.add(str(node.target), "a weight that is read by a functional conv or linear")

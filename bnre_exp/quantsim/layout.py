@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -59,6 +60,6 @@ def layout_of(layer: nn.Module) -> WeightLayout:
     raise TypeError(f"{type(layer).__name__} is neither a conv nor a linear layer")
 
 
-def out_channels(layer: nn.Module) -> int:
+def out_channels(layer: Any) -> int:
     """Channels of the layer's output."""
-    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels  # type: ignore[return-value]
+    return int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)

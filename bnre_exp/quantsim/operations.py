@@ -59,16 +59,16 @@ def is_preserving(node: fx.Node) -> bool:
     if node.target is F.pad:
         mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
         value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value", None)
-        return mode != "constant" or not value
+        return bool(mode != "constant" or not value)
     if node.op == "call_function":
-        return node.target in PRESERVING_FUNCTIONS
+        return bool(node.target in PRESERVING_FUNCTIONS)
     return node.op == "call_method" and node.target in PRESERVING_METHODS
 
 
 def is_nonnegative(node: Any) -> bool:
     """Whether every value of the node's output is provably >= 0, whatever the input."""
     if not isinstance(node, fx.Node):
-        return isinstance(node, (int, float)) and node >= 0
+        return isinstance(node, (int, float)) and bool(node >= 0)
     module = module_of(node)
     if isinstance(module, ActivationQuantizer):
         return module.unsigned

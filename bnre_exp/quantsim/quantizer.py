@@ -80,7 +80,7 @@ def narrow_quant_max(bits: int) -> int:
 
 
 class WeightQuantizer(nn.Module):
-    """Parametrization of a layer's ``weight``: symmetric, narrow range, per channel ``[C_out]`` or per tensor ``[1]``."""
+    """Parametrization of a layer's ``weight``: symmetric, narrow range; scale ``[C_out]``, or ``[1]`` per tensor."""
 
     def __init__(self, bits: int, layout: WeightLayout, scale: Tensor, learned: bool) -> None:
         super().__init__()
@@ -223,8 +223,8 @@ class RangeObserver:
         """The range ``(low, high)`` for a quantizer. Raises ``UserError`` if a value was not finite, or none came."""
         if not (math.isfinite(self.low) and math.isfinite(self.high)):
             raise UserError(
-                f"The activations of {quantizer.label} are not finite during calibration (or were never computed); look "
-                "for exploding weights or corrupted BN statistics in the network before it is quantized."
+                f"The activations of {quantizer.label} are not finite during calibration (or were never computed); "
+                "look for exploding weights or corrupted BN statistics in the network before it is quantized."
             )
         return fit_activation_range(
             torch.cat(self.samples), self.low, self.high, quantizer.bits, quantizer.unsigned, estimator, percentile

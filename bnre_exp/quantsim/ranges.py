@@ -14,8 +14,8 @@ REFINEMENTS = 8
 def fit_symmetric_scale(rows: Tensor, quant_max: int, estimator: str = "mse", percentile: float = 99.99) -> Tensor:
     """Scale of a symmetric grid ``[-quant_max, quant_max]`` for each row.
 
-    rows: ``[C, n]``. Returns ``[C]``, positive. A row of zeros gets the largest scale of the others (1 / quant_max where
-    all are zero): its codes are 0 at any scale, and a tiny one would be useless to a bias on the same grid.
+    rows: ``[C, n]``. Returns ``[C]``, positive. A row of zeros gets the largest scale of the others (1 / quant_max
+    where all are zero): its codes are 0 at any scale, and a tiny one would be useless to a bias on the same grid.
     """
     rows = rows.detach()
     magnitude = rows.abs()
@@ -57,7 +57,13 @@ def _mse_symmetric(rows: Tensor, full_scale: Tensor, quant_max: int) -> Tensor:
 
 
 def fit_activation_range(
-    values: Tensor, low: float, high: float, bits: int, unsigned: bool, estimator: str = "mse", percentile: float = 99.99
+    values: Tensor,
+    low: float,
+    high: float,
+    bits: int,
+    unsigned: bool,
+    estimator: str = "mse",
+    percentile: float = 99.99,
 ) -> tuple[float, float]:
     """The range ``(low, high)`` that a grid of 2^bits levels should cover; it always holds 0.
 
@@ -73,19 +79,16 @@ def fit_activation_range(
     if estimator == "mse":
         values = values.flatten()
         for _ in range(2):  # coordinate descent: the upper end for a given lower one, and back
-            high = _shrink(lambda end, low=low: _range_error(values, low, end, bits), high)
-            if low < 0:
-                low = _shrink(lambda end, high=high: _range_error(values, end, high, bits), low)
+            high *= _best_fraction(lambda part, low, high: _range_error(values, low, high * part, bits), low, high)
+            low *= _best_fraction(lambda part, low, high: _range_error(values, low * part, high, bits), low, high)
     return low, high
 
 
-def _shrink(error: Callable[[float], float], end: float) -> float:
-    """The fraction of ``end`` with the smallest error: coarse, then fine around the best."""
-    if end == 0:
-        return end
-    best = min(COARSE.tolist(), key=lambda fraction: error(end * fraction))
+def _best_fraction(error: Callable[[float, float, float], float], low: float, high: float) -> float:
+    """The fraction of an end of the range with the smallest error: coarse, then fine around the best."""
+    best = min(COARSE.tolist(), key=lambda part: error(part, low, high))
     fine = [best + step * 0.01 for step in range(-4, 5) if 0 < best + step * 0.01 <= 1]
-    return end * min(fine, key=lambda fraction: error(end * fraction))
+    return min(fine, key=lambda part: error(part, low, high))
 
 
 def _range_error(values: Tensor, low: float, high: float, bits: int) -> float:

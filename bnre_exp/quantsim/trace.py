@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
+import re
 import traceback
 from collections.abc import Callable, Sequence
 from types import CodeType
@@ -24,7 +25,15 @@ class FollowTraining(nn.Module):
 
     FUNCTIONS: dict[str, Callable[..., Any]] = {
         name: getattr(F, name)
-        for name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "rrelu")
+        for name in (
+            "dropout",
+            "dropout1d",
+            "dropout2d",
+            "dropout3d",
+            "alpha_dropout",
+            "feature_alpha_dropout",
+            "rrelu",
+        )
     }
 
     def __init__(self, function: str) -> None:
@@ -140,7 +149,11 @@ def _drop_default_arguments(traced: fx.GraphModule) -> None:
             if isinstance(condition, fx.Node) and condition.op == "call_function" and not condition.users:
                 traced.graph.erase_node(condition)
     for node in list(traced.graph.nodes):
-        if node.op == "placeholder" and not node.users and (node.args or len(traced.graph.find_nodes(op="placeholder")) > 1):
+        if (
+            node.op == "placeholder"
+            and not node.users
+            and (node.args or len(traced.graph.find_nodes(op="placeholder")) > 1)
+        ):
             traced.graph.erase_node(node)
 
 
@@ -150,7 +163,9 @@ def _explain_failure(error: Exception, tracer: _Tracer, model: nn.Module) -> str
     where = f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else "an unknown line"
     name = tracer.entered[-1] if tracer.entered else ""
     holder = model.get_submodule(name) if name else model
-    what = f"module {name!r} ({type(holder).__name__})" if name else f"the network's own forward ({type(model).__name__})"
+    what = (
+        f"module {name!r} ({type(holder).__name__})" if name else f"the network's own forward ({type(model).__name__})"
+    )
     way_out = (
         f"rewrite that line without control flow on tensors, or keep the module whole with leaf_modules=[{name!r}] "
         "(its weights and BNs are then left as they are)"
@@ -165,7 +180,7 @@ def _follow_mode(traced: fx.GraphModule) -> None:
         name = getattr(node.target, "__name__", "")
         if node.op != "call_function" or FollowTraining.FUNCTIONS.get(name) is not node.target:
             continue
-        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+        bound = inspect.signature(FollowTraining.FUNCTIONS[name]).bind(*node.args, **node.kwargs)
         bound.apply_defaults()
         arguments = {**bound.arguments, "inplace": False}
         if arguments.pop("training"):
@@ -209,15 +224,18 @@ def _make_out_of_place(traced: fx.GraphModule) -> None:
                 node.target, changed = function, True
             if node.kwargs.get("inplace"):
                 node.kwargs, changed = {**node.kwargs, "inplace": False}, True
-        elif node.op == "call_method" and node.target.endswith("_") and not node.target.startswith("_"):
-            if hasattr(torch.Tensor, node.target[:-1]):
-                node.target, changed = node.target[:-1], True
+        elif node.op == "call_method" and re.fullmatch(r"[a-z]\w*[a-z0-9]_", node.target):  # relu_, not __len__
+            node.target, changed = node.target[:-1], True
         if changed and node.args and isinstance(node.args[0], fx.Node):
-            source = node.args[0]
-            source.replace_all_uses_with(node, lambda user, here=node: user is not here and order[user] > order[here])
+            _read_instead(node.args[0], node, order)
     for module in traced.modules():
         if getattr(module, "inplace", False) is True:
             module.inplace = False  # type: ignore[assignment]
+
+
+def _read_instead(changed: fx.Node, result: fx.Node, order: dict[fx.Node, int]) -> None:
+    """All that read ``changed`` after ``result`` was computed read ``result``."""
+    changed.replace_all_uses_with(result, lambda user: user is not result and order[user] > order[result])
 
 
 def _split_bn_activations(traced: fx.GraphModule) -> None:

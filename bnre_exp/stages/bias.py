@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.nn.utils import parametrize
 
 from bnre_exp.quantsim.codes import set_codes
-from bnre_exp.quantsim.groups import is_layer, module_of
+from bnre_exp.quantsim.groups import is_layer, module_of, source_of
 from bnre_exp.quantsim.operations import is_preserving
 from bnre_exp.quantsim.quantizer import ActivationQuantizer, Dequantize, positive
 
@@ -39,7 +39,7 @@ def quantize_biases(folded: fx.GraphModule, bits: int = 32) -> BiasReport:
             calls[node.target].append(node)
     rounded, kept, rescaled = [], [], []
     for name, nodes in calls.items():
-        layer = folded.get_submodule(name)
+        layer: Any = folded.get_submodule(name)
         if layer.bias is None:
             continue
         steps = {None if q is None else float(positive(q.scale)) for q in map(_input_quantizer, nodes)}
@@ -58,17 +58,17 @@ def quantize_biases(folded: fx.GraphModule, bits: int = 32) -> BiasReport:
 
 
 def _input_quantizer(layer: fx.Node) -> Optional[ActivationQuantizer]:
-    source = layer.args[0]
-    while isinstance(source, fx.Node) and is_preserving(source) and source.args:
-        source = source.args[0]
+    source = source_of(layer)
+    while isinstance(source, fx.Node) and is_preserving(source):
+        source = source_of(source)
     module = module_of(source)
     return module if isinstance(module, ActivationQuantizer) else None
 
 
-def _round_bias(layer: nn.Module, input_scale: float, bits: int) -> int:
+def _round_bias(layer: Any, input_scale: float, bits: int) -> int:
     """Returns how many channels had to be rescaled."""
-    dequantize: Dequantize = layer.parametrizations.weight[0]  # type: ignore[union-attr, index, assignment]
-    bias: Tensor = layer.bias.detach().double()  # type: ignore[union-attr, operator]
+    dequantize: Dequantize = layer.parametrizations.weight[0]
+    bias: Tensor = layer.bias.detach().double()
     largest = 2 ** (bits - 1) - 1
     needed = bias.abs() / largest / input_scale
     needed = needed.amax(dim=0, keepdim=True) if dequantize.scale.numel() == 1 else needed
@@ -81,14 +81,14 @@ def _round_bias(layer: nn.Module, input_scale: float, bits: int) -> int:
     return channels
 
 
-def _raise_scale(layer: nn.Module, dequantize: Dequantize, needed: Tensor) -> int:
+def _raise_scale(layer: Any, dequantize: Dequantize, needed: Tensor) -> int:
     scale = dequantize.scale
     too_small = scale.double() < needed
     if not bool(too_small.any()):
         return 0
     raised = torch.where(too_small, (needed * (1 + 1e-6)).to(scale.dtype), scale)
-    codes: Tensor = layer.parametrizations.weight.original  # type: ignore[union-attr, assignment]
-    ratio = dequantize.layout.expand((scale.double() / raised.double()))
+    codes: Tensor = layer.parametrizations.weight.original
+    ratio = dequantize.layout.expand(scale.double() / raised.double())
     codes.copy_((codes.double() * ratio).round().to(codes.dtype))
     dequantize.scale = raised
     return int(too_small.sum())

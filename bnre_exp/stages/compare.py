@@ -12,7 +12,7 @@ from torch import nn
 from bnre_exp.progress import Progress, no_progress
 from bnre_exp.quantsim.insert import bypassed
 from bnre_exp.stages.evaluate import cached_weights, logits_of
-from bnre_exp.stages.inputs import ForwardFn, device_of, evaluation_mode, feed
+from bnre_exp.stages.inputs import ForwardFn, device_of, evaluation_mode, feed, length_of
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,10 @@ def compare_logits(
     A quantizer would turn a difference of float rounding, at a tie, into one of a whole step.
     """
     largest = magnitude = torch.zeros((), dtype=torch.float64)
-    total = len(dataloader) if hasattr(dataloader, "__len__") else None
     device = device_of(first)
     modes = evaluation_mode(first), evaluation_mode(second), bypassed(first), bypassed(second)
     with modes[0], modes[1], modes[2], modes[3], cached_weights(first):
-        for batch in progress(dataloader, "fold: compare logits", total):
+        for batch in progress(dataloader, "fold: compare logits", length_of(dataloader)):
             a, b = (logits_of(feed(model, batch, device, forward_fn)).double().cpu() for model in (first, second))
             largest = torch.maximum(largest, (a - b).abs().amax())
             magnitude = torch.maximum(magnitude, a.abs().amax())

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from bnre_exp.errors import UserError
 from bnre_exp.progress import Progress, no_progress
-from bnre_exp.stages.inputs import ForwardFn, device_of, evaluation_mode, feed
+from bnre_exp.stages.inputs import ForwardFn, device_of, evaluation_mode, feed, length_of
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,8 @@ def evaluate(
     """
     device = device_of(model)
     correct, loss, predictions = 0, 0.0, []
-    total = len(dataloader) if hasattr(dataloader, "__len__") else None
     with evaluation_mode(model), cached_weights(model if forward_fn is None else nn.Identity()):
-        for batch in progress(dataloader, description, total):
+        for batch in progress(dataloader, description, length_of(dataloader)):
             if not isinstance(batch, (tuple, list)) or len(batch) < 2:
                 raise UserError("evaluate: every batch must be (input, label); this loader yields no labels.")
             logits = logits_of(feed(model, batch, device, forward_fn)).float()

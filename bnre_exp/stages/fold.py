@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict, dataclass
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from bnre_exp.errors import UserError
 from bnre_exp.quantsim.affine import ChannelAffine
 from bnre_exp.quantsim.codes import set_codes
-from bnre_exp.quantsim.groups import PLAIN_BN, Group, find_groups, module_of
+from bnre_exp.quantsim.groups import PLAIN_BN, Group, find_groups, module_of, source_of
 from bnre_exp.quantsim.insert import sim_report
 from bnre_exp.quantsim.layout import layout_of
 from bnre_exp.quantsim.quantizer import Dequantize, WeightQuantizer, positive
@@ -49,9 +49,9 @@ class _Affine:
 def fold_batch_norms(sim: nn.Module, mode: str = "scale") -> tuple[fx.GraphModule, FoldReport]:
     """Return a copy of ``sim`` without BN, holding integer weight codes and scales, and a report; ``sim`` is unchanged.
 
-    mode "scale": the per-channel weight scale takes BN's factor and the codes change at most their sign, so the function
-    stays the same up to float rounding. mode "weight": the factor multiplies the weight, whose range is fitted anew,
-    which is lossy; layers with one scale for the whole tensor get this in either mode. A BN that no layer can take in
+    mode "scale": the per-channel weight scale takes BN's factor and the codes change at most their sign, so the
+    function stays the same up to float rounding. mode "weight": the factor multiplies the weight, whose range is fitted
+    anew, which is lossy; layers with one scale for the whole tensor get this in either mode. A BN that no layer can take in
     becomes a per-channel affine and is named.
 
     Raises ``UserError`` if ``sim`` is not a simulation, is folded already, or for an unknown mode.
@@ -61,16 +61,16 @@ def fold_batch_norms(sim: nn.Module, mode: str = "scale") -> tuple[fx.GraphModul
     if mode not in MODES:
         raise UserError(f"mode={mode!r}: expected one of {', '.join(MODES)}.")
     scheme = sim_report(sim).scheme
-    if "fold_report" in sim.meta:  # type: ignore[operator]
+    if "fold_report" in getattr(sim, "meta", {}):
         raise UserError("This network is folded already.")
-    folded: fx.GraphModule = copy.deepcopy(sim).eval()  # type: ignore[assignment]
+    folded: Any = copy.deepcopy(sim).eval()
     grouping = find_groups(folded)
     pairs, lossy, done = [], [], set()
     for group in grouping.groups:
         name = str(group.layer.target)
         if name not in done:
             done.add(name)
-            layer = folded.get_submodule(name)
+            layer: Any = folded.get_submodule(name)
             affine = _affine_for(layer, group)
             if affine is not None:
                 _fold_bias(layer, affine, group.bn_before)
@@ -79,14 +79,14 @@ def fold_batch_norms(sim: nn.Module, mode: str = "scale") -> tuple[fx.GraphModul
                 plain, why_lossy = _with_codes(layer, affine, mode, scheme.weight_range, scheme.percentile)
                 folded.set_submodule(name, plain)
             elif affine is not None:
-                layer.weight.copy_(layer.weight.double() * layout_of(layer).expand(affine.gain))  # type: ignore[operator]
+                layer.weight.copy_(layer.weight.double() * layout_of(layer).expand(affine.gain))
             lossy += [(name, why_lossy)] if why_lossy else []
             pairs += [(name, str(group.bn.target))] if group.bn is not None else []
     kept = [(name, _keep(folded, name, reason)) for name, reason in grouping.kept.items()]
     kept += [(name, "never reached by the forward pass; dropped") for name in sim_report(sim).unreached_bns]
     for group in grouping.groups:
         if group.bn is not None:
-            group.bn.replace_all_uses_with(group.bn.args[0])  # type: ignore[arg-type]
+            group.bn.replace_all_uses_with(source_of(group.bn))
             folded.graph.erase_node(group.bn)
     folded.delete_all_unused_submodules()
     folded.graph.lint()
@@ -96,18 +96,18 @@ def fold_batch_norms(sim: nn.Module, mode: str = "scale") -> tuple[fx.GraphModul
     return folded, report
 
 
-def bn_affine(bn: nn.Module) -> _Affine:
+def bn_affine(bn: Any) -> _Affine:
     """Gain gamma / sigma and shift beta - mu * gamma / sigma of a BN with running statistics."""
-    mean, var = bn.running_mean.double(), bn.running_var.double()  # type: ignore[union-attr, operator]
-    gain = torch.rsqrt(var + bn.eps)  # type: ignore[operator]
-    gain = gain if bn.weight is None else gain * bn.weight.double()  # type: ignore[operator]
+    mean, var = bn.running_mean.double(), bn.running_var.double()
+    gain = torch.rsqrt(var + bn.eps)
+    gain = gain if bn.weight is None else gain * bn.weight.double()
     shift = -mean * gain
-    return _Affine(gain, shift if bn.bias is None else shift + bn.bias.double())  # type: ignore[operator]
+    return _Affine(gain, shift if bn.bias is None else shift + bn.bias.double())
 
 
 def _keep(folded: fx.GraphModule, name: str, reason: str) -> str:
     """Put an affine in place of a BN that stays, where it acts as one; returns the reason for the report."""
-    bn = folded.get_submodule(name)
+    bn: Any = folded.get_submodule(name)
     if type(bn) not in PLAIN_BN or not isinstance(bn, _BatchNorm) or bn.running_mean is None:
         return f"{reason}; stays a batch norm"
     affine = bn_affine(bn)
@@ -117,19 +117,19 @@ def _keep(folded: fx.GraphModule, name: str, reason: str) -> str:
     return reason
 
 
-def _affine_for(layer: nn.Module, group: Group) -> Optional[_Affine]:
+def _affine_for(layer: Any, group: Group) -> Optional[_Affine]:
     """The group's BN per output channel of the layer."""
     bn = module_of(group.bn)
     affine = None if bn is None else bn_affine(bn)
     if affine is not None and group.bn_before:  # input channel c meets the output channels c * m ... c * m + m - 1
-        multiplier = layer.out_channels // layer.in_channels  # type: ignore[operator]
+        multiplier = layer.out_channels // layer.in_channels
         affine = _Affine(affine.gain.repeat_interleave(multiplier), affine.shift.repeat_interleave(multiplier))
     return affine
 
 
-def _fold_bias(layer: nn.Module, affine: _Affine, bn_before: bool) -> None:
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    bias = torch.zeros_like(affine.shift) if layer.bias is None else layer.bias.double()  # type: ignore[operator]
+def _fold_bias(layer: Any, affine: _Affine, bn_before: bool) -> None:
+    weight: Tensor = layer.weight
+    bias = torch.zeros_like(affine.shift) if layer.bias is None else layer.bias.double()
     if bn_before:
         folded = bias + layout_of(layer).rows(weight).double().sum(dim=1) * affine.shift
     else:
@@ -138,11 +138,11 @@ def _fold_bias(layer: nn.Module, affine: _Affine, bn_before: bool) -> None:
 
 
 def _with_codes(
-    layer: nn.Module, affine: Optional[_Affine], mode: str, estimator: str, percentile: float
+    layer: Any, affine: Optional[_Affine], mode: str, estimator: str, percentile: float
 ) -> tuple[nn.Module, Optional[str]]:
     """A layer with codes in place of a quantized weight, BN's gain in its scale, and why that is lossy, if it is."""
-    quantizer: WeightQuantizer = layer.parametrizations.weight[0]  # type: ignore[union-attr, index, assignment]
-    original: Tensor = layer.parametrizations.weight.original  # type: ignore[union-attr, assignment]
+    quantizer: WeightQuantizer = layer.parametrizations.weight[0]
+    original: Tensor = layer.parametrizations.weight.original
     layout, per_tensor = quantizer.layout, quantizer.scale.numel() == 1
     scale, why_lossy = positive(quantizer.scale).detach(), None
     codes = quantizer.codes(original)
@@ -160,18 +160,16 @@ def _with_codes(
         codes = codes * layout.expand(sign).to(codes.dtype)
         scale = torch.where(vanishes, scale, new_scale)
     plain = _unparametrized(layer)
-    dequantize = Dequantize(
-        quantizer.bits, layout.ndim, layout.transposed, layout.groups, layout.in_channels, scale
-    )
+    dequantize = Dequantize(quantizer.bits, layout.ndim, layout.transposed, layout.groups, layout.in_channels, scale)
     set_codes(plain, "weight", codes, dequantize)
     return plain, why_lossy
 
 
-def _unparametrized(layer: nn.Module) -> nn.Module:
+def _unparametrized(layer: nn.Module) -> Any:
     """The layer as its plain class, without a weight. parametrize.remove_parametrizations is no way here: it changes
     the layer's class, which a deep copy shares with the simulation it was copied from."""
-    kind = parametrize.type_before_parametrizations(layer)
-    plain: nn.Module = kind.__new__(kind)
+    kind: Any = parametrize.type_before_parametrizations(layer)
+    plain = kind.__new__(kind)
     plain.__dict__.update(layer.__dict__)
     plain._parameters, plain._buffers = dict(layer._parameters), dict(layer._buffers)
     plain._modules = {name: child for name, child in layer._modules.items() if name != "parametrizations"}

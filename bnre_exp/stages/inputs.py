@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Optional
@@ -80,9 +81,13 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's first parameter or buffer lives."""
-    first = next(model.parameters(), None)
-    first = next(model.buffers(), None) if first is None else first
-    return torch.device("cpu") if first is None else first.device
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+def length_of(dataloader: Iterable[Any]) -> Optional[int]:
+    """Batches of a loader, None where it has no length."""
+    return len(dataloader) if isinstance(dataloader, Sized) else None
 
 
 @contextmanager

@@ -33,15 +33,15 @@ class ReestimationHandle:
     passes: int
     unreached: tuple[str, ...]
     without_statistics: tuple[str, ...]
-    _before: dict[_BatchNorm, Statistics] = field(repr=False, default_factory=dict)
+    _before: dict[Any, Statistics] = field(repr=False, default_factory=dict)
 
     @torch.no_grad()
     def remove(self) -> None:
         """Restore the statistics of before, bit for bit. A second call does nothing."""
         while self._before:
             bn, (mean, var) = self._before.popitem()
-            bn.running_mean.copy_(mean)  # type: ignore[union-attr]
-            bn.running_var.copy_(var)  # type: ignore[union-attr]
+            bn.running_mean.copy_(mean)
+            bn.running_var.copy_(var)
 
     def __enter__(self) -> ReestimationHandle:
         return self
@@ -101,8 +101,8 @@ def reestimate_bn_stats(
     dataloader: training data; one shorter than ``num_batches`` is iterated again. Batches: a tensor, or a tuple or list
     whose first element is the input; ``forward_fn(model, batch)`` for anything else.
     method: "batch_average", the plain mean over batches of their means and unbiased variances (as AIMET does);
-    "pooled", the statistics of all samples together, weighted by their number; "ema", an exponential moving average that
-    starts from the present statistics and gives the newest batch the weight ``momentum``, as training does.
+    "pooled", the statistics of all samples together, weighted by their number; "ema", an exponential moving average
+    that starts from the present statistics and gives the newest batch the weight ``momentum``, as training does.
 
     Returns a handle that undoes it. Raises ``UserError`` if num_batches is below 1, the method is unknown, the loader
     is empty, a BN sees one value per channel, or a statistic is not finite; the statistics are then those of before.
@@ -114,17 +114,19 @@ def reestimate_bn_stats(
     if num_batches < 1:
         raise UserError(f"num_batches={num_batches}: expected at least 1; to leave re-estimation out, do not call it.")
     names = {module: name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
-    bns = {bn: name for bn, name in names.items() if bn.running_mean is not None and bn.running_var is not None}
+    bns: dict[Any, str] = {
+        bn: name for bn, name in names.items() if bn.running_mean is not None and bn.running_var is not None
+    }
     if not bns:
         raise UserError("The model has no batch norm with running statistics (is it folded already?).")
-    before = {bn: (bn.running_mean.clone(), bn.running_var.clone()) for bn in bns}  # type: ignore[union-attr]
+    before = {bn: (bn.running_mean.clone(), bn.running_var.clone()) for bn in bns}
     estimators = {bn: _Estimator(method, momentum, *before[bn]) for bn in bns}
     count, device = Passes(), device_of(model)
     try:
-        with evaluation_mode(model), _recording(bns, estimators):
-            with cached_weights(model if forward_fn is None else nn.Identity()):
-                for batch in progress(take_batches(dataloader, num_batches, count), "re-estimate", num_batches):
-                    feed(model, batch, device, forward_fn)
+        cache = cached_weights(model if forward_fn is None else nn.Identity())
+        with evaluation_mode(model), _recording(bns, estimators), cache:
+            for batch in progress(take_batches(dataloader, num_batches, count), "re-estimate", num_batches):
+                feed(model, batch, device, forward_fn)
     finally:
         _write(before)
     after = {bn: e.result(before[bn][0].dtype) for bn, e in estimators.items() if e.calls}
@@ -144,14 +146,14 @@ def reestimate_bn_stats(
     )
 
 
-def _write(statistics: dict[_BatchNorm, Statistics]) -> None:
+def _write(statistics: dict[Any, Statistics]) -> None:
     for bn, (mean, var) in statistics.items():
-        bn.running_mean.copy_(mean)  # type: ignore[union-attr]
-        bn.running_var.copy_(var)  # type: ignore[union-attr]
+        bn.running_mean.copy_(mean)
+        bn.running_var.copy_(var)
 
 
 @contextmanager
-def _recording(bns: dict[_BatchNorm, str], estimators: dict[_BatchNorm, _Estimator]) -> Iterator[None]:
+def _recording(bns: dict[Any, str], estimators: dict[Any, _Estimator]) -> Iterator[None]:
     """BNs in training mode with momentum 1, so that after a call the buffers hold the statistics of that call."""
     with ExitStack() as stack:
         for bn, name in bns.items():
@@ -174,17 +176,17 @@ def _hooks(name: str, estimator: _Estimator) -> tuple[Any, Any]:
         x = args[0] if args else kwargs["input"]
         return int(x.numel() // x.shape[1]) if x.shape[1] else 0
 
-    def before(bn: _BatchNorm, args: Any, kwargs: Any) -> None:
+    def before(bn: Any, args: Any, kwargs: Any) -> None:
         if values_per_channel(args, kwargs) < 2:
             raise UserError(
                 f"The batch norm {name} gets a batch with one value per channel, which has no variance; use larger "
                 "batches (drop_last=True drops a short last one)."
             )
         # Old values that are not finite would survive their weight of zero.
-        bn.running_mean.zero_()  # type: ignore[union-attr]
-        bn.running_var.zero_()  # type: ignore[union-attr]
+        bn.running_mean.zero_()
+        bn.running_var.zero_()
 
-    def after(bn: _BatchNorm, args: Any, kwargs: Any, _: Any) -> None:
-        estimator.add(bn.running_mean, bn.running_var, values_per_channel(args, kwargs))  # type: ignore[arg-type]
+    def after(bn: Any, args: Any, kwargs: Any, _: Any) -> None:
+        estimator.add(bn.running_mean, bn.running_var, values_per_channel(args, kwargs))
 
     return before, after

@@ -58,10 +58,11 @@ def train(
     lr: peak learning rate; schedule: "one_cycle", "cosine" or "constant", stepped every batch. optimizer: "sgd" (with
     ``momentum``, Nesterov) or "adamw". weight_decay acts on weights of two or more axes only: never on BN parameters,
     biases or quantizer scales. precision: "bfloat16" computes under autocast. loss_fn(output, label) replaces
-    cross-entropy with ``label_smoothing``. ``on_epoch`` is called after every epoch. The model is left in evaluation mode.
+    cross-entropy with ``label_smoothing``. ``on_epoch`` is called after every epoch. The model is left in
+    evaluation mode.
 
-    Raises :class:`~bnre_exp.errors.TrainingDivergedError` when the loss is not finite, ``UserError`` for a loader without
-    a length or batches.
+    Raises :class:`~bnre_exp.errors.TrainingDivergedError` when the loss is not finite, ``UserError`` for a loader
+    without a length or batches.
     """
     if epochs < 1:
         raise UserError(f"epochs={epochs}: expected at least 1; to leave training out, do not call it.")
@@ -96,8 +97,12 @@ def train(
         score = evaluate(model, validation, forward_fn) if validation is not None else None
         history.append(
             Epoch(
-                epoch, float(total) / samples, optimize.param_groups[0]["lr"], seconds,
-                score.top1 if score else None, score.loss if score else None,
+                epoch,
+                float(total) / samples,
+                optimize.param_groups[0]["lr"],
+                seconds,
+                score.top1 if score else None,
+                score.loss if score else None,
             )  # fmt: skip
         )
         if on_epoch is not None:
@@ -116,9 +121,7 @@ def _autocast(device: torch.device, precision: str) -> contextlib.AbstractContex
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def _optimizer(
-    model: nn.Module, name: str, lr: float, momentum: float, weight_decay: float
-) -> torch.optim.Optimizer:
+def _optimizer(model: nn.Module, name: str, lr: float, momentum: float, weight_decay: float) -> torch.optim.Optimizer:
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},

@@ -7,7 +7,7 @@ import resource
 import signal
 
 import pytest
-from torch import fx
+from torch import fx, nn
 
 from bnre_exp import QuantScheme, UserError, bypassed, fold_batch_norms, quantize
 from bnre_exp.export.checkpoint import load_folded, save_folded
@@ -27,7 +27,11 @@ def test_what_cannot_be_saved(tmp_path):
     hidden = fx.symbolic_trace(Net(lambda self, x: x.data_ptr() + x.grad))
     with pytest.raises(UserError, match="data_ptr.*leaf_modules"):
         save_folded(hidden, tmp_path / "net")
+    odd = nn.ModuleDict({"it's - 1": nn.ReLU(), "tab\t": nn.ReLU()})
+    with pytest.raises(UserError, match=r"'odd.tab\\t' has characters"):
+        save_folded(fx.symbolic_trace(Net(lambda self, x: self.odd["tab\t"](x), odd=odd)), tmp_path / "net")
     assert not (tmp_path / "net").exists()
+    round_trip(fx.symbolic_trace(Net(lambda self, x: self.odd["it's - 1"](x), odd=odd)), tmp_path / "net", IMAGES)
 
 
 def test_only_a_checkpoint_is_replaced(tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 import bnre_exp
 from bnre_exp import UserError
@@ -124,6 +125,14 @@ def test_users_function_is_named_and_required(tmp_path, user_code):
     assert_same(folded, load_folded(tmp_path / "net", model=user_code.UserNet()), IMAGES)
     with pytest.raises(UserError, match="user_code.twice is not marked"):
         load_folded(tmp_path / "net", model=flat_cnn())
+
+
+def test_a_layer_changed_after_construction_needs_the_model(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 5, padding=2, padding_mode="reflect"), nn.ReLU())
+    model[0].padding = (1, 1)  # no effect: what is padded was computed by the constructor
+    folded = folded_network(model, IMAGES, weight_bits=None)
+    assert save_folded(folded, tmp_path / "net") == ("0 (torch.nn.modules.conv.Conv2d)",)
+    assert_same(folded, load_folded(tmp_path / "net", model=model), IMAGES)
 
 
 def test_a_hooked_layer_needs_the_model(tmp_path):

@@ -18,7 +18,6 @@ from bnre_exp import (
     bypassed,
     calibrate,
     quantize,
-    reestimate_bn_stats,
     sim_report,
     weight_quantizers,
 )

@@ -178,7 +178,9 @@ def test_bn_with_a_built_in_activation_is_split_and_folded():
             return self.act(self.drop(super().forward(x)))
 
     shared = BatchNormAct(4)
-    model = randomize(nn.Sequential(nn.Conv2d(4, 4, 1), shared, nn.Conv2d(4, 4, 1), BatchNormAct(4), nn.Conv2d(4, 4, 1)))
+    model = randomize(
+        nn.Sequential(nn.Conv2d(4, 4, 1), shared, nn.Conv2d(4, 4, 1), BatchNormAct(4), nn.Conv2d(4, 4, 1))
+    )
     assert fold_and_compare(model, image(2, 4))[2].folded == (("0", "1"), ("2", "3"))
 
 
@@ -291,6 +293,11 @@ def test_biases_without_a_known_grid_stay_and_are_named():
 
 
 def test_functional_relu_and_residuals_fold_alike():
-    layers = {"a": nn.Conv2d(3, 3, 3, padding=1), "b": nn.BatchNorm2d(3), "c": nn.Conv2d(3, 3, 1), "d": nn.BatchNorm2d(3)}
+    layers = {
+        "a": nn.Conv2d(3, 3, 3, padding=1),
+        "b": nn.BatchNorm2d(3),
+        "c": nn.Conv2d(3, 3, 1),
+        "d": nn.BatchNorm2d(3),
+    }
     model = randomize(Net(lambda m, x: F.relu(m.d(m.c(F.relu(m.b(m.a(x))))) + x), **layers))
     assert fold_and_compare(model, image(2, 3))[2].folded == (("a", "b"), ("c", "d"))

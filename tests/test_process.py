@@ -1,0 +1,48 @@
+"""The command line as real processes, started in another folder than the checkout."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import bnre_exp
+
+ROOT = Path(bnre_exp.__file__).parent.parent
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("BNRE_OUTPUT_DIR", None)
+    command = [sys.executable, "-m", "bnre_exp", *arguments]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def test_process_with_a_mistake(tmp_path: Path) -> None:
+    process = start(tmp_path, "quant.weight_bit=3")
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert error.startswith("Error: quant.weight_bit:") and len(error.splitlines()) == 1
+
+
+def test_process_stopped_by_sigterm_keeps_what_is_finished(tmp_path: Path) -> None:
+    process = start(tmp_path, "experiment=smoke", "tracking=off", "dataset.train_epochs=1000")
+    deadline = time.monotonic() + 120
+    try:
+        while not list(tmp_path.glob("outputs/runs/*/metrics.jsonl")) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 143, error
+    assert "SIGTERM" in error and "Traceback" not in error
+    (run,) = tmp_path.glob("outputs/runs/*")
+    assert f"What was finished is in {run}" in error
+    assert (run / "config.yaml").exists() and (run / "bnre_exp.log").exists()

@@ -1,0 +1,208 @@
+"""A run in MLflow and in metrics.jsonl, in every way that it can end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bnre_exp.errors import Terminated, UserError
+from bnre_exp.tracking import compare_link, git_tags, open_run, ui_command
+
+PARAMS = {
+    "quant.weight_bits": 3,
+    "quant.act_bits": None,
+    "quant.per_channel": True,
+    "dataset.mean": [0.5, 1],
+    "model.name": "resnet18",
+    "quant.overrides[0].pattern": "layer3.*",
+}
+
+
+@pytest.fixture(scope="session")
+def migrated(tmp_path_factory):
+    """A database with all tables, made once: migrations take seconds."""
+    folder = tmp_path_factory.mktemp("migrated")
+    with open_run(folder / "run", params={}, tags={}, output_dir=folder, experiment="other", run_name="first"):
+        pass
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def output_dir(tmp_path, migrated):
+    shutil.copy(migrated, tmp_path / "mlflow.db")
+    return tmp_path
+
+
+def start(output_dir: Path, name: str = "run", **more):
+    arguments = {"params": PARAMS, "tags": {"overrides": "a=1"}, "experiment": "tests", "run_name": name, **more}
+    return open_run(output_dir / name, output_dir=output_dir, **arguments)
+
+
+def client(output_dir: Path):
+    from mlflow import MlflowClient
+
+    return MlflowClient(f"sqlite:///{output_dir / 'mlflow.db'}")
+
+
+def lines(output_dir: Path, name: str = "run") -> list[dict]:
+    return [json.loads(line) for line in (output_dir / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_params_as_typed_metrics_with_steps_tags_and_status(output_dir):
+    with start(output_dir) as log:
+        log.metrics({"fp32/top1": 0.97, "fp32/loss": float("nan")})
+        for epoch in (1, 2):
+            log.metrics({"fp32/train_loss": 1.0 / epoch}, step=epoch)
+    run = client(output_dir).get_run(log.run_id)
+    assert run.info.status == "FINISHED" and run.info.run_name == "run"
+    assert client(output_dir).get_experiment(run.info.experiment_id).name == "tests"
+    expected = {"quant.weight_bits": "3", "quant.act_bits": "null", "quant.per_channel": "true"}
+    assert expected.items() <= run.data.params.items() and run.data.params["dataset.mean"] == "[0.5, 1]"
+    assert run.data.params["quant.overrides_0_.pattern"] == "layer3.*"
+    assert run.data.metrics["fp32/top1"] == 0.97
+    history = client(output_dir).get_metric_history(log.run_id, "fp32/train_loss")
+    assert [(m.step, m.value) for m in history] == [(1, 1.0), (2, 0.5)]
+    assert {"overrides": "a=1", "run_dir": str(output_dir / "run")}.items() <= run.data.tags.items()
+    assert run.data.tags["host"] and log.undelivered == 0
+    local = lines(output_dir)
+    assert local[0]["metrics"] == {"fp32/top1": 0.97, "fp32/loss": "nan"} and local[2]["step"] == 2
+    assert local[-1]["status"] == "FINISHED"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (UserError("no such data"), "FAILED"),
+        (RuntimeError("defect"), "FAILED"),
+        (OSError(28, "No space left on device"), "FAILED"),
+        (KeyboardInterrupt(), "KILLED"),
+        (Terminated(), "KILLED"),
+    ],
+)
+def test_a_run_that_does_not_finish_says_so(output_dir, error, status):
+    with pytest.raises(type(error)), start(output_dir) as log:
+        log.metrics({"fp32/top1": 0.5})
+        raise error
+    run = client(output_dir).get_run(log.run_id)
+    assert run.info.status == status and run.data.metrics == {"fp32/top1": 0.5}
+    assert run.data.tags["error"].startswith(type(error).__name__) and str(error) in run.data.tags["error"]
+    assert lines(output_dir)[-1]["status"] == status and lines(output_dir)[-1]["error"] == run.data.tags["error"]
+
+
+def test_checkpoint_is_listed_as_a_model_of_the_run(output_dir):
+    folder = output_dir / "folded"
+    folder.mkdir()
+    (folder / "weights.safetensors").write_bytes(b"12345")
+    with start(output_dir) as log:
+        log.checkpoint(folder, "resnet18 w3a8", PARAMS, {"fold/top1": 0.9})
+    (model,) = client(output_dir).search_logged_models([log.experiment_id])
+    assert str(model.status).endswith("READY") and model.source_run_id == log.run_id
+    assert [(m.key, m.value) for m in model.metrics] == [("fold/top1", 0.9)]
+    assert [f.path for f in client(output_dir).list_logged_model_artifacts(model.model_id)] == ["weights.safetensors"]
+    run = client(output_dir).get_run(log.run_id)
+    assert [output.model_id for output in run.outputs.model_outputs] == [model.model_id]
+    assert Path(model.artifact_location.removeprefix("file://")).is_relative_to(output_dir)
+
+
+def test_data_sets_and_artifacts(output_dir):
+    report = output_dir / "report.md"
+    report.write_text("# report")
+    with start(output_dir) as log:
+        log.dataset("digits", "0123", "scikit-learn", "train", {"images": 1293})
+        log.dataset("digits", "4567", "scikit-learn", "test", {"images": 360})
+        log.artifact(report)
+        log.tag("preprocessing", "x" * 10_000)
+    inputs = client(output_dir).get_run(log.run_id).inputs.dataset_inputs
+    assert {(i.dataset.digest, i.tags[0].value) for i in inputs} == {("0123", "train"), ("4567", "test")}
+    assert [f.path for f in client(output_dir).list_artifacts(log.run_id)] == ["report.md"]
+    assert log.undelivered == 0
+
+
+def test_runs_one_after_another_do_not_mix(output_dir):
+    ids = []
+    for name in ("one", "two"):
+        with start(output_dir, name) as log:
+            log.metrics({f"{name}/top1": 0.5})
+        ids.append(log.run_id)
+    assert [list(client(output_dir).get_run(run).data.metrics) for run in ids] == [["one/top1"], ["two/top1"]]
+    import mlflow
+
+    assert mlflow.active_run() is None
+
+
+def test_mlflow_failing_midway_keeps_the_local_metrics_and_warns_once(output_dir, caplog):
+    with start(output_dir) as log:
+        log.metrics({"fp32/top1": 0.5})
+        with sqlite3.connect(output_dir / "mlflow.db") as connection:
+            connection.execute("DROP TABLE metrics")
+            connection.execute("DROP TABLE latest_metrics")
+        log.metrics({"ptq/top1": 0.4})
+        log.metrics({"reest/top1": 0.45})
+    assert log.undelivered == 3  # two records and the end of the run
+    assert [line["metrics"] for line in lines(output_dir)[:3]] == [
+        {"fp32/top1": 0.5},
+        {"ptq/top1": 0.4},
+        {"reest/top1": 0.45},
+    ]
+    warnings = [r.getMessage() for r in caplog.records if "MLflow did not take" in r.getMessage()]
+    assert len(warnings) == 1 and str(output_dir / "run" / "metrics.jsonl") in warnings[0]
+
+
+@pytest.mark.parametrize("uri", ["nonsense://x", "http://127.0.0.1:9", "sqlite:////proc/nowhere/mlflow.db"])
+def test_a_store_that_cannot_be_opened_is_a_users_mistake(tmp_path, uri):
+    with pytest.raises(UserError, match=r"tracking.uri[\s\S]*tracking.enabled=false"), start(tmp_path, uri=uri):
+        raise AssertionError("the run must not start")
+
+
+def test_without_mlflow_only_the_local_file_is_written(tmp_path):
+    with start(tmp_path, enabled=False) as log:
+        log.metrics({"fp32/top1": 0.5})
+        log.tag("a", "b")
+    assert log.run_id is None and not (tmp_path / "mlflow.db").exists()
+    assert lines(tmp_path)[0]["metrics"] == {"fp32/top1": 0.5}
+
+
+def test_importing_the_module_does_not_import_mlflow():
+    code = "import sys, bnre_exp.tracking; sys.exit('mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.slow
+def test_processes_at_once_on_a_fresh_store_all_get_their_run(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from bnre_exp.tracking import open_run\n"
+        "out, name = Path(sys.argv[1]), sys.argv[2]\n"
+        "with open_run(out / name, params={}, tags={}, output_dir=out, experiment='parallel', run_name=name) as log:\n"
+        "    [log.metrics({'x': i}, step=i) for i in range(20)]\n"
+        "sys.exit(log.undelivered)"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), f"run{i}"]) for i in range(4)]
+    assert [process.wait(timeout=120) for process in processes] == [0] * 4
+    experiment = client(tmp_path).get_experiment_by_name("parallel")
+    runs = client(tmp_path).search_runs([experiment.experiment_id])
+    assert sorted(run.info.run_name for run in runs) == [f"run{i}" for i in range(4)]
+    assert all(run.info.status == "FINISHED" and run.data.metrics == {"x": 19.0} for run in runs)
+
+
+def test_git_tags(tmp_path):
+    assert git_tags(tmp_path) == {}
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.example"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "--allow-empty", "-m", "x"]):
+        (tmp_path / "file").write_text("1")
+        subprocess.run([*git, *arguments], check=True)
+    assert git_tags(tmp_path)["git.dirty"] == "false" and len(git_tags(tmp_path)["git.commit"]) == 40
+    (tmp_path / "file").write_text("2")
+    assert git_tags(tmp_path)["git.dirty"] == "true"
+
+
+def test_commands_for_people():
+    assert "mlflow ui --workers 1 --backend-store-uri 'sqlite:////a b/mlflow.db'" in ui_command(
+        "sqlite:////a b/mlflow.db"
+    )
+    assert compare_link("7").startswith("http://127.0.0.1:5000/#/experiments/7/runs?")
