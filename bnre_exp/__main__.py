@@ -37,6 +37,8 @@ from bnre_exp.mistakes import (
     is_full_disk,
 )
 
+PLAIN_WIDTH = 120  # columns of a console that is a file or a pipe
+
 logger = logging.getLogger(__name__)
 
 _failed_jobs: list[tuple[str, BaseException]] = []  # of a multirun in this process: the job's overrides, its error
@@ -110,7 +112,7 @@ def _job(composed: DictConfig) -> None:
     run_dir = Path(info.runtime.output_dir)
     overrides = [str(text) for text in OmegaConf.to_container(info.overrides.task, resolve=False) or []]
     is_multirun = info.mode is RunMode.MULTIRUN
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     try:
         with _sigterm_raises():
             if is_multirun:

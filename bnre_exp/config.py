@@ -126,7 +126,7 @@ def _check_bounds(section: Any, group: str) -> None:
             if number is None or not bounds:
                 continue
             if not (math.isfinite(number) and all(_COMPARE[words](number, bound) for words, bound in bounds.items())):
-                expected = " and ".join(f"{words} {bound:g}" for words, bound in bounds.items())
+                expected = " and ".join(f"{words} {bound:.10g}" for words, bound in bounds.items())
                 name = f"{group}.{item.name}" if group else item.name
                 raise UserError(f"{name}={number}: expected a number {expected}; it means: {item.metadata['doc']}.")
 

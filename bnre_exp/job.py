@@ -82,10 +82,10 @@ class Job:
 
 def seed(config: Config, purpose: str) -> None:
     """Everything random from here on depends on the seed and the purpose, not on what ran before."""
-    seed = stream_seed(config.seed, purpose)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    value = stream_seed(config.seed, purpose)
+    random.seed(value)
+    np.random.seed(value % 2**32)
+    torch.manual_seed(value)
 
 
 def prepare(config: Config, run_dir: Path, log: RunLog, console: Console, summary: Summary) -> tuple[Job, BuiltModel]:

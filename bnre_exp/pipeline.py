@@ -76,8 +76,12 @@ def _run_stages(job: Job, built: BuiltModel) -> None:
     sim = _quantize(job, model)
     if job.config.qat.epochs:
         _qat(job, sim)
+    else:
+        job.exceptions("note", [("QAT", "off (qat.epochs=0)")])
     if job.config.reest.num_batches:
         _reestimate(job, sim)
+    else:
+        job.exceptions("note", [("re-estimation", "off (reest.num_batches=0)")])
     folded = _fold(job, sim)
     _export(job, folded)
 

@@ -51,8 +51,8 @@ def fold_batch_norms(sim: nn.Module, mode: str = "scale") -> tuple[fx.GraphModul
 
     mode "scale": the per-channel weight scale takes BN's factor and the codes change at most their sign, so the
     function stays the same up to float rounding. mode "weight": the factor multiplies the weight, whose range is fitted
-    anew, which is lossy; layers with one scale for the whole tensor get this in either mode. A BN that no layer can take in
-    becomes a per-channel affine and is named.
+    anew, which is lossy; layers with one scale for the whole tensor get this in either mode. A BN that no layer can
+    take in becomes a per-channel affine and is named.
 
     Raises ``UserError`` if ``sim`` is not a simulation, is folded already, or for an unknown mode.
     Source: with y = gamma * (conv(x) - mu) / sigma + beta, sigma = sqrt(running_var + eps), the weight is multiplied by

@@ -1,0 +1,257 @@
+"""Whole jobs, as the command line runs them, on the embedded digits."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from bnre_exp import UserError, evaluate, load_folded
+from bnre_exp.__main__ import compose_config
+from bnre_exp.pipeline import run
+
+TINY = [
+    "dataset.train_limit=192", "dataset.test_limit=64", "dataset.batch_size=32", "train.epochs=2", "qat.epochs=1",
+    "reest.num_batches=4", "quant.calib_batches=2",
+]  # fmt: skip
+
+
+def job(tmp_path: Path, *overrides: str, name: str = "run", tracking: bool = False):
+    """Run one small job in this process; returns its results and what it printed."""
+    more = [f"runtime.output_dir={tmp_path}", f"tracking.enabled={tracking}".lower()]
+    config = compose_config([*TINY, *more, *overrides])
+    console = Console(record=True, width=160, file=open(os.devnull, "w"))
+    return run(config, run_dir=tmp_path / name, overrides=overrides, console=console), console
+
+
+def command(tmp_path: Path, *overrides: str, **more) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "BNRE_OUTPUT_DIR": str(tmp_path / "out"), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "bnre_exp", *overrides],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False, **more,
+    )  # fmt: skip
+
+
+def mlflow_runs(output_dir: Path):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{output_dir / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("bnre_exp")
+    return client, client.search_runs([experiment.experiment_id], order_by=["attributes.start_time"])
+
+
+def test_all_stages_with_qat_leave_what_the_readme_promises(tmp_path):
+    results, console = job(tmp_path, tracking=True)
+    client, (record,) = mlflow_runs(tmp_path)
+    assert record.info.status == "FINISHED"
+    stages = ["fp32", "ptq", "qat", "reest", "fold", "export"]
+    assert [f"{stage}/top1" in record.data.metrics for stage in stages] == [True] * 6
+    expected = {"reest/delta_top1", "reest/seconds", "fold/max_abs_logit_diff", "fold/top1_agreement",
+                "fold/bias_delta_top1", "qat/val_top1", "fp32/train_loss", "export/megabytes"}  # fmt: skip
+    assert expected <= set(record.data.metrics) and "recal_only/top1" not in record.data.metrics
+    assert record.data.metrics["fold/max_rel_logit_diff"] < 1e-5
+    assert record.data.metrics["fold/top1_agreement"] > 0.98
+    assert len(client.get_metric_history(record.info.run_id, "fp32/val_top1")) == 2
+    assert record.data.params["reest.num_batches"] == "4" and record.data.params["model.name"] == "resnet18"
+    assert {i.tags[0].value for i in record.inputs.dataset_inputs} >= {"train", "validation", "test"}
+    assert len(client.search_logged_models([record.info.experiment_id])) == 1
+    local = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    logged = {name for line in local for name in line.get("metrics", {})}
+    assert logged == set(record.data.metrics)
+    folded = load_folded(results.folded)
+    assert not any("BatchNorm" in type(m).__name__ for m in folded.modules())
+    text = console.export_text()
+    for words in ("FP32", "quantize + calibrate", "QAT", "re-estimate BN", "fold", "export", "mlflow ui", "folded"):
+        assert words in text
+    assert (tmp_path / "run" / "report.md").read_text().count("| ") > 6
+
+
+def test_ptq_recalibrates_and_keeps_the_two_effects_apart(tmp_path):
+    results, _ = job(tmp_path, "qat=off", "quant=w3a8")
+    metrics = results.metrics
+    assert metrics["reest/delta_top1"] == pytest.approx(metrics["reest/top1"] - metrics["recal_only/top1"])
+    assert "qat/top1" not in metrics
+    assert [row.stage for row in results.summary.stages][2] == "recalibrate only"
+
+
+def test_stages_that_are_off_have_no_metrics_and_say_so(tmp_path):
+    results, _ = job(tmp_path, "qat=off", "reest=off")
+    assert not [name for name in results.metrics if name.startswith(("qat/", "reest/", "recal_only/"))]
+    notes = dict(results.summary.exceptions["note"])
+    assert notes["QAT"] == "off (qat.epochs=0)" and notes["re-estimation"] == "off (reest.num_batches=0)"
+
+
+def test_the_folded_checkpoint_gives_the_reported_accuracy(tmp_path):
+    from bnre_exp.data import build_loaders, resolve_preprocessing
+
+    results, _ = job(tmp_path, "quant=w4a4")
+    preprocessing = resolve_preprocessing(
+        None, image_size=None, mean=None, std=None, default_image_size=32, default_mean=[0.305], default_std=[0.324]
+    )
+    loaders = build_loaders(
+        "bnre_exp.data.digits", root=None, kwargs={}, preprocessing=preprocessing, seed=0, batch_size=32,
+        eval_batch_size=256, val_fraction=0.1, train_limit=192, test_limit=64, in_memory=True, augment=False, workers=0,
+    )  # fmt: skip
+    assert evaluate(load_folded(results.folded), loaders.test).top1 == results.metrics["export/top1"]
+
+
+def test_a_job_does_not_depend_on_what_ran_before_in_the_process(tmp_path):
+    def metrics(name, *overrides):
+        values = job(tmp_path, *overrides, name=name)[0].metrics
+        return {key: value for key, value in values.items() if "seconds" not in key}
+
+    alone = metrics("alone")
+    torch.manual_seed(99)
+    other = metrics("other", "quant.weight_bits=2", "seed=3", "runtime.threads=1", "model=mobilenet_v2")
+    assert other != alone and metrics("again") == alone
+    assert metrics("seed", "seed=1") != alone
+
+
+def test_a_trained_network_can_be_taken_up_again(tmp_path):
+    first, _ = job(tmp_path, name="first")
+    again, _ = job(tmp_path, f"model.checkpoint={tmp_path}/first/fp32.safetensors", "train.epochs=null", name="again")
+    assert again.metrics["fp32/top1"] == first.metrics["fp32/top1"]
+    assert again.summary.stages[0].note == "loaded"
+
+
+def test_min_top1_stops_before_quantization(tmp_path):
+    with pytest.raises(UserError, match=r"below fp32.min_top1=1.0"):
+        job(tmp_path, "fp32.min_top1=1.0", tracking=True)
+    _, (record,) = mlflow_runs(tmp_path)
+    assert record.info.status == "FAILED" and "fp32.min_top1" in record.data.tags["error"]
+    assert "fp32/top1" in record.data.metrics and "ptq/top1" not in record.data.metrics
+    assert (tmp_path / "run" / "fp32.safetensors").exists() and (tmp_path / "run" / "report.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.checkpoint=nowhere.safetensors"], "nowhere.safetensors"),
+        (["dataset=image_folder", "dataset.root=/nowhere"], "/nowhere"),
+        (["quant.overrides=[{pattern: 'layer9.*', off: true}]"], "layer9"),
+        (["dataset.num_classes=5"], "num_classes"),
+        (["model.leaf_modules=[nope]"], "nope"),
+        (["model._target_=nowhere.Net"], "nowhere"),
+        pytest.param(
+            ["runtime.device=cuda"],
+            "cuda",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
+        ),
+    ],
+)
+def test_mistakes_are_told_before_any_training(tmp_path, overrides, message):
+    started = time.monotonic()
+    with pytest.raises(UserError, match=re.escape(message)):
+        job(tmp_path, *overrides, "train.epochs=500")
+    assert "fp32" not in (tmp_path / "run" / "metrics.jsonl").read_text().replace("fp32.", "")
+    assert time.monotonic() - started < 60
+
+
+def test_a_users_own_network_by_target(tmp_path, monkeypatch):
+    (tmp_path / "mynet.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, width=4, num_classes=10):\n"
+        "        super().__init__()\n"
+        "        self.body = nn.Sequential(nn.Conv2d(3, width, 3, 2), nn.BatchNorm2d(width), nn.ReLU())\n"
+        "        self.head = nn.Linear(width, num_classes)\n"
+        "    def forward(self, x):\n"
+        "        return self.head(self.body(x).mean((2, 3)))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    results, _ = job(tmp_path, "model=custom", "model._target_=mynet.Net", "+model.kwargs.width=6")
+    assert results.metrics["fold/folded_bns"] == 1
+    with pytest.raises(UserError, match="10"):
+        job(tmp_path, "model=custom", "model._target_=mynet.Net", "+model.kwargs.num_classes=7", name="wrong")
+
+
+@pytest.mark.slow
+def test_multirun_gives_one_comparable_run_each_and_goes_on_after_a_failure(tmp_path):
+    done = command(
+        tmp_path, "-m", *TINY, "quant.weight_bits=2,4", "reest.num_batches=0,4", "fp32.min_top1=0,1.0",
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("fp32.min_top1=1.0") >= 4
+    _, runs = mlflow_runs(tmp_path / "out")
+    assert len(runs) == 8 and sorted(r.info.status for r in runs) == ["FAILED"] * 4 + ["FINISHED"] * 4
+    finished = [r for r in runs if r.info.status == "FINISHED"]
+    assert len({r.data.metrics["fp32/top1"] for r in finished}) == 1  # seeded alike
+    by_bits = {}
+    for record in finished:
+        by_bits.setdefault(record.data.params["quant.weight_bits"], set()).add(record.data.metrics["qat/top1"])
+    assert {bits: len(values) for bits, values in by_bits.items()} == {"2": 1, "4": 1}
+    single = command(tmp_path, *TINY, "quant.weight_bits=2", "reest.num_batches=4", "tracking.experiment=single")
+    assert single.returncode == 0, single.stderr
+    table = next(r for r in finished if r.data.params["quant.weight_bits"] == "2" and "reest/top1" in r.data.metrics)
+    assert f"top-1 {table.data.metrics['reest/top1']:.4f}" in single.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interruption_keeps_what_is_finished(tmp_path, number, status):
+    environment = {**os.environ, "BNRE_OUTPUT_DIR": str(tmp_path / "out"), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bnre_exp", *TINY, "qat.epochs=1000"],
+        cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for line in process.stdout:
+        if "quantize + calibrate" in line:
+            break
+    time.sleep(1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status and "Traceback" not in errors
+    assert "What was finished is in" in errors
+    _, (record,) = mlflow_runs(tmp_path / "out")
+    assert record.info.status == "KILLED" and record.data.tags["error"]
+    assert {"fp32/top1", "ptq/top1"} <= set(record.data.metrics)
+    (folder,) = (tmp_path / "out" / "runs").iterdir()
+    assert (folder / "fp32.safetensors").exists() and "quantize" in (folder / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_loss_that_diverges_and_a_full_disk_are_told_in_a_sentence(tmp_path):
+    diverged = command(tmp_path, *TINY, "train.lr=1e30")
+    assert diverged.returncode == 2 and "learning rate" in diverged.stderr and "Traceback" not in diverged.stderr
+    full = tmp_path / "full"
+    full.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(full)], check=False)
+    if mounted.returncode:  # without the right to mount, a limit on file size stands in for the full disk
+        done = command(tmp_path, *TINY, preexec_fn=_limit_file_size)
+    else:
+        try:
+            done = command(tmp_path, *TINY, f"runtime.output_dir={full}")
+        finally:
+            subprocess.run(["umount", str(full)], check=True)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) <= 4, done.stderr
+
+
+def _limit_file_size() -> None:
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8 * 2**20, 8 * 2**20))
+
+
+@pytest.mark.slow
+def test_mobilenet_v2_on_fashion_mnist_recovers_at_two_bits(tmp_path):
+    """The table of the README in small: one epoch on part of the data, 2-bit weights, no QAT."""
+    results, _ = job(
+        tmp_path, "model=mobilenet_v2", "dataset=fashion_mnist", "qat=off", "quant=w2a8", "dataset.train_limit=12000",
+        "dataset.test_limit=2000", "dataset.batch_size=64", "train.epochs=2", "reest.num_batches=50",
+        "quant.calib_batches=8",
+    )  # fmt: skip
+    metrics = results.metrics
+    assert metrics["fp32/top1"] > 0.75 and metrics["ptq/top1"] < 0.3
+    assert metrics["reest/delta_top1"] > 0.1
+    assert metrics["fold/top1"] == pytest.approx(metrics["reest/top1"], abs=0.01)
