@@ -242,7 +242,7 @@ class QuantConfig:
     per_channel: bool = opt(True, "one weight scale per output channel; false: one per tensor")
     range_learning: bool = opt(True, "QAT trains the scales (LSQ); false: they stay as calibrated")
     first_last_bits: Optional[int] = opt(
-        None, "bits of the weights of the first and last layer; null: as the others", ge=2, le=16
+        None, "bits of the first and last layer (weights, inputs, and the output); null: as the others", ge=2, le=16
     )
     overrides: List[LayerOverride] = opt(factory=list, doc="exceptions by layer: [{pattern: 'layer3.*', act_bits: 8}]")
     weight_range: RangeEstimator = opt(RangeEstimator.mse, "range estimator of weights: mse, minmax or percentile")

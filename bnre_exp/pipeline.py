@@ -119,6 +119,10 @@ def _train(job: Job, stage: str, model: nn.Module, epochs: int, how: TrainConfig
         if epoch.val_top1 is not None and epoch.val_loss is not None:
             values.update({f"{stage}/val_top1": epoch.val_top1, f"{stage}/val_loss": epoch.val_loss})
         job.metrics(values, step=epoch.epoch)
+        if not job.console.is_terminal:  # there are no progress bars then
+            score = "" if epoch.val_top1 is None else f", validation top-1 {epoch.val_top1:.4f}"
+            line = f"  {stage} epoch {epoch.epoch}/{epochs}: loss {epoch.loss:.4f}{score}, {epoch.seconds:.1f} s"
+            job.console.print(line, highlight=False)
 
     seed(job.config, stage)
     history = train(
