@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Sequence
@@ -145,11 +146,14 @@ def scheme(config: Config) -> QuantScheme:
 def _log_inputs(log: RunLog, config: Config, loaders: Loaders, preprocessing: Preprocessing) -> None:
     log.tag("preprocessing", json.dumps(preprocessing.describe()))
     target = config.dataset._target_
-    for role in loaders.indices:
-        split = "test" if role == "test" else "train"
-        profile = {"images": len(loaders.indices[role]), **preprocessing.describe()}
-        name = target.rpartition(".")[2]
-        log.dataset(name, loaders.digests[split], config.dataset.root or target, role, profile)
+    roles: dict[str, list[str]] = {}  # MLflow knows a data set by its name and digest: one for all roles that share it
+    for role, indices in loaders.indices.items():
+        contents = loaders.digests["test" if role == "test" else "train"].encode() + indices.numpy().tobytes()
+        roles.setdefault(hashlib.sha256(contents).hexdigest()[:16], []).append(role)
+    for digest, sharing in roles.items():
+        profile = {"images": len(loaders.indices[sharing[0]]), **preprocessing.describe()}
+        source = config.dataset.root or target
+        log.dataset(target.rpartition(".")[2], digest, source, ", ".join(sharing), profile)
 
 
 def leave_report(job: Job) -> None:

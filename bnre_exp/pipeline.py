@@ -159,7 +159,11 @@ def _calibrate(job: Job, sim: fx.GraphModule, stage: str) -> None:
 
 
 def _qat(job: Job, sim: fx.GraphModule) -> None:
-    qat = job.config.qat
+    qat, has_ranges = job.config.qat, bool(activation_quantizers(sim))
+    if has_ranges:  # training normalizes each batch by itself; ranges found under statistics that no longer fit would
+        with bypassed(sim):  # start it with dead activations (their gradients overflowed MobileNetV2's at 2 bits)
+            reestimate_bn_stats(sim, job.loaders.fresh("calibration"), job.config.quant.calib_batches)
+        _calibrate(job, sim, "qat")
     seconds = _train(job, "qat", sim, qat.epochs, qat)
     job.finish("qat", "QAT", sim, seconds, after="ptq", note=f"trained for {qat.epochs} epochs")
 
@@ -190,7 +194,8 @@ def _reestimate(job: Job, sim: fx.GraphModule) -> None:
     if again:
         _, calibration_seconds = _timed(lambda: _calibrate(job, sim, "recalibrate"))
         job.metrics({"recalibrate/seconds": calibration_seconds})
-    note = f"{handle.num_batches} batches, {handle.passes} passes" + (", then recalibrated" if again else "")
+    passes = "1 pass" if handle.passes == 1 else f"{handle.passes} passes"
+    note = f"{handle.num_batches} batches, {passes}" + (", then recalibrated" if again else "")
     evaluation = job.finish("reest", "re-estimate BN", sim, seconds, after=before, note=note, passes=handle.passes)
     job.metrics({"reest/delta_top1": evaluation.top1 - job.evaluations[before].top1})
     job.exceptions("not re-estimated", [(name, "has no running statistics") for name in handle.without_statistics])

@@ -19,6 +19,11 @@ def test_every_choice_composes_to_what_its_file_says(file: Path) -> None:
     overrides = [f"{group}={file.stem}", *(["model._target_=torch.nn.Flatten"] if file.stem == "custom" else [])]
     config = compose_config(overrides)
     said = OmegaConf.to_container(OmegaConf.load(file))
+    for choice in said.pop("defaults", []):  # of an experiment
+        ((name, option),) = choice.items()
+        chosen = compose_config([f"{name.removeprefix('override /')}={option}"])
+        assert getattr(chosen, name.removeprefix("override /")) == getattr(config, name.removeprefix("override /"))
+    said.pop("hydra", None)
     sections = said.items() if group == "experiment" else [(group, said)]
     for name, values in sections:
         for key, value in values.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -29,7 +30,7 @@ def job(tmp_path: Path, *overrides: str, name: str = "run", tracking: bool = Fal
     """Run one small job in this process; returns its results and what it printed."""
     more = [f"runtime.output_dir={tmp_path}", f"tracking.enabled={tracking}".lower()]
     config = compose_config([*TINY, *more, *overrides])
-    console = Console(record=True, width=160, file=open(os.devnull, "w"))
+    console = Console(record=True, width=160, file=io.StringIO())
     return run(config, run_dir=tmp_path / name, overrides=overrides, console=console), console
 
 
@@ -62,7 +63,11 @@ def test_all_stages_with_qat_leave_what_the_readme_promises(tmp_path):
     assert record.data.metrics["fold/top1_agreement"] > 0.98
     assert len(client.get_metric_history(record.info.run_id, "fp32/val_top1")) == 2
     assert record.data.params["reest.num_batches"] == "4" and record.data.params["model.name"] == "resnet18"
-    assert {i.tags[0].value for i in record.inputs.dataset_inputs} >= {"train", "validation", "test"}
+    assert {i.tags[0].value for i in record.inputs.dataset_inputs} == {
+        "train, calibration, reestimation",
+        "validation",
+        "test",
+    }
     assert len(client.search_logged_models([record.info.experiment_id])) == 1
     local = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     logged = {name for line in local for name in line.get("metrics", {})}
@@ -76,7 +81,7 @@ def test_all_stages_with_qat_leave_what_the_readme_promises(tmp_path):
 
 
 def test_ptq_recalibrates_and_keeps_the_two_effects_apart(tmp_path):
-    results, _ = job(tmp_path, "qat=off", "quant=w3a8")
+    results, _ = job(tmp_path, "qat.epochs=0", "quant=w3a8")
     metrics = results.metrics
     assert metrics["reest/delta_top1"] == pytest.approx(metrics["reest/top1"] - metrics["recal_only/top1"])
     assert "qat/top1" not in metrics
@@ -84,7 +89,7 @@ def test_ptq_recalibrates_and_keeps_the_two_effects_apart(tmp_path):
 
 
 def test_stages_that_are_off_have_no_metrics_and_say_so(tmp_path):
-    results, _ = job(tmp_path, "qat=off", "reest=off")
+    results, _ = job(tmp_path, "qat.epochs=0", "reest.num_batches=0")
     assert not [name for name in results.metrics if name.startswith(("qat/", "reest/", "recal_only/"))]
     notes = dict(results.summary.exceptions["note"])
     assert notes["QAT"] == "off (qat.epochs=0)" and notes["re-estimation"] == "off (reest.num_batches=0)"
@@ -245,9 +250,10 @@ def _limit_file_size() -> None:
 
 @pytest.mark.slow
 def test_mobilenet_v2_on_fashion_mnist_recovers_at_two_bits(tmp_path):
-    """The table of the README in small: one epoch on part of the data, 2-bit weights, no QAT."""
+    """The table of the README in small: two epochs on part of the data, 2-bit weights, no QAT."""
     results, _ = job(
-        tmp_path, "model=mobilenet_v2", "dataset=fashion_mnist", "qat=off", "quant=w2a8", "dataset.train_limit=12000",
+        tmp_path, "model=mobilenet_v2", "dataset=fashion_mnist", "qat.epochs=0", "quant=w2a8",
+        "dataset.train_limit=12000",
         "dataset.test_limit=2000", "dataset.batch_size=64", "train.epochs=2", "reest.num_batches=50",
         "quant.calib_batches=8",
     )  # fmt: skip

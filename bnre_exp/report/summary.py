@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-LISTED = 8  # entries of a list of exceptions that the console shows; report.md has them all
+LISTED = 4  # entries of a list of exceptions that the console shows; report.md has them all
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from bnre_exp import (
     QuantScheme,
@@ -121,7 +120,11 @@ def test_a_loss_that_is_not_finite_stops_at_once():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"epochs": 0}, "epochs=0"), ({"epochs": 1, "optimizer": "lion"}, "lion"), ({"epochs": 1, "schedule": "x"}, "'x'")],
+    [
+        ({"epochs": 0}, "epochs=0"),
+        ({"epochs": 1, "optimizer": "lion"}, "lion"),
+        ({"epochs": 1, "schedule": "x"}, "'x'"),
+    ],
 )
 def test_training_refuses_what_it_does_not_know(arguments, message):
     with pytest.raises(UserError, match=message):
