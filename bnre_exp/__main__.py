@@ -165,6 +165,17 @@ def _tell_failed_jobs() -> int:
     return max((exit_status(error) for _, error in _failed_jobs), key=lambda status: status == 1)
 
 
+def _refuse_removals(arguments: Sequence[str]) -> None:
+    """~quant would compose, and leave the values of the schema, which no group file and no help text names."""
+    for argument in arguments:
+        if argument.startswith("~") and not argument.startswith("~hydra"):
+            name = argument[1:].partition("=")[0]
+            raise UserError(
+                f"{argument}: it cannot be removed from the configuration; choose another value, such as {name}=off for "
+                "the groups that have it (qat, reest, tracking, train)."
+            )
+
+
 def main() -> int:
     """Run the command line in ``sys.argv``; returns the exit status."""
     arguments = sys.argv[1:]
@@ -177,6 +188,7 @@ def main() -> int:
     _failed_jobs.clear()
     _register()
     try:
+        _refuse_removals(arguments)
         with _sigterm_raises():
             _job()
     except SystemExit as stop:  # a job that failed and said so, or Hydra's command-line parser

@@ -65,6 +65,7 @@ def test_a_job_gets_its_own_folder_with_its_configuration(
 
 
 BAD = [
+    ("~quant", ["~quant", "cannot be removed"]),
     ("modle=resnet18", ["modle", "Did you mean model"]),
     ("model=resnet19", ["model=resnet19", "resnet18", "mobilenet_v2", "timm"]),
     ("experiment=smok", ["experiment=smoke"]),

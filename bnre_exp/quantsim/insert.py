@@ -223,14 +223,19 @@ def _quantize_weights(
         if rule and rule.off:
             unquantized.add(name, f"switched off by the override {rule.pattern!r}")
         elif bits is not None:
-            _quantize_weight(sim.get_submodule(name), bits, scheme)
+            _quantize_weight(name, sim.get_submodule(name), bits, scheme)
     if scheme.weight_bits is not None:
         _name_other_weights(sim, unquantized)
 
 
-def _quantize_weight(layer: nn.Module, bits: int, scheme: QuantScheme) -> None:
+def _quantize_weight(name: str, layer: Any, bits: int, scheme: QuantScheme) -> None:
+    if parametrize.is_parametrized(layer, "weight"):
+        raise UserError(
+            f"The weight of {name} has a parametrization already ({layer.parametrizations.weight[0]}); make it a plain "
+            "weight first: torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')."
+        )
     layout = layout_of(layer)
-    weight: Tensor = layer.weight  # type: ignore[assignment]
+    weight: Tensor = layer.weight
     rows = layout.rows(weight, scheme.per_channel)
     scale = fit_symmetric_scale(rows, narrow_quant_max(bits), scheme.weight_range, scheme.percentile)
     quantizer = WeightQuantizer(bits, layout, scale, scheme.range_learning)

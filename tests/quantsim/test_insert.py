@@ -64,6 +64,7 @@ def test_smooth_activations_get_a_quantizer_before_and_after():
         (lambda x: torch.cat([F.relu(x), torch.sigmoid(x)], 1), True),
         (lambda x: F.relu(x) * torch.sigmoid(x), True),
         (lambda x: F.relu(x) * -1, False),
+        (lambda x: torch.add(F.relu(x), F.relu(x), alpha=-2), False),
         (lambda x: F.relu(x) - 1, False),
         (lambda x: F.avg_pool2d(F.relu(x), 2), True),
         (lambda x: x.mean((2, 3)), False),
@@ -268,6 +269,12 @@ def test_weights_that_a_function_reads_are_named():
     assert ("weight", "a weight that is read by a functional conv or linear") in sim_report(
         quantize(Functional(), X)
     ).unquantized
+
+
+def test_a_weight_with_a_parametrization_is_refused_by_name():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 1)), nn.BatchNorm2d(3))
+    with pytest.raises(UserError, match="The weight of 0 has a parametrization already"):
+        quantize(model, X)
 
 
 def test_example_input_must_be_tensors():
