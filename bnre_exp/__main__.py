@@ -171,8 +171,8 @@ def _refuse_removals(arguments: Sequence[str]) -> None:
         if argument.startswith("~") and not argument.startswith("~hydra"):
             name = argument[1:].partition("=")[0]
             raise UserError(
-                f"{argument}: it cannot be removed from the configuration; choose another value, such as {name}=off for "
-                "the groups that have it (qat, reest, tracking, train)."
+                f"{argument}: it cannot be removed from the configuration; choose another value, such as {name}=off "
+                "for the groups that have it (qat, reest, tracking, train)."
             )
 
 

@@ -19,13 +19,14 @@ from bnre_exp.config import Config, Device, MemoryFormat
 from bnre_exp.data import Loaders, Preprocessing, build_loaders, check_labels, resolve_preprocessing
 from bnre_exp.errors import UserError
 from bnre_exp.models import BuiltModel, build_model, check_head
+from bnre_exp.provenance import compare_link, ui_command
 from bnre_exp.quantsim.insert import quantize
 from bnre_exp.quantsim.scheme import LayerRule, QuantScheme
 from bnre_exp.report.console import ConsoleProgress
 from bnre_exp.report.summary import StageResult, Summary, markdown
 from bnre_exp.splits import stream_seed
 from bnre_exp.stages.evaluate import Evaluation, evaluate
-from bnre_exp.tracking import RunLog, compare_link, ui_command
+from bnre_exp.tracking import RunLog
 
 DEFAULT_THREADS = torch.get_num_threads()  # of the process, before a job changes it
 

@@ -18,6 +18,7 @@ from bnre_exp.errors import UserError
 from bnre_exp.export.checkpoint import load_folded, save_folded
 from bnre_exp.job import Job, Results, leave_report, prepare, scheme, seed
 from bnre_exp.models import BuiltModel
+from bnre_exp.provenance import git_tags
 from bnre_exp.quantsim.insert import activation_quantizers, bypassed, quantize, sim_report
 from bnre_exp.report.summary import Summary, print_summary
 from bnre_exp.stages.bias import quantize_biases
@@ -27,7 +28,7 @@ from bnre_exp.stages.evaluate import evaluate
 from bnre_exp.stages.fold import fold_batch_norms
 from bnre_exp.stages.reestimate import reestimate_bn_stats
 from bnre_exp.stages.train import Epoch, train
-from bnre_exp.tracking import git_tags, open_run
+from bnre_exp.tracking import open_run
 
 LARGEST_FOLD_ERROR = 1e-2  # relative to the largest logit; float32 rounding stays far below, a wrong fold far above
 

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import logging
 import math
 import os
-import shlex
 import socket
-import subprocess
-import sys
+import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Optional
 
 from filelock import FileLock
 
 from bnre_exp.errors import UserError
+from bnre_exp.provenance import user_name
+from bnre_exp.typed_text import as_params, metric_key, model_name
 
-LONGEST_PARAM, LONGEST_TAG = 6000, 5000  # characters that MLflow takes
-UI_ADDRESS = "http://127.0.0.1:5000"
+LONGEST_TAG = 5000  # characters that MLflow takes
+PATIENCE = 3.0  # seconds that a call waits for a locked store; MLflow itself waits 20
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +33,14 @@ class RunLog:
     is in the local file.
     """
 
-    def __init__(self, run_dir: Path, lines: IO[str]) -> None:
+    def __init__(self, run_dir: Path, lines: IO[bytes]) -> None:
         self.run_dir, self._lines = run_dir, lines
         self.run_id: Optional[str] = None
         self.experiment_id: Optional[str] = None
         self.uri: Optional[str] = None
         self.undelivered = 0
         self._client: Any = None
+        self._database: Optional[Path] = None
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Log metrics by name; ``step``: epoch of a curve. Raises ``OSError`` if the local file cannot be written."""
@@ -51,7 +51,7 @@ class RunLog:
             from mlflow.entities import Metric
 
             stamp = int(now * 1000)
-            batch = [Metric(name, float(value), stamp, step) for name, value in values.items()]
+            batch = [Metric(metric_key(name), float(value), stamp, step) for name, value in values.items()]
             self._client.log_batch(self.run_id, metrics=batch)
 
         self._deliver(deliver)
@@ -85,29 +85,38 @@ class RunLog:
             from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
 
             model = self._client.create_logged_model(
-                self.experiment_id, _model_name(name), self.run_id, model_type="bnre_exp folded checkpoint",
-                params={_key(key): _typed(value)[:250] for key, value in params.items()},
+                self.experiment_id, model_name(name), self.run_id, model_type="bnre_exp folded checkpoint",
+                params={key: value[:250] for key, value in as_params(params).items()},
             )  # fmt: skip
             self._client.log_model_artifacts(model.model_id, str(folder))
             self._client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
             self._client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step=0)])
             stamp = int(time.time() * 1000)
             batch = [
-                Metric(k, float(v), stamp, 0, model_id=model.model_id, run_id=self.run_id) for k, v in metrics.items()
+                Metric(metric_key(k), float(v), stamp, 0, model_id=model.model_id, run_id=self.run_id)
+                for k, v in metrics.items()
             ]
             self._client.log_batch(self.run_id, metrics=batch)
 
         self._deliver(deliver)
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        self._lines.write(json.dumps(record) + "\n")
-        self._lines.flush()
-        os.fsync(self._lines.fileno())
+        line, start = (json.dumps(record) + "\n").encode(), self._lines.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[self._lines.write(line) :]
+            os.fsync(self._lines.fileno())
+        except OSError:
+            with suppress(OSError):  # half a line would spoil the next one
+                self._lines.truncate(start)
+            raise
 
     def _deliver(self, call: Callable[[], None]) -> None:
         if self._client is None:
             return
         try:
+            if self._database is not None:
+                _probe(self._database, PATIENCE)
             call()
         except Exception as error:
             self.undelivered += 1
@@ -119,15 +128,18 @@ class RunLog:
                     self.run_dir / "metrics.jsonl",
                 )
 
-    def _open(self, experiment: str, uri: str, artifacts: Path) -> None:
-        self._client, self.experiment_id = _connect(experiment, uri, artifacts)
-        self.uri = uri
-
     def _end(self, status: str, error: Optional[BaseException]) -> None:
-        self._write({"time": time.time(), "status": status, "error": _describe(error) if error else None})
-        if error is not None:
-            self.tag("error", _describe(error))
-        self._deliver(lambda: self._client.set_terminated(self.run_id, status))
+        described = _describe(error) if error else None
+        try:
+            self._write({"time": time.time(), "status": status, "error": described})
+        except OSError:
+            if error is None:
+                status, described = "FAILED", "OSError: the end of the run could not be written to metrics.jsonl"
+                raise
+        finally:  # a full disk must neither hide the error nor leave the run RUNNING
+            if described is not None:
+                self.tag("error", described)
+            self._deliver(lambda: self._client.set_terminated(self.run_id, status))
 
 
 @contextmanager
@@ -149,14 +161,15 @@ def open_run(
     Raises ``UserError`` if MLflow cannot be opened; later failures of MLflow cost a warning only.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / "metrics.jsonl", "a", encoding="utf-8") as lines:
+    # Unbuffered: after a failed write nothing is left over that closing the file would try to write again.
+    with open(run_dir / "metrics.jsonl", "ab", buffering=0) as lines:
         log = RunLog(run_dir, lines)
         if enabled:
-            store = uri or f"sqlite:///{output_dir.absolute() / 'mlflow.db'}"
+            store = _absolute(uri or f"sqlite:///{output_dir / 'mlflow.db'}")
             output_dir.mkdir(parents=True, exist_ok=True)
-            log._open(experiment, store, output_dir.absolute() / "mlartifacts")
-            _start(log, params, tags, run_name)
+            _start(log, experiment, store, output_dir.absolute() / "mlartifacts", run_name, tags)
         try:
+            _log_params(log, params)
             yield log
         except BaseException as error:
             interrupted = isinstance(error, (KeyboardInterrupt, GeneratorExit))
@@ -165,20 +178,37 @@ def open_run(
         log._end("FINISHED", None)
 
 
-def _start(log: RunLog, params: Mapping[str, Any], tags: Mapping[str, str], run_name: str) -> None:
-    from mlflow.entities import Param
+def _absolute(uri: str) -> str:
+    """An SQLite store by its absolute path, so that the printed command finds it from any folder."""
+    path = uri.removeprefix("sqlite:///")
+    return uri if path == uri else f"sqlite:///{Path(path).absolute()}"
 
+
+def _start(log: RunLog, experiment: str, uri: str, artifacts: Path, name: str, tags: Mapping[str, str]) -> None:
     own = {
-        "host": socket.gethostname(), "run_dir": str(log.run_dir), "mlflow.user": getpass.getuser(),
+        "host": socket.gethostname(), "run_dir": str(log.run_dir), "mlflow.user": user_name(),
         "mlflow.source.name": "python -m bnre_exp", "mlflow.source.type": "LOCAL",
     }  # fmt: skip
     every = {key: str(value)[:LONGEST_TAG] for key, value in {**own, **tags}.items() if value}
-    run = log._client.create_run(log.experiment_id, run_name=run_name, tags=every)
-    log.run_id = run.info.run_id
-    entities = [Param(_key(key), _typed(value)[:LONGEST_PARAM]) for key, value in params.items()]
-    for start in range(0, len(entities), 100):  # MLflow takes 100 at a time
-        batch = entities[start : start + 100]
-        log._deliver(lambda batch=batch: log._client.log_batch(log.run_id, params=batch))  # type: ignore[misc]
+    try:
+        client, experiment_id = _connect(experiment, uri, artifacts)
+        run = client.create_run(experiment_id, run_name=name, tags=every)
+    except Exception as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"MLflow cannot be opened at {uri}: {first}\nCorrect tracking.uri, or run without MLflow: "
+            "tracking.enabled=false (metrics then are in metrics.jsonl only)."
+        ) from error
+    log.uri, log.experiment_id, log.run_id, log._client = uri, experiment_id, run.info.run_id, client
+    log._database = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def _log_params(log: RunLog, params: Mapping[str, Any]) -> None:
+    if log.run_id is not None:
+        from mlflow.entities import Param
+
+        batch = [Param(key, value) for key, value in as_params(params).items()]
+        log._deliver(lambda: log._client.log_batch(log.run_id, params=batch))  # sends 100 at a time
 
 
 def _connect(experiment: str, uri: str, artifacts: Path) -> tuple[Any, str]:
@@ -190,29 +220,30 @@ def _connect(experiment: str, uri: str, artifacts: Path) -> tuple[Any, str]:
 
     for noisy in ("mlflow", "alembic"):  # what matters of their errors is in ours, without stack traces
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
-    try:
-        if not uri.startswith("sqlite:///"):
-            client = MlflowClient(uri)
-            return client, _experiment(client, experiment, None)
-        database = Path(uri.removeprefix("sqlite:///"))
-        database.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{database}.lock"):  # migrations and the creation of experiments race otherwise
-            client = MlflowClient(uri)
-            _write_ahead(database)
-            return client, _experiment(client, experiment, artifacts.as_uri())
-    except Exception as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"MLflow cannot be opened at {uri}: {first}\nCorrect tracking.uri, or run without MLflow: "
-            "tracking.enabled=false (metrics then are in metrics.jsonl only)."
-        ) from error
+    if not uri.startswith("sqlite:///"):
+        client = MlflowClient(uri)
+        return client, _experiment(client, experiment, None)
+    database = Path(uri.removeprefix("sqlite:///"))
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{database}.lock"):  # migrations and the creation of experiments race otherwise
+        if database.exists():
+            _probe(database, 30)
+        client = MlflowClient(uri)
+        _write_ahead(database)
+        return client, _experiment(client, experiment, artifacts.as_uri())
 
 
 def _write_ahead(database: Path) -> None:
-    import sqlite3
-
-    with sqlite3.connect(database, timeout=30) as connection:
+    with closing(sqlite3.connect(database, timeout=30)) as connection:
         connection.execute("PRAGMA journal_mode=WAL")
+
+
+def _probe(database: Path, timeout: float) -> None:
+    """Raise ``sqlite3.Error`` if the store cannot be written to within ``timeout`` seconds."""
+    address = f"{database.absolute().as_uri()}?mode=rw"  # rw: a store that was removed is not made anew, empty
+    with closing(sqlite3.connect(address, uri=True, timeout=timeout, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("ROLLBACK")
 
 
 def _experiment(client: Any, name: str, artifacts: Optional[str]) -> str:
@@ -230,49 +261,3 @@ def _describe(error: BaseException) -> str:
 
 def _json_number(value: float) -> float | str:
     return float(value) if math.isfinite(value) else str(float(value))
-
-
-def _typed(value: Any) -> str:
-    """As the user types it: null, true, [0.5, 1]."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_typed(item) for item in value) + "]"
-    return str(value)
-
-
-def _key(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "_-. :/" else "_" for c in name)
-
-
-def _model_name(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "_-" else "_" for c in name)
-
-
-def git_tags(folder: Path) -> dict[str, str]:
-    """Commit, and whether tracked files differ from it, of the checkout that ``folder`` is in; empty outside of one."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return {"git.commit": commit, "git.dirty": str(bool(changes)).lower(), "mlflow.source.git.commit": commit}
-
-
-def ui_command(uri: str) -> str:
-    """The command that opens MLflow on a store, or says where a server is."""
-    if uri.startswith("http"):
-        return f"open {uri}"
-    program = f"{shlex.quote(sys.executable)} -m mlflow ui --workers 1 --backend-store-uri {shlex.quote(uri)}"
-    return f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {program}"  # job execution would take 2 GB and 20 s
-
-
-def compare_link(experiment_id: str, address: str = UI_ADDRESS) -> str:
-    """Where the UI shows an experiment's runs as charts."""
-    return f"{address}/#/experiments/{experiment_id}/runs?workflowType=machine_learning&compareRunsMode=CHART"

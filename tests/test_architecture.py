@@ -27,10 +27,14 @@ ALLOWED = {
     "config": {"errors"},
     "help": {"config"},
     "mistakes": {"config", "errors"},
-    "tracking": {"errors"},
+    "provenance": set(),
+    "typed_text": set(),
+    "tracking": {"errors", "provenance", "typed_text"},
     **{name: DATA_AND_MODELS | LEAVES for name in DATA_AND_MODELS},
-    "job": {"config", "quantsim", "export", "stages", "report", "tracking"} | DATA_AND_MODELS | LEAVES,
-    "pipeline": {"config", "job", "quantsim", "stages", "export", "report", "tracking"} | DATA_AND_MODELS | LEAVES,
+    "job": {"config", "quantsim", "export", "stages", "report", "provenance", "tracking"} | DATA_AND_MODELS | LEAVES,
+    "pipeline": {"config", "job", "quantsim", "stages", "export", "report", "provenance", "tracking"}
+    | DATA_AND_MODELS
+    | LEAVES,
     "__init__": {"quantsim", "stages", "export", "errors"},
     "__main__": {"config", "errors", "help", "mistakes", "pipeline"},
 }

@@ -7,12 +7,15 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from bnre_exp.errors import Terminated, UserError
-from bnre_exp.tracking import compare_link, git_tags, open_run, ui_command
+from bnre_exp.provenance import compare_link, git_tags, ui_command
+from bnre_exp.tracking import open_run
+from bnre_exp.typed_text import typed
 
 PARAMS = {
     "quant.weight_bits": 3,
@@ -206,3 +209,73 @@ def test_commands_for_people():
         "sqlite:////a b/mlflow.db"
     )
     assert compare_link("7").startswith("http://127.0.0.1:5000/#/experiments/7/runs?")
+
+
+def on_a_full_disk(output_dir: Path, name: str = "run") -> None:
+    (output_dir / name).mkdir()
+    (output_dir / name / "metrics.jsonl").symlink_to("/dev/full")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("error", [None, ValueError("the real cause"), KeyboardInterrupt()])
+def test_a_full_disk_neither_hides_the_error_nor_leaves_the_run_running(output_dir, error):
+    on_a_full_disk(output_dir)
+    with pytest.raises(type(error) if error else OSError) as raised, start(output_dir) as log:
+        if error:
+            raise error
+        log.metrics({"fp32/top1": 0.5})
+    run = client(output_dir).get_run(log.run_id)
+    assert run.info.status == ("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+    assert run.data.tags["error"].startswith(type(raised.value).__name__)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_disk_that_is_full_at_the_end_fails_the_run(output_dir):
+    on_a_full_disk(output_dir)
+    with pytest.raises(OSError, match="No space"), start(output_dir) as log:
+        pass
+    assert client(output_dir).get_run(log.run_id).info.status == "FAILED"
+
+
+def test_a_store_that_another_program_locks_is_not_waited_for(output_dir, monkeypatch):
+    monkeypatch.setattr("bnre_exp.tracking.PATIENCE", 0.1)
+    with start(output_dir) as log:
+        other = sqlite3.connect(output_dir / "mlflow.db", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        started = time.monotonic()
+        log.metrics({"ptq/top1": 0.4})
+        waited = time.monotonic() - started
+        other.execute("ROLLBACK")
+        other.close()
+        log.metrics({"reest/top1": 0.5})
+    assert waited < 10 and log.undelivered == 1  # MLflow by itself waits 20 s
+    assert client(output_dir).get_run(log.run_id).data.metrics == {"reest/top1": 0.5}
+    assert lines(output_dir)[0]["metrics"] == {"ptq/top1": 0.4}
+
+
+def test_names_that_mlflow_does_not_take_cost_nothing_else(output_dir):
+    params = {"a[0]": 1, "a_0_": 2, "model.kwargs": {"deep": True, "name": None}, "tags": ["a b", "null", "c"]}
+    with start(output_dir, params=params) as log:
+        log.metrics({"good": 1.0, "layer[0]+x": 2.0})
+    run = client(output_dir).get_run(log.run_id)
+    assert log.undelivered == 0 and run.data.metrics == {"good": 1.0, "layer_0__x": 2.0}
+    assert run.data.params == {
+        "a_0_": "1", "a_0__": "2", "model.kwargs": "{deep: true, name: null}", "tags": "['a b', 'null', c]",
+    }  # fmt: skip
+
+
+def test_params_are_what_hydra_reads_back():
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    for value in ([0.5, 1, None], {"a": [True, 1e-5], "b": "it's"}, ["null", "1", "a b", "layer3.*"], None, False, 3):
+        override = OverridesParser.create().parse_override(f"key={typed(value)}")
+        assert override.value() == value
+
+
+def test_a_user_without_a_name(output_dir, monkeypatch):
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 2**31 - 7)
+    with start(output_dir) as log:
+        pass
+    assert client(output_dir).get_run(log.run_id).data.tags["mlflow.user"] == str(2**31 - 7)

@@ -81,6 +81,8 @@ def is_nonnegative(node: Any) -> bool:
     else:
         passes_on = is_preserving(node) or (node.op != "get_attr" and node.target in MONOTONE_CALLS)
     operands = [source for source in node.all_input_nodes if source.meta.get("is_float")]
-    constants = [] if is_preserving(node) else [a for a in node.args if isinstance(a, (int, float))]
-    constants += [node.kwargs["alpha"]] if "alpha" in node.kwargs else []  # torch.add(x, y, alpha=-1) subtracts
+    values = (
+        [] if is_preserving(node) else [*node.args, node.kwargs.get("alpha")]
+    )  # torch.add(x, y, alpha=-1) subtracts
+    constants = [value for value in values if isinstance(value, (int, float))]
     return passes_on and bool(operands) and all(is_nonnegative(operand) for operand in (*operands, *constants))
