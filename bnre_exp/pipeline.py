@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -58,7 +59,10 @@ def run(config: Config, *, run_dir: Path, overrides: Sequence[str] = (), console
         finally:
             leave_report(job)
     print_summary(job.results.summary, console)
-    return job.results
+    results = job.results
+    del job, built
+    gc.collect()  # graphs and parametrized layers are reference cycles; over a sweep they would pile up
+    return results
 
 
 def _run_name(config: Config) -> str:
