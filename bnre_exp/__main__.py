@@ -89,7 +89,8 @@ def _mistake(error: BaseException) -> BaseException:
         return UserError(explain_choice(error.missing_cfg_file, error.options or []))
     if isinstance(error, (HydraException, OmegaConfBaseException)) or _is_hydras_value_error(error):
         return UserError(explain_configuration(error))
-    if isinstance(error, OSError) and not is_full_disk(error):  # Hydra makes the run folder before the job starts
+    # Hydra makes the run folder before the job starts
+    if isinstance(error, OSError) and error.filename and not is_full_disk(error):
         return UserError(
             f"cannot write to {error.filename}: {error.strerror}. Set runtime.output_dir, or BNRE_OUTPUT_DIR, to a "
             "folder that can be written."
@@ -137,8 +138,12 @@ def _tell(error: BaseException, run_dir: Optional[Path]) -> None:
     """One message on stderr; the whole traceback in the job's log, and on stderr only if it is our defect."""
     logger.info("The job stopped.", exc_info=error)  # the console handler shows warnings and above
     log_file = run_dir / "bnre_exp.log" if run_dir is not None else None
-    sys.stderr.write(explain_failure(error, log_file) + "\n")
-    if run_dir is not None and (run_dir / "metrics.jsonl").exists():
+    # Rich turns a broken pipe on standard output into a SystemExit
+    is_unread = isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError)
+    text = "Stopped: what read the output has closed it." if is_unread else explain_failure(error, log_file)
+    sys.stderr.write(text + "\n")
+    metrics = run_dir / "metrics.jsonl" if run_dir is not None else None
+    if metrics is not None and metrics.exists() and '"metrics"' in metrics.read_text():
         sys.stderr.write(f"What was finished is in {run_dir}\n")
 
 
@@ -176,13 +181,27 @@ def _refuse_removals(arguments: Sequence[str]) -> None:
             )
 
 
+def _print(text: str) -> int:
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:  # --help | head
+        return _stop_output()
+    return 0
+
+
+def _stop_output() -> int:
+    """Nobody reads standard output any more: the interpreter's last flush must not complain. The exit status."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
+
+
 def main() -> int:
     """Run the command line in ``sys.argv``; returns the exit status."""
     arguments = sys.argv[1:]
     for flags, text in (({"--help", "-h"}, help_text), ({"--version"}, version_text)):
         if flags & set(arguments):
-            sys.stdout.write(text(config_folder()))
-            return 0
+            return _print(text(config_folder()))
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions reach this function, which words them
     logging.raiseExceptions = False  # a full disk must not add a traceback of the log file's own
     _failed_jobs.clear()
@@ -196,6 +215,8 @@ def main() -> int:
     except (Exception, KeyboardInterrupt) as error:
         if _failed_jobs and isinstance(error, Exception):
             return _tell_failed_jobs()
+        if isinstance(error, BrokenPipeError):  # --cfg job | head
+            return _stop_output()
         mistake = _mistake(error)
         _tell(mistake, None)
         return exit_status(mistake)

@@ -151,7 +151,7 @@ def test_how_a_job_ends(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    job.action = lambda config: ((job.folders[0] / "metrics.jsonl").write_text("{}\n"), action(config))[1]
+    job.action = lambda config: ((job.folders[0] / "metrics.jsonl").write_text('{"metrics": {}}\n'), action(config))[1]
     assert call(monkeypatch) == status
     said = capsys.readouterr().err
     assert words.split(", in ")[0] in said and words.rpartition(", in ")[2] in said

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 import bnre_exp
 
 ROOT = Path(bnre_exp.__file__).parent.parent
@@ -30,11 +32,26 @@ def test_process_with_a_mistake(tmp_path: Path) -> None:
     assert error.startswith("Error: quant.weight_bit:") and len(error.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["-m", "seed=1,2"], "Stopped: what read the output has closed it.\n"), (["--cfg=job"], ""), (["--help"], "")],
+)
+def test_process_whose_output_nobody_reads(arguments: list[str], says: str, tmp_path: Path) -> None:
+    process = start(tmp_path, *arguments)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    try:
+        assert process.stderr.read() == says
+        assert process.wait(timeout=60) == 1
+    finally:
+        process.kill()
+
+
 def test_process_stopped_by_sigterm_keeps_what_is_finished(tmp_path: Path) -> None:
     process = start(tmp_path, "experiment=smoke", "tracking=off", "dataset.train_epochs=1000")
     deadline = time.monotonic() + 120
     try:
-        while not list(tmp_path.glob("outputs/runs/*/metrics.jsonl")) and process.poll() is None:
+        while not any(f.stat().st_size for f in tmp_path.glob("outputs/runs/*/metrics.jsonl")) and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
