@@ -51,7 +51,8 @@ def test_process_stopped_by_sigterm_keeps_what_is_finished(tmp_path: Path) -> No
     process = start(tmp_path, "experiment=smoke", "tracking=off", "dataset.train_epochs=1000")
     deadline = time.monotonic() + 120
     try:
-        while not any(f.stat().st_size for f in tmp_path.glob("outputs/runs/*/metrics.jsonl")) and process.poll() is None:
+        metrics = "outputs/runs/*/metrics.jsonl"
+        while not any(file.stat().st_size for file in tmp_path.glob(metrics)) and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
