@@ -67,7 +67,7 @@ def _download(build: Callable[[], Any], name: str, folder: str, how: str) -> Any
 
 
 def digits(train: bool, root: str | None = None) -> ImageTensors:
-    """scikit-learn's handwritten digits, embedded in its wheel: grayscale 8x8, 10 classes, 1437 + 360 images.
+    """scikit-learn's handwritten digits, embedded in its wheel: grayscale 8x8, 10 classes, 1442 + 355 images.
 
     The split is fixed: of each class, every fifth image in the file's order is a test image. ``root`` is not used.
     """

@@ -41,7 +41,8 @@ def run(config: Config, *, run_dir: Path, overrides: Sequence[str] = (), console
     stays: metrics in ``metrics.jsonl`` and MLflow, the trained network in ``fp32.safetensors``.
     """
     name = config.tracking.run_name or _run_name(config)
-    tags = {**git_tags(Path.cwd()), "overrides": " ".join(overrides)}
+    code = git_tags(Path.cwd()) or git_tags(Path(__file__).parent)  # the user's project, else this package's checkout
+    tags = {**code, "overrides": " ".join(overrides)}
     with open_run(
         run_dir,
         params=flatten(config),
