@@ -26,6 +26,7 @@ from bnre_exp.report.console import ConsoleProgress
 from bnre_exp.report.summary import StageResult, Summary, markdown
 from bnre_exp.splits import stream_seed
 from bnre_exp.stages.evaluate import Evaluation, evaluate
+from bnre_exp.stages.reestimate import has_running_statistics
 from bnre_exp.tracking import RunLog
 
 DEFAULT_THREADS = torch.get_num_threads()  # of the process, before a job changes it
@@ -116,6 +117,8 @@ def prepare(config: Config, run_dir: Path, log: RunLog, console: Console, summar
     check_labels(loaders, data.num_classes)
     example = loaders.example()
     check_head(built.module, example, data.num_classes)
+    if config.reest.num_batches and not has_running_statistics(built.module):
+        raise UserError("reest: the network has no batch norm with running statistics to re-estimate; set reest=off.")
     quantize(built.module, example, scheme(config), leaf_modules=model.leaf_modules)  # only to fail before training
     has_3d = any(p.dim() == 5 for p in built.module.parameters())
     channels_last = config.runtime.memory_format is MemoryFormat.channels_last and not has_3d

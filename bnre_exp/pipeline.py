@@ -27,7 +27,7 @@ from bnre_exp.stages.calibrate import calibrate
 from bnre_exp.stages.compare import compare_logits
 from bnre_exp.stages.evaluate import evaluate
 from bnre_exp.stages.fold import fold_batch_norms
-from bnre_exp.stages.reestimate import reestimate_bn_stats
+from bnre_exp.stages.reestimate import has_running_statistics, reestimate_bn_stats
 from bnre_exp.stages.train import Epoch, train
 from bnre_exp.tracking import open_run
 
@@ -166,7 +166,9 @@ def _calibrate(job: Job, sim: fx.GraphModule, stage: str) -> None:
 
 def _qat(job: Job, sim: fx.GraphModule) -> None:
     qat, has_ranges = job.config.qat, bool(activation_quantizers(sim))
-    if has_ranges:  # training normalizes each batch by itself; ranges found under statistics that no longer fit would
+    if has_ranges and has_running_statistics(
+        sim
+    ):  # training normalizes each batch by itself; ranges found under statistics that no longer fit would
         with bypassed(sim):  # start it with dead activations (their gradients overflowed MobileNetV2's at 2 bits)
             reestimate_bn_stats(sim, job.loaders.fresh("calibration"), job.config.quant.calib_batches)
         _calibrate(job, sim, "qat")

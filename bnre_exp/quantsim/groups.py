@@ -94,10 +94,12 @@ def find_groups(graph: fx.GraphModule) -> Grouping:
     for node in graph.graph.nodes:
         if node.op == "call_module":
             calls[node.target].append(node)
+    for node in graph.graph.find_nodes(op="get_attr"):  # a layer whose weight is also read directly counts as shared
+        calls[str(node.target).rpartition(".")[0]].append(node)
     bn_of: dict[fx.Node, tuple[fx.Node, bool]] = {}
     kept: dict[str, str] = {}
     for target, nodes in calls.items():
-        if not is_bn(nodes[0]):
+        if nodes[0].op == "get_attr" or not is_bn(nodes[0]):
             continue
         reason = _why_not_after_layer(nodes, calls)
         if reason is None:
@@ -136,14 +138,19 @@ def _why_not_after_layer(bns: list[fx.Node], calls: dict[Any, list[fx.Node]]) ->
     layers = {source_of(node).target for node in bns}
     if len(layers) > 1:
         return f"shared by several layers ({', '.join(sorted(map(str, layers)))})"
-    callers = calls[next(iter(layers))]
+    name = next(iter(layers))
+    callers = calls[name]
+    if any(node.op == "get_attr" for node in callers):
+        return f"the weight of {name} is also read elsewhere"
     if len(callers) != len(bns):
-        return f"the layer {callers[0].target} is called more than once, and not always followed by this BN"
+        return f"the layer {name} is called more than once, and not always followed by this BN"
     return None
 
 
 def _why_not_pair(layer_node: fx.Node, bn_node: fx.Node, bn: Any) -> Optional[str]:
     layer = module_of(layer_node)
+    if any(module._forward_hooks or module._forward_pre_hooks for module in (layer, bn)):
+        return f"a forward hook on the BN or on {layer_node.target}"
     if sole_user(layer_node) is not bn_node:
         others = [_describe(user) for user in layer_node.users if user is not bn_node]
         return f"the output of {layer_node.target} has another consumer ({', '.join(others)})"

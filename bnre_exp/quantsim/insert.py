@@ -19,7 +19,7 @@ from bnre_exp.quantsim.operations import is_nonnegative, is_preserving
 from bnre_exp.quantsim.quantizer import ActivationQuantizer, WeightQuantizer, narrow_quant_max
 from bnre_exp.quantsim.ranges import fit_symmetric_scale
 from bnre_exp.quantsim.scheme import QuantScheme
-from bnre_exp.quantsim.trace import trace
+from bnre_exp.quantsim.trace import reads_training, trace
 from bnre_exp.quantsim.verify import check_same_behaviour
 
 CONTAINER = "act_quantizers"  # submodule of a simulation that holds its activation quantizers, by node name
@@ -102,6 +102,13 @@ class _ShapeRecorder(fx.Interpreter):
         n.meta["is_single"] = isinstance(result, Tensor)
         if isinstance(result, Tensor):
             n.meta["ndim"] = result.dim()
+        reads = {source.meta.get("is_constant", False) for source in n.all_input_nodes}
+        n.meta["is_constant"] = n.op == "get_attr" or (n.op.startswith("call_") and reads == {True})
+        module = module_of(n)
+        if module is not None and reads_training(type(module)) and next(module.parameters(), None) is None:
+            given: Any = self.env.get(source_of(n))  # stochastic depth, say, does nothing in evaluation mode
+            both = isinstance(given, Tensor) and isinstance(result, Tensor)
+            n.meta["is_identity"] = both and torch.equal(given, result)
         return result
 
 
@@ -137,6 +144,7 @@ def _first_and_last(grouping: Grouping) -> set[fx.Node]:
     for layer in (first.layer, last.layer):
         source = source_of(layer)
         while isinstance(source, fx.Node) and is_preserving(source):
+            nodes.add(source)  # a ReLU may be what holds the quantizer
             source = source_of(source)
         if isinstance(source, fx.Node):
             nodes.add(source)
@@ -159,6 +167,8 @@ def _insert_activation_quantizers(
             continue
         group = group_of.get(node)
         names = names_of(group.layer, group.bn, group.activation) if group else names_of(node)
+        if group is None and is_relu_like(node) and _is_sole_relu_of_an_operation(node):
+            names = (*names, *names_of(source_of(node)))
         reason = _why_no_quantizer(node, scheme)
         rule = scheme.rule(names)
         bits = rule.act_bits if rule and rule.act_bits else scheme.act_bits
@@ -188,8 +198,12 @@ def _why_no_quantizer(node: fx.Node, scheme: QuantScheme) -> Optional[str]:
         return None if fresh_relu else ""
     if is_relu_like(sole_user(node)) and not is_preserving(node):
         return ""  # the quantizer comes after the activation
-    if node.op == "get_attr":
-        return "" if scheme.act_bits is None else "a constant or parameter that the graph reads directly"
+    if node.meta.get("is_constant"):
+        return (
+            ""
+            if node.op != "get_attr" or scheme.act_bits is None
+            else "a constant or parameter that the graph reads directly"
+        )
     if not node.meta.get("is_single"):
         return "an operation with several outputs"
     return None
@@ -255,8 +269,8 @@ def _name_other_weights(sim: fx.GraphModule, unquantized: _Unquantized) -> None:
                 str(node.target), f"the weights of {type(module).__name__} stay float; its output is quantized"
             )
     for node in sim.graph.find_nodes(op="get_attr"):
-        if any(getattr(user.target, "__name__", "").startswith(("conv", "linear")) for user in node.users):
-            unquantized.add(str(node.target), "a weight that is read by a functional conv or linear")
+        if node.meta.get("is_float"):
+            unquantized.add(str(node.target), "a constant or parameter that the graph reads directly")
 
 
 def activation_quantizers(sim: nn.Module) -> dict[str, ActivationQuantizer]:

@@ -18,7 +18,10 @@ from bnre_exp.quantsim.trace import FollowTraining
 PRESERVING_MODULES = (
     nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
     nn.Flatten, nn.Unflatten, nn.Identity, nn.ReLU, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
-    nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle,
+    nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d,
+    nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d,
+    nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d,
+    nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle,
     torchvision.ops.StochasticDepth, torchvision.ops.Permute,
 )  # fmt: skip
 PRESERVING_FUNCTIONS = {
@@ -53,6 +56,8 @@ def is_preserving(node: fx.Node) -> bool:
     """Whether the output holds only values of the input (and zeros), so that it needs no quantizer of its own."""
     if node.op == "call_module":
         module = module_of(node)
+        if node.meta.get("is_identity"):
+            return True
         if isinstance(module, FollowTraining):
             return module.function != "rrelu"
         return isinstance(module, PRESERVING_MODULES)
@@ -80,9 +85,9 @@ def is_nonnegative(node: Any) -> bool:
         passes_on = is_preserving(node) or isinstance(module, MONOTONE_MODULES)
     else:
         passes_on = is_preserving(node) or (node.op != "get_attr" and node.target in MONOTONE_CALLS)
-    operands = [source for source in node.all_input_nodes if source.meta.get("is_float")]
-    values = (
-        [] if is_preserving(node) else [*node.args, node.kwargs.get("alpha")]
-    )  # torch.add(x, y, alpha=-1) subtracts
+    operands = node.all_input_nodes  # those that are not floating point, such as sizes, count as possibly negative
+    if is_preserving(node):
+        operands = operands[:1]
+    values = [] if is_preserving(node) else [*node.args, *node.kwargs.values()]  # add(x, y, alpha=-1) subtracts
     constants = [value for value in values if isinstance(value, (int, float))]
     return passes_on and bool(operands) and all(is_nonnegative(operand) for operand in (*operands, *constants))

@@ -9,7 +9,7 @@ import re
 import traceback
 from collections.abc import Callable, Sequence
 from types import CodeType
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,7 @@ class _Tracer(fx.Tracer):
         if isinstance(module, _BatchNorm) or super().is_leaf_module(module, qualified_name):
             return True
         holds_layers = any(isinstance(child, (*LAYERS, _BatchNorm)) for child in module.modules())
-        return not holds_layers and _reads_training(type(module))
+        return not holds_layers and reads_training(type(module))
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         self.entered.append(self.path_of_module(m))
@@ -69,7 +69,7 @@ class _Tracer(fx.Tracer):
         return result
 
 
-def _reads_training(kind: type) -> bool:
+def reads_training(kind: type) -> bool:
     """Whether a method of the class, or of its bases below nn.Module, looks at ``self.training``."""
 
     def mentions(code: CodeType) -> bool:
@@ -91,15 +91,16 @@ def trace(model: nn.Module, leaf_modules: Sequence[str] = (), num_inputs: int = 
     unknown = [name for name in leaf_modules if name not in known]
     if unknown:
         raise UserError(f"leaf_modules: the network has no module or class named {', '.join(unknown)}.")
-    tracer = _Tracer(leaf_modules)
+    tracer, defaults = _Tracer(leaf_modules), _defaults(model, num_inputs)
     try:
-        graph = tracer.trace(model, concrete_args=_defaults(model, num_inputs))
+        graph = tracer.trace(model, concrete_args=defaults or None)
     except UserError:
         raise
     except Exception as error:
         raise UserError(_explain_failure(error, tracer, model)) from error
     traced = fx.GraphModule(tracer.root, graph, type(model).__name__)
-    _drop_default_arguments(traced)
+    _drop_default_arguments(traced, defaults)
+    _drop_identities(traced)
     _follow_mode(traced)
     _split_bn_activations(traced)
     _make_out_of_place(traced)
@@ -134,13 +135,22 @@ def _without_sync_bn(model: nn.Module) -> nn.Module:
     return model
 
 
-def _defaults(model: nn.Module, num_inputs: int) -> Optional[dict[str, Any]]:
+def _defaults(model: nn.Module, num_inputs: int) -> dict[str, Any]:
     parameters = list(inspect.signature(model.forward).parameters.values())
     rest = [p for p in parameters[num_inputs:] if p.default is not p.empty]
-    return {p.name: p.default for p in rest if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} or None
+    simple = (type(None), bool, int, float, str)  # torch.fx keeps other defaults as they are
+    return {p.name: p.default for p in rest if p.kind is not p.VAR_KEYWORD and isinstance(p.default, simple)}
 
 
-def _drop_default_arguments(traced: fx.GraphModule) -> None:
+def _drop_identities(traced: fx.GraphModule) -> None:
+    """nn.Identity, where a layer was switched off, would keep a conv and its BN or activation apart."""
+    for node in list(traced.graph.nodes):
+        if node.op == "call_module" and type(traced.get_submodule(node.target)) is nn.Identity:
+            node.replace_all_uses_with(node.args[0])
+            traced.graph.erase_node(node)
+
+
+def _drop_default_arguments(traced: fx.GraphModule, defaults: dict[str, Any]) -> None:
     """torch.fx leaves a placeholder and an assertion for every argument that was fixed to its default."""
     for node in list(traced.graph.nodes):
         if node.op == "call_function" and getattr(node.target, "__name__", "") in ("_assert_is_none", "_assert"):
@@ -148,12 +158,8 @@ def _drop_default_arguments(traced: fx.GraphModule) -> None:
             traced.graph.erase_node(node)
             if isinstance(condition, fx.Node) and condition.op == "call_function" and not condition.users:
                 traced.graph.erase_node(condition)
-    for node in list(traced.graph.nodes):
-        if (
-            node.op == "placeholder"
-            and not node.users
-            and (node.args or len(traced.graph.find_nodes(op="placeholder")) > 1)
-        ):
+    for node in traced.graph.find_nodes(op="placeholder"):
+        if not node.users and any(re.fullmatch(rf"{re.escape(name)}(_\d+)?", str(node.target)) for name in defaults):
             traced.graph.erase_node(node)
 
 

@@ -94,6 +94,11 @@ def _record(
     """Run a copy and keep the outputs of the modules in ``names``, which both networks have. Random numbers start anew
     before each of them, so that those drawn in a dropped head shift nothing."""
     model = copy.deepcopy(model).train(training)
+    with torch.no_grad():  # behind a head or gamma of zeros every difference would vanish
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point() and not bool(parameter.any()):
+                generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+                parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
     outputs: Outputs = {}
     calls: dict[str, int] = defaultdict(int)
     with torch.random.fork_rng(devices=_cuda_devices(inputs)), torch.no_grad(), _hooked(model, names, outputs, calls):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn.utils import parametrize
 
+from bnre_exp.errors import UserError
 from bnre_exp.quantsim.codes import set_codes
 from bnre_exp.quantsim.groups import is_layer, module_of, source_of
 from bnre_exp.quantsim.operations import is_preserving
@@ -42,6 +43,11 @@ def quantize_biases(folded: fx.GraphModule, bits: int = 32) -> BiasReport:
         layer: Any = folded.get_submodule(name)
         if layer.bias is None:
             continue
+        for quantizer in filter(None, map(_input_quantizer, nodes)):
+            if not quantizer.has_range:
+                raise UserError(
+                    "quantize_biases: the activations have no ranges yet; run calibrate(sim, loader) first."
+                )
         steps = {None if q is None else float(positive(q.scale)) for q in map(_input_quantizer, nodes)}
         step = steps.pop()
         if steps:

@@ -79,11 +79,15 @@ def fold_batch_norms(sim: nn.Module, mode: str = "scale") -> tuple[fx.GraphModul
                 plain, why_lossy = _with_codes(layer, affine, mode, scheme.weight_range, scheme.percentile)
                 folded.set_submodule(name, plain)
             elif affine is not None:
-                layer.weight.copy_(layer.weight.double() * layout_of(layer).expand(affine.gain))
+                weight = layer.weight.double() * layout_of(layer).expand(affine.gain)
+                layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)  # it may be tied
             lossy += [(name, why_lossy)] if why_lossy else []
             pairs += [(name, str(group.bn.target))] if group.bn is not None else []
     kept = [(name, _keep(folded, name, reason)) for name, reason in grouping.kept.items()]
     kept += [(name, "never reached by the forward pass; dropped") for name in sim_report(sim).unreached_bns]
+    called = {node.target for node in folded.graph.nodes if node.op == "call_module"}
+    inner = [name for name, m in folded.named_modules() if isinstance(m, _BatchNorm) and name not in called]
+    kept += [(name, "inside a module that was kept whole; stays a batch norm") for name in inner]
     for group in grouping.groups:
         if group.bn is not None:
             group.bn.replace_all_uses_with(source_of(group.bn))

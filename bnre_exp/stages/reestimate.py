@@ -59,7 +59,7 @@ class _Estimator:
         self.method, self.momentum = method, momentum
         self.calls, self.count = 0, 0
         start = (mean, var) if method == "ema" else (torch.zeros_like(mean), torch.zeros_like(var))
-        self.mean, self.spread = start[0].double(), start[1].double()
+        self.mean, self.spread = (values.to(torch.float64, copy=True) for values in start)
 
     def add(self, mean: Tensor, var: Tensor, count: int) -> None:
         """Take in one call over ``count`` values a channel."""
@@ -144,6 +144,11 @@ def reestimate_bn_stats(
         without_statistics=tuple(name for bn, name in names.items() if bn not in bns),
         _before={bn: before[bn] for bn in after},
     )
+
+
+def has_running_statistics(model: nn.Module) -> bool:
+    """Whether there is anything to re-estimate."""
+    return any(isinstance(m, _BatchNorm) and m.running_mean is not None for m in model.modules())
 
 
 def _write(statistics: dict[Any, Statistics]) -> None:

@@ -65,6 +65,8 @@ def test_smooth_activations_get_a_quantizer_before_and_after():
         (lambda x: F.relu(x) * torch.sigmoid(x), True),
         (lambda x: F.relu(x) * -1, False),
         (lambda x: torch.add(F.relu(x), F.relu(x), alpha=-2), False),
+        (lambda x: torch.add(F.relu(x), other=-1.0), False),
+        (lambda x: F.relu(x) * (1 - x.size(1)), False),
         (lambda x: F.relu(x) - 1, False),
         (lambda x: F.avg_pool2d(F.relu(x), 2), True),
         (lambda x: x.mean((2, 3)), False),
@@ -266,9 +268,46 @@ def test_weights_that_a_function_reads_are_named():
         def forward(self, x):
             return F.conv2d(x, self.weight)
 
-    assert ("weight", "a weight that is read by a functional conv or linear") in sim_report(
-        quantize(Functional(), X)
-    ).unquantized
+    for scheme in (QuantScheme(), QuantScheme(act_bits=None)):
+        reason = "a constant or parameter that the graph reads directly"
+        assert ("weight", reason) in sim_report(quantize(Functional(), X, scheme)).unquantized
+
+
+def test_first_last_bits_reach_the_last_layers_input_through_a_relu():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 5)
+    )
+    bits = [q.bits for q in activation_quantizers(quantize(model, X, QuantScheme(4, 4, first_last_bits=8))).values()]
+    assert bits == [8, 4, 8, 8]
+
+
+def test_identities_do_not_keep_a_group_apart():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Identity(), nn.BatchNorm2d(4), nn.Identity(), nn.ReLU())
+    assert list(placed(quantize(model, X)).values()) == [False, True]
+
+
+def test_a_difference_behind_zeros_is_seen():
+    def forward(m, x):
+        y = m.conv(x)
+        return m.head((y * 0.5 if m.training else y).mean((2, 3)))
+
+    model = Net(forward, conv=nn.Conv2d(3, 3, 1), head=nn.Linear(3, 2))
+    nn.init.zeros_(model.head.weight)
+    with pytest.raises(UserError, match="in training mode"):
+        quantize(model, X)
+
+
+def test_defaults_of_every_kind_and_inputs_that_are_ignored():
+    class Net2(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x, unused, dims=(2, 3), keep=False):
+            return self.conv(x).mean(dims, keepdim=keep)
+
+    sim = quantize(Net2(), (X, X), QuantScheme(act_bits=None))
+    assert sim(X, X).shape == (4, 3)
 
 
 def test_a_weight_with_a_parametrization_is_refused_by_name():

@@ -224,6 +224,44 @@ def test_the_simulation_is_unaffected_and_undo_still_works():
     assert sim.get_submodule("0").parametrizations.weight.original.grad is not None
 
 
+def test_a_weight_that_is_read_elsewhere_is_left_alone():
+    def forward(m, x):
+        return F.conv_transpose2d(F.relu(m.bn(m.conv(x))), m.conv.weight)
+
+    model = randomize(Net(forward, conv=nn.Conv2d(3, 3, 1), bn=nn.BatchNorm2d(3)))
+    report = fold_and_compare(model, image(2, 3))[2]
+    assert report.folded == () and "also read elsewhere" in dict(report.kept)["bn"]
+
+
+@pytest.mark.parametrize("bits", [4, None])
+def test_tied_weights_are_folded_each_by_its_own_bn(bits):
+    model = randomize(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    model[2].weight = model[0].weight
+    report = fold_and_compare(model, image(2, 3), QuantScheme(weight_bits=bits, act_bits=None))[2]
+    assert report.folded == (("0", "1"), ("2", "3"))
+
+
+def test_hooks_and_modules_kept_whole_are_named():
+    class Leaf(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.bn(self.conv(x))
+
+    model = randomize(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), Leaf())).eval()
+    model[0].register_forward_hook(lambda module, inputs, output: output * 2)
+    _, report = fold_batch_norms(quantize(model, image(2, 3), W4, leaf_modules=["Leaf"]))
+    assert "hook" in dict(report.kept)["1"] and "kept whole" in dict(report.kept)["2.bn"]
+
+
+def test_biases_need_ranges():
+    folded, _ = fold_batch_norms(quantize(randomize(flat_cnn()), image(2, 3), QuantScheme()))
+    with pytest.raises(UserError, match="calibrate"):
+        quantize_biases(folded)
+
+
 def test_misuse_is_refused():
     sim = quantize(randomize(flat_cnn()), image(2, 3), W4)
     with pytest.raises(UserError, match="mode='both'"):

@@ -111,6 +111,14 @@ def test_only_running_statistics_change_and_undo_is_exact():
     assert _changed(before, sim) == set()
 
 
+@pytest.mark.parametrize("method", ["batch_average", "pooled", "ema"])
+def test_undo_is_exact_in_float64_too(method):
+    model = randomize(flat_cnn()).double()
+    before = _state(model)
+    reestimate_bn_stats(model, [x.double() for x in BATCHES], 4, method=method).remove()
+    assert _changed(before, model) == set()
+
+
 def test_dropout_and_other_norms_stay_in_evaluation_mode():
     layers = {"conv": nn.Conv2d(3, 4, 1), "drop": nn.Dropout(0.5), "bn": nn.BatchNorm2d(4)}
     model = randomize(Net(lambda m, x: m.bn(m.drop(m.conv(x))), **layers)).train()
