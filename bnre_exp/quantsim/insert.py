@@ -121,7 +121,7 @@ def _record_shapes(sim: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
 
 def names_of(*nodes: Optional[fx.Node]) -> tuple[str, ...]:
     """The names by which overrides and reports know operations: module paths, and node names of functions."""
-    return tuple(str(n.target) if n.op == "call_module" else n.name for n in nodes if n is not None)
+    return tuple(str(n.target) if n.op in ("call_module", "get_attr") else n.name for n in nodes if n is not None)
 
 
 def _check_overrides(sim: fx.GraphModule, grouping: Grouping, scheme: QuantScheme) -> None:
