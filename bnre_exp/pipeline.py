@@ -166,10 +166,10 @@ def _calibrate(job: Job, sim: fx.GraphModule, stage: str) -> None:
 
 def _qat(job: Job, sim: fx.GraphModule) -> None:
     qat, has_ranges = job.config.qat, bool(activation_quantizers(sim))
-    if has_ranges and has_running_statistics(
-        sim
-    ):  # training normalizes each batch by itself; ranges found under statistics that no longer fit would
-        with bypassed(sim):  # start it with dead activations (their gradients overflowed MobileNetV2's at 2 bits)
+    # Training normalizes each batch by itself; ranges found under statistics that no longer fit would start it with
+    # dead activations (MobileNetV2's gradients overflowed that way at 2 bits).
+    if has_ranges and has_running_statistics(sim):
+        with bypassed(sim):
             reestimate_bn_stats(sim, job.loaders.fresh("calibration"), job.config.quant.calib_batches)
         _calibrate(job, sim, "qat")
     seconds = _train(job, "qat", sim, qat.epochs, qat)

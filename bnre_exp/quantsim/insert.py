@@ -24,6 +24,8 @@ from bnre_exp.quantsim.verify import check_same_behaviour
 
 CONTAINER = "act_quantizers"  # submodule of a simulation that holds its activation quantizers, by node name
 
+READ_DIRECTLY = "a constant or parameter that the graph reads directly"
+
 
 @dataclass(frozen=True)
 class SimReport:
@@ -199,11 +201,7 @@ def _why_no_quantizer(node: fx.Node, scheme: QuantScheme) -> Optional[str]:
     if is_relu_like(sole_user(node)) and not is_preserving(node):
         return ""  # the quantizer comes after the activation
     if node.meta.get("is_constant"):
-        return (
-            ""
-            if node.op != "get_attr" or scheme.act_bits is None
-            else "a constant or parameter that the graph reads directly"
-        )
+        return "" if node.op != "get_attr" or scheme.act_bits is None else READ_DIRECTLY
     if not node.meta.get("is_single"):
         return "an operation with several outputs"
     return None
@@ -270,7 +268,7 @@ def _name_other_weights(sim: fx.GraphModule, unquantized: _Unquantized) -> None:
             )
     for node in sim.graph.find_nodes(op="get_attr"):
         if node.meta.get("is_float"):
-            unquantized.add(str(node.target), "a constant or parameter that the graph reads directly")
+            unquantized.add(str(node.target), READ_DIRECTLY)
 
 
 def activation_quantizers(sim: nn.Module) -> dict[str, ActivationQuantizer]:

@@ -43,12 +43,10 @@ def quantize_biases(folded: fx.GraphModule, bits: int = 32) -> BiasReport:
         layer: Any = folded.get_submodule(name)
         if layer.bias is None:
             continue
-        for quantizer in filter(None, map(_input_quantizer, nodes)):
-            if not quantizer.has_range:
-                raise UserError(
-                    "quantize_biases: the activations have no ranges yet; run calibrate(sim, loader) first."
-                )
-        steps = {None if q is None else float(positive(q.scale)) for q in map(_input_quantizer, nodes)}
+        quantizers = [_input_quantizer(node) for node in nodes]
+        if any(q is not None and not q.has_range for q in quantizers):
+            raise UserError("quantize_biases: the activations have no ranges yet; run calibrate(sim, loader) first.")
+        steps = {None if q is None else float(positive(q.scale)) for q in quantizers}
         step = steps.pop()
         if steps:
             kept.append((name, "called with inputs of different scales"))
