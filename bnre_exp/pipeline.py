@@ -207,6 +207,7 @@ def _reestimate(job: Job, sim: fx.GraphModule) -> None:
     evaluation = job.finish("reest", "re-estimate BN", sim, seconds, after=before, note=note, passes=handle.passes)
     job.metrics({"reest/delta_top1": evaluation.top1 - job.evaluations[before].top1})
     job.exceptions("not re-estimated", [(name, "has no running statistics") for name in handle.without_statistics])
+    job.exceptions("not re-estimated", [(name, "FrozenBatchNorm2d: constants") for name in handle.frozen])
 
 
 def _fold(job: Job, sim: fx.GraphModule) -> fx.GraphModule:

@@ -20,7 +20,7 @@ from torch.overrides import get_testing_overrides
 
 from bnre_exp.quantsim.affine import ChannelAffine
 from bnre_exp.quantsim.quantizer import ActivationQuantizer
-from bnre_exp.quantsim.trace import BatchNormNd, FollowTraining
+from bnre_exp.quantsim.trace import BatchNormNd, FixedSize, FollowTraining
 
 OPERATORS = (
     "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "neg", "pos", "invert", "abs",
@@ -33,6 +33,8 @@ MORE_FUNCTIONS = (
     "tanh", "sigmoid", "hardsigmoid", "hardswish", "upsample", "upsample_nearest", "upsample_bilinear",
     "relu_", "hardtanh_", "elu_", "selu_", "celu_", "leaky_relu_", "rrelu_", "threshold_",
 )  # fmt: skip
+# Functions that make a tensor of a given size.
+FACTORIES = ("arange", "eye", "full", "linspace", "ones", "zeros")
 # These read packed weights as raw memory, or exist for one kind of device.
 REFUSED_FUNCTIONS = ("fbgemm_", "quantized_", "miopen_")
 # These take code, hand out memory or attach hooks.
@@ -43,7 +45,7 @@ REFUSED_METHODS = {
     "resize_as_", "resize_as_sparse_", "sparse_resize_", "sparse_resize_and_clear_",
 }  # fmt: skip
 ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim", "T", "mT", "H", "mH", "real", "imag"})
-OWN_MODULES = (ActivationQuantizer, FollowTraining, BatchNormNd, ChannelAffine)
+OWN_MODULES = (ActivationQuantizer, FollowTraining, FixedSize, BatchNormNd, ChannelAffine)
 
 
 @cache
@@ -58,6 +60,7 @@ def functions() -> dict[str, Callable[..., Any]]:
             if not name.startswith(("_", *REFUSED_FUNCTIONS)) and function in on_tensors:
                 found[f"{space.__name__}.{name}"] = function
     found |= {f"torch.nn.functional.{name}": getattr(F, name) for name in MORE_FUNCTIONS if hasattr(F, name)}
+    found |= {f"torch.{name}": getattr(torch, name) for name in FACTORIES}
     for name in torchvision.ops.__all__:
         if inspect.isfunction(function := getattr(torchvision.ops, name)):
             found[f"torchvision.ops.{name}"] = function

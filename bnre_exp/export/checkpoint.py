@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from bnre_exp.errors import UserError
 from bnre_exp.export.files import check_replaceable, read_checkpoint, write_checkpoint
 from bnre_exp.export.graph_json import encode_graph, is_name, is_path, qualified_name
-from bnre_exp.export.module_json import describe_module
+from bnre_exp.export.module_json import describe_codes, describe_module
 from bnre_exp.export.rebuild import outside_names, rebuild
 from bnre_exp.export.tensors import encode_tensors
 from bnre_exp.export.value_json import encode_value
@@ -109,7 +109,7 @@ def _describe_leaf(name: str, leaf: nn.Module, leaves: Mapping[str, nn.Module]) 
     if not is_path(name):
         raise UserError(f"the module name {name!r} has characters that a checkpoint does not allow; rename it")
     kind = qualified_name(parametrize.type_before_parametrizations(leaf))
-    return describe_module(leaf) or {"outside": kind}
+    return describe_module(leaf) or {"outside": kind, "codes": describe_codes(leaf) or {}}
 
 
 def _state(name: str, leaf: nn.Module) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ def describe_module(module: nn.Module) -> Optional[JsonDict]:
     """
     name = allowed.module_class_names().get(parametrize.type_before_parametrizations(module))
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
-    codes = _describe_codes(module)
+    codes = describe_codes(module)
     if name is None or hooked or codes is None:
         return None
     try:
@@ -55,7 +55,7 @@ def build_module(description: Mapping[str, Any], state: Mapping[str, Tensor]) ->
     if isinstance(module, FollowTraining) and module.function not in FollowTraining.FUNCTIONS:
         raise UserError(f"{module.function!r} is not a function that follows the mode")
     for name, spec in description["codes"].items():
-        _set_codes(module, name, spec, state)
+        restore_codes(module, name, spec, state)
     module.load_state_dict(dict(state), strict=True, assign=True)
     left = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     if left:
@@ -77,7 +77,7 @@ def _constructor_args(module: nn.Module, kind: type[nn.Module]) -> JsonDict:
     return args
 
 
-def _describe_codes(module: nn.Module) -> Optional[JsonDict]:
+def describe_codes(module: nn.Module) -> Optional[JsonDict]:
     """Arguments of each Dequantize of the module, or None if anything else is parametrized."""
     codes: JsonDict = {}
     for path, owner in module.named_modules():
@@ -90,7 +90,8 @@ def _describe_codes(module: nn.Module) -> Optional[JsonDict]:
     return codes
 
 
-def _set_codes(module: nn.Module, name: str, spec: JsonDict, state: Mapping[str, Tensor]) -> None:
+def restore_codes(module: nn.Module, name: str, spec: JsonDict, state: Mapping[str, Tensor]) -> None:
+    """Make ``module.<name>`` the integer codes and scale of ``state``. Raises ``UserError`` if they do not fit it."""
     codes, scale = state[f"parametrizations.{name}.original"], state[f"parametrizations.{name}.0.scale"]
     if name not in ("weight", "bias") or set(spec) != set(_DEQUANTIZE_ARGS) or codes.dtype not in _CODE_DTYPES:
         raise UserError(f"the integer codes of its {name} are damaged")

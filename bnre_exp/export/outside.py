@@ -6,25 +6,36 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any, Optional
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from bnre_exp.errors import UserError
 from bnre_exp.export.graph_json import qualified_name
+from bnre_exp.export.module_json import restore_codes
+from bnre_exp.quantsim.layout import LAYERS, out_channels
 
 
-def module_from_model(name: str, kind: str, state: Mapping[str, Tensor], model: nn.Module) -> nn.Module:
+def module_from_model(
+    name: str, description: Mapping[str, Any], state: Mapping[str, Tensor], model: nn.Module
+) -> nn.Module:
     """A copy of the model's module ``name`` with the tensors of ``state`` in it; on the CPU, in evaluation mode.
 
-    Raises ``UserError`` if the model has no such module, of a class named as in ``kind``, with such tensors.
+    description: "outside", the name of its class, and "codes", which of its tensors are integer codes. Raises
+    ``UserError`` if the model has no such module, of that class, with such tensors.
     """
-    found = _find(name, model)
+    found, kind = _find(name, model), description["outside"]
     if found is None:
         raise UserError(f"model= ({type(model).__name__}) has no module {name!r}; give the network that was quantized")
     actual = qualified_name(parametrize.type_before_parametrizations(found))
     if actual.rpartition(".")[2] != kind.rpartition(".")[2]:
         raise UserError(f"the module {name!r} of model= is a {actual}, expected a {kind}")
-    module = copy.deepcopy(found).cpu().eval()
+    module: Any = copy.deepcopy(found).cpu().eval()
+    if isinstance(module, LAYERS) and module.bias is None and any(key.rpartition("bias")[1] for key in state):
+        module.bias = nn.Parameter(torch.zeros(out_channels(module)))  # folding gave it one
+    for tensor, spec in description["codes"].items():
+        if not parametrize.is_parametrized(module, tensor):
+            restore_codes(module, tensor, spec, state)
     _check_shapes(name, module, state)
     persistent = module.state_dict().keys()
     module.load_state_dict({key: x for key, x in state.items() if key in persistent}, strict=True, assign=True)

@@ -74,7 +74,7 @@ def _leaf(
 ) -> nn.Module:
     try:
         if "outside" in description and model is not None:
-            return module_from_model(name, description["outside"], state, model)
+            return module_from_model(name, description, state, model)
         return build_module(description, state)
     except UserError as error:
         raise UserError(f"module {name}: {error}") from error

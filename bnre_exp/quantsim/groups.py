@@ -7,19 +7,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Optional
 
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+from torchvision.ops import FrozenBatchNorm2d
 
-from bnre_exp.quantsim.layout import CONVS, LAYERS, out_channels
+from bnre_exp.quantsim.layout import CONVS, out_channels
+from bnre_exp.quantsim.nodes import (
+    describe,
+    is_bn,
+    is_layer,
+    is_rearranging,
+    is_relu_like,
+    module_of,
+    readers,
+    sole_user,
+    source_of,
+)
 from bnre_exp.quantsim.quantizer import ActivationQuantizer
 from bnre_exp.quantsim.trace import BatchNormNd
 
-PLAIN_BN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormNd)
-RELU_LIKE_MODULES = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardtanh)
-RELU_LIKE_CALLS = {torch.relu, F.relu, F.relu6, F.leaky_relu, F.hardtanh, "relu"}
-
+PLAIN_BN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormNd, FrozenBatchNorm2d)
 
 @dataclass(frozen=True)
 class Group:
@@ -48,48 +55,8 @@ class Grouping:
     kept: dict[str, str]  # BN name -> reason
 
 
-def module_of(node: Any) -> Any:
-    """The module that a node calls, or None."""
-    if not isinstance(node, fx.Node) or node.op != "call_module":
-        return None
-    root = node.graph.owning_module
-    return root.get_submodule(str(node.target)) if root is not None else None
-
-
-def source_of(node: fx.Node) -> Any:
-    """The node (or constant) that a node reads first."""
-    return node.args[0] if node.args else None
-
-
-def is_bn(node: Any) -> bool:
-    """Whether the node calls a batch norm module."""
-    return isinstance(module_of(node), _BatchNorm)
-
-
-def is_layer(node: Any) -> bool:
-    """Whether the node calls a conv or linear layer."""
-    return isinstance(module_of(node), LAYERS)
-
-
-def is_relu_like(node: Any) -> bool:
-    """A piecewise linear activation, which integer kernels apply to their output at no cost."""
-    if not isinstance(node, fx.Node):
-        return False
-    if node.op == "call_module":
-        return isinstance(module_of(node), RELU_LIKE_MODULES)
-    return node.op in ("call_function", "call_method") and node.target in RELU_LIKE_CALLS
-
-
-def sole_user(node: fx.Node) -> Any:
-    """The one node that reads this one's value, if it reads it once and as its first argument, else None."""
-    users = list(node.users)
-    if len(users) != 1 or sum(value is node for value in users[0].all_input_nodes) != 1:
-        return None
-    return users[0] if source_of(users[0]) is node else None
-
-
 def find_groups(graph: fx.GraphModule) -> Grouping:
-    """Groups of a traced network or of a simulation. Node shapes must be known (``meta["ndim"]``)."""
+    """Groups of a traced network that was recorded, or of a simulation of it."""
     calls: dict[Any, list[fx.Node]] = defaultdict(list)
     for node in graph.graph.nodes:
         if node.op == "call_module":
@@ -103,7 +70,7 @@ def find_groups(graph: fx.GraphModule) -> Grouping:
             continue
         reason = _why_not_after_layer(nodes, calls)
         if reason is None:
-            bn_of.update({source_of(node): (node, False) for node in nodes})
+            bn_of.update({_layer_before(node): (node, False) for node in nodes})
         elif _is_before_depthwise(nodes, calls):
             bn_of.update({sole_user(node): (node, True) for node in nodes})
         else:
@@ -127,15 +94,15 @@ def _why_not_after_layer(bns: list[fx.Node], calls: dict[Any, list[fx.Node]]) ->
     if bn.running_mean is None or bn.running_var is None:
         return "no running statistics: it normalizes each batch by its own"
     for node in bns:
-        source = source_of(node)
-        if isinstance(module_of(source), ActivationQuantizer):
+        if isinstance(module_of(source_of(node)), ActivationQuantizer):
             return "a quantizer between the layer and the BN"
-        if not is_layer(source):
-            return f"no conv or linear layer directly before it (its input is {_describe(source)})"
-        reason = _why_not_pair(source, node, bn)
+        layer = _layer_before(node)
+        if layer is None:
+            return f"no conv or linear layer directly before it (its input is {describe(source_of(node))})"
+        reason = _why_not_pair(layer, node, bn)
         if reason:
             return reason
-    layers = {source_of(node).target for node in bns}
+    layers = {_layer_before(node).target for node in bns}
     if len(layers) > 1:
         return f"shared by several layers ({', '.join(sorted(map(str, layers)))})"
     name = next(iter(layers))
@@ -147,17 +114,33 @@ def _why_not_after_layer(bns: list[fx.Node], calls: dict[Any, list[fx.Node]]) ->
     return None
 
 
+def _layer_before(bn: fx.Node) -> Any:
+    """The layer whose output a BN reads, as it is or put in another shape, else None."""
+    source = source_of(bn)
+    while is_rearranging(source):
+        source = source_of(source)
+    return source if is_layer(source) else None
+
+
+def num_features(bn: Any) -> int:
+    """Channels of a batch norm with running statistics."""
+    return int(bn.running_mean.numel())
+
+
 def _why_not_pair(layer_node: fx.Node, bn_node: fx.Node, bn: Any) -> Optional[str]:
     layer = module_of(layer_node)
     if any(module._forward_hooks or module._forward_pre_hooks for module in (layer, bn)):
         return f"a forward hook on the BN or on {layer_node.target}"
-    if sole_user(layer_node) is not bn_node:
-        others = [_describe(user) for user in layer_node.users if user is not bn_node]
-        return f"the output of {layer_node.target} has another consumer ({', '.join(others)})"
-    expected = 2 if isinstance(layer, nn.Linear) else len(layer.kernel_size) + 2
-    if layer_node.meta.get("ndim") != expected:
+    node = bn_node
+    while node is not layer_node:
+        source = source_of(node)
+        if sole_user(source) is not node:
+            others = [describe(user) for user in readers(source) if user is not node]
+            return f"the output of {layer_node.target} has another consumer ({', '.join(others)})"
+        node = source
+    if source_of(bn_node).meta.get("channel_axis") != 1:
         return f"the channels of {layer_node.target}'s output are not on the axis that BN normalizes"
-    if bn.num_features != out_channels(layer):
+    if num_features(bn) != out_channels(layer):
         return f"{layer_node.target} has another number of channels"
     return None
 
@@ -172,17 +155,11 @@ def _is_before_depthwise(bns: list[fx.Node], calls: dict[Any, list[fx.Node]]) ->
     if len(layers) != 1 or None in layers or len(calls[next(iter(layers))]) != len(bns):
         return False
     conv = module_of(users[0])
-    if not isinstance(conv, CONVS) or conv.groups != conv.in_channels or conv.in_channels != bn.num_features:
+    if parametrize.type_before_parametrizations(conv) not in CONVS:  # a subclass may pad in its own way
+        return False
+    if conv.groups != conv.in_channels or conv.in_channels != num_features(bn):
         return False
     no_padding = conv.padding == "valid" or not any(conv.padding) if conv.padding != "same" else False
     following = [sole_user(user) for user in users]
     has_bn_after = any(is_bn(node) for node in following)
     return no_padding and not has_bn_after and bns[0].meta.get("ndim") == len(conv.kernel_size) + 2
-
-
-def _describe(node: Any) -> str:
-    if not isinstance(node, fx.Node):
-        return repr(node)
-    if node.op == "call_module":
-        return f"{node.target} ({type(module_of(node)).__name__})"
-    return f"the network's input {node.name}" if node.op == "placeholder" else node.name

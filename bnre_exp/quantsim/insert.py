@@ -9,17 +9,18 @@ from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from bnre_exp.errors import UserError
-from bnre_exp.quantsim.groups import Grouping, find_groups, is_layer, is_relu_like, module_of, sole_user, source_of
-from bnre_exp.quantsim.layout import LAYERS, layout_of
+from bnre_exp.quantsim.groups import Grouping, find_groups
+from bnre_exp.quantsim.layout import BATCH_NORMS, LAYERS, layout_of
+from bnre_exp.quantsim.nodes import is_layer, is_relu_like, module_of, sole_user, source_of
 from bnre_exp.quantsim.operations import is_nonnegative, is_preserving
 from bnre_exp.quantsim.quantizer import ActivationQuantizer, WeightQuantizer, narrow_quant_max
 from bnre_exp.quantsim.ranges import fit_symmetric_scale
 from bnre_exp.quantsim.scheme import QuantScheme
-from bnre_exp.quantsim.trace import reads_training, trace
+from bnre_exp.quantsim.record import record
+from bnre_exp.quantsim.trace import trace
 from bnre_exp.quantsim.verify import check_same_behaviour
 
 CONTAINER = "act_quantizers"  # submodule of a simulation that holds its activation quantizers, by node name
@@ -64,9 +65,9 @@ def quantize(
     inputs = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
     if not inputs or not all(isinstance(x, Tensor) and x.dim() > 0 for x in inputs):
         raise UserError("example_input: expected a tensor [N, ...] or a non-empty tuple of tensors.")
-    sim = trace(model, leaf_modules, num_inputs=len(inputs))
-    notes = check_same_behaviour(model, sim, inputs)
-    _record_shapes(sim, inputs)
+    sim, decisions = trace(model, inputs, leaf_modules)
+    notes = (*check_same_behaviour(model, sim, inputs), *(f"decided by the input's size: {line}" for line in decisions))
+    record(sim, inputs)
     grouping = find_groups(sim)
     unquantized = _Unquantized()
     _check_overrides(sim, grouping, scheme)
@@ -75,15 +76,28 @@ def quantize(
     _quantize_weights(sim, grouping, scheme, edges, unquantized)
     sim.graph.lint()
     sim.recompile()
-    bns = {name for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
-    reached = {node.target for node in sim.graph.nodes if node.op == "call_module"}
-    inside_leaves = {bn for bn in bns for leaf in reached if bn.startswith(f"{leaf}.")}
-    unreached = tuple(sorted(bns - reached - inside_leaves))
-    sim.meta["bnre_exp"] = SimReport(scheme, tuple(unquantized.rows), unreached, notes)
+    unreached = _unreached(model, sim)
+    for name, module in unreached.items():
+        if isinstance(module, LAYERS) and scheme.weight_bits is not None:
+            unquantized.add(name, "never reached by the forward pass; dropped")
+    bns = tuple(sorted(name for name, module in unreached.items() if isinstance(module, BATCH_NORMS)))
+    sim.meta["bnre_exp"] = SimReport(scheme, tuple(unquantized.rows), bns, notes)
     for node in sim.graph.nodes:
         if node.op == "call_module" and node.target in grouping.kept:
             node.meta["kept_reason"] = grouping.kept[node.target]
     return sim.train(model.training)
+
+
+def _unreached(model: nn.Module, sim: fx.GraphModule) -> dict[str, nn.Module]:
+    """Layers and BNs of the model that the graph neither calls, nor reads, nor keeps inside a leaf."""
+    called = {str(node.target) for node in sim.graph.nodes if node.op == "call_module"}
+    called |= {str(node.target).rpartition(".")[0] for node in sim.graph.find_nodes(op="get_attr")}
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, (*LAYERS, *BATCH_NORMS))}
+    return {
+        name: module
+        for name, module in modules.items()
+        if name not in called and not any(name.startswith(f"{leaf}.") for leaf in called)
+    }
 
 
 class _Unquantized:
@@ -93,32 +107,6 @@ class _Unquantized:
     def add(self, name: str, reason: str) -> None:
         if (name, reason) not in self.rows:
             self.rows.append((name, reason))
-
-
-class _ShapeRecorder(fx.Interpreter):
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        items = result if isinstance(result, (tuple, list)) else [result]
-        floats = [x for x in items if isinstance(x, Tensor) and x.is_floating_point()]
-        n.meta["is_float"] = bool(floats)
-        n.meta["is_single"] = isinstance(result, Tensor)
-        if isinstance(result, Tensor):
-            n.meta["ndim"] = result.dim()
-        reads = {source.meta.get("is_constant", False) for source in n.all_input_nodes}
-        n.meta["is_constant"] = n.op == "get_attr" or (n.op.startswith("call_") and reads == {True})
-        module = module_of(n)
-        if module is not None and reads_training(type(module)) and next(module.parameters(), None) is None:
-            given: Any = self.env.get(source_of(n))  # stochastic depth, say, does nothing in evaluation mode
-            both = isinstance(given, Tensor) and isinstance(result, Tensor)
-            n.meta["is_identity"] = both and torch.equal(given, result)
-        return result
-
-
-def _record_shapes(sim: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
-    with torch.no_grad():
-        was_training = sim.training
-        _ShapeRecorder(sim.eval()).run(*inputs)
-        sim.train(was_training)
 
 
 def names_of(*nodes: Optional[fx.Node]) -> tuple[str, ...]:
@@ -257,15 +245,16 @@ def _quantize_weight(name: str, layer: Any, bits: int, scheme: QuantScheme) -> N
 def _name_other_weights(sim: fx.GraphModule, unquantized: _Unquantized) -> None:
     for node in sim.graph.nodes:
         module = module_of(node)
-        if module is None or isinstance(module, (_BatchNorm, ActivationQuantizer)) or is_layer(node):
+        if module is None or isinstance(module, (*BATCH_NORMS, ActivationQuantizer)) or is_layer(node):
             continue
         layers = [m for m in module.modules() if isinstance(m, LAYERS)]
-        if layers:
+        kind = type(module).__name__
+        if isinstance(module, LAYERS):
+            unquantized.add(str(node.target), f"{kind} changes its weight before it computes with it; stays float")
+        elif layers:
             unquantized.add(str(node.target), f"kept whole; its {len(layers)} conv or linear weights stay float")
         elif any(True for _ in module.parameters()):
-            unquantized.add(
-                str(node.target), f"the weights of {type(module).__name__} stay float; its output is quantized"
-            )
+            unquantized.add(str(node.target), f"the weights of {kind} stay float")
     for node in sim.graph.find_nodes(op="get_attr"):
         if node.meta.get("is_float"):
             unquantized.add(str(node.target), READ_DIRECTLY)

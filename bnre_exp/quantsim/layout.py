@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.ops import FrozenBatchNorm2d
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (*CONVS, *TRANSPOSED_CONVS, nn.Linear)
+BATCH_NORMS = (_BatchNorm, FrozenBatchNorm2d)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import fx, nn
 
-from bnre_exp.quantsim.groups import module_of
+from bnre_exp.quantsim.nodes import module_of
 from bnre_exp.quantsim.quantizer import ActivationQuantizer
-from bnre_exp.quantsim.trace import FollowTraining
+from bnre_exp.quantsim.trace import FixedSize, FollowTraining
 
 # These move or select values, so a value on the grid stays on it.
 PRESERVING_MODULES = (
@@ -22,7 +22,7 @@ PRESERVING_MODULES = (
     nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d,
     nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d,
     nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle,
-    torchvision.ops.StochasticDepth, torchvision.ops.Permute,
+    torchvision.ops.StochasticDepth, torchvision.ops.Permute, FixedSize,
 )  # fmt: skip
 PRESERVING_FUNCTIONS = {
     torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.chunk,

@@ -6,18 +6,18 @@ import copy
 import inspect
 import operator
 import re
-import traceback
 from collections.abc import Callable, Sequence
-from types import CodeType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnre_exp.errors import UserError
-from bnre_exp.quantsim.layout import LAYERS
+from bnre_exp.quantsim.layout import BATCH_NORMS, LAYERS
+from bnre_exp.quantsim.subclasses import as_plain_layer
+from bnre_exp.quantsim.tracer import Tracer, explain_failure, reads_training
 
 
 class FollowTraining(nn.Module):
@@ -47,67 +47,93 @@ class FollowTraining(nn.Module):
         return self.function
 
 
-class _Tracer(fx.Tracer):
-    def __init__(self, leaves: Sequence[str]) -> None:
+class FixedSize(nn.Module):
+    """Passes its input on, and refuses one of another size than the network was traced for; the batch may be any."""
+
+    def __init__(self, size: Sequence[int]) -> None:
         super().__init__()
-        self.leaves = set(leaves)
-        self.entered: list[str] = []
-        self.names: dict[int, str] = {}
+        self.size = list(size)
 
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        if {qualified_name, type(module).__name__} & self.leaves:
-            return True
-        if isinstance(module, _BatchNorm) or super().is_leaf_module(module, qualified_name):
-            return True
-        holds_layers = any(isinstance(child, (*LAYERS, _BatchNorm)) for child in module.modules())
-        return not holds_layers and reads_training(type(module))
+    def forward(self, x: Tensor) -> Tensor:
+        if list(x.shape[1:]) != self.size:
+            raise UserError(
+                f"The network was quantized for inputs of shape {['N', *self.size]}, on whose size its control flow "
+                f"depends, and now gets {list(x.shape)}; quantize it with an example of that size."
+            )
+        return x
 
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        self.entered.append(self.path_of_module(m))
-        result = super().call_module(m, forward, args, kwargs)
-        self.entered.pop()
-        return result
+    def extra_repr(self) -> str:
+        return str(self.size)
 
 
-def reads_training(kind: type) -> bool:
-    """Whether a method of the class, or of its bases below nn.Module, looks at ``self.training``."""
-
-    def mentions(code: CodeType) -> bool:
-        return "training" in code.co_names or any(mentions(c) for c in code.co_consts if isinstance(c, CodeType))
-
-    own = [base for base in kind.__mro__ if base not in nn.Module.__mro__]
-    functions = [value for base in own for value in vars(base).values() if inspect.isfunction(value)]
-    return any(mentions(function.__code__) for function in functions if function.__name__ != "train")
-
-
-def trace(model: nn.Module, leaf_modules: Sequence[str] = (), num_inputs: int = 1) -> fx.GraphModule:
+def trace(
+    model: nn.Module, examples: Sequence[Tensor], leaf_modules: Sequence[str] = ()
+) -> tuple[fx.GraphModule, tuple[str, ...]]:
     """A graph of a copy of ``model``: functional dropout follows the mode, in-place operations are made out-of-place.
 
-    leaf_modules: names or class names of modules that are not looked into. num_inputs: how many inputs the model is
-    called with; the others keep their defaults. Raises ``UserError`` naming the module and line that cannot be traced.
+    examples: the inputs that the model is called with, ``[N, ...]`` each; other arguments keep their defaults.
+    leaf_modules: names or class names of modules that are not looked into.
+
+    Also returns the source lines whose control flow depends on the examples' size (not that of the batch); if there
+    are any, the graph refuses other sizes. Raises ``UserError`` naming the module and line that cannot be traced.
     """
-    model = _without_sync_bn(copy.deepcopy(model)).eval()
+    model = copy.deepcopy(model).eval()
+    _replace_modules(model, _plain)
     known = {name for name, _ in model.named_modules()} | {type(m).__name__ for m in model.modules()}
     unknown = [name for name in leaf_modules if name not in known]
     if unknown:
         raise UserError(f"leaf_modules: the network has no module or class named {', '.join(unknown)}.")
-    tracer, defaults = _Tracer(leaf_modules), _defaults(model, num_inputs)
+    tracer, defaults = Tracer(leaf_modules, examples, _is_kept_whole), _defaults(model, len(examples))
     try:
         graph = tracer.trace(model, concrete_args=defaults or None)
     except UserError:
         raise
     except Exception as error:
-        raise UserError(_explain_failure(error, tracer, model)) from error
+        raise explain_failure(error, tracer, model) from error
     traced = fx.GraphModule(tracer.root, graph, type(model).__name__)
     _drop_default_arguments(traced, defaults)
     _drop_identities(traced)
     _follow_mode(traced)
     _split_bn_activations(traced)
     _make_out_of_place(traced)
+    if tracer.decisions:
+        _fix_sizes(traced, examples)
     traced.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output", "call_module"))
     traced.graph.lint()
     traced.recompile()
-    return traced.eval()
+    return traced.eval(), tuple(tracer.decisions)
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    """SyncBatchNorm becomes plain BN, since the simulation runs in one process; layers of a subclass that does what its
+    base class does become that."""
+    return _plain_bn(module) if type(module) is nn.SyncBatchNorm else as_plain_layer(module)
+
+
+def _is_kept_whole(module: nn.Module) -> bool:
+    """Whether a module without layers or BNs acts by the mode, which tracing would freeze."""
+    holds_layers = any(isinstance(child, (*LAYERS, *BATCH_NORMS)) for child in module.modules())
+    return not holds_layers and reads_training(type(module))
+
+
+def _fix_sizes(traced: fx.GraphModule, examples: Sequence[Tensor]) -> None:
+    for node, example in zip(traced.graph.find_nodes(op="placeholder"), examples):
+        name = _new_module(traced, f"{node.name}_of_fixed_size", FixedSize(example.shape[1:]))
+        with traced.graph.inserting_after(node):
+            fixed = traced.graph.call_module(name, ())
+        node.replace_all_uses_with(fixed)
+        fixed.args = (node,)
+
+
+def _replace_modules(model: nn.Module, replace: Callable[[nn.Module], nn.Module]) -> None:
+    """Put ``replace(module)`` in place of every module below ``model``, the same one wherever a module is shared."""
+    replaced: dict[nn.Module, nn.Module] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if name:
+            if module not in replaced:
+                replaced[module] = replace(module)
+            if replaced[module] is not module:
+                model.set_submodule(name, replaced[module])
 
 
 class BatchNormNd(nn.BatchNorm2d):
@@ -125,14 +151,6 @@ def _plain_bn(module: _BatchNorm) -> BatchNormNd:
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         plain._buffers[name] = getattr(module, name)
     return plain.train(module.training)
-
-
-def _without_sync_bn(model: nn.Module) -> nn.Module:
-    """SyncBatchNorm becomes plain BN: the simulation runs in one process."""
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.SyncBatchNorm and name:
-            model.set_submodule(name, _plain_bn(module))
-    return model
 
 
 def _defaults(model: nn.Module, num_inputs: int) -> dict[str, Any]:
@@ -161,24 +179,6 @@ def _drop_default_arguments(traced: fx.GraphModule, defaults: dict[str, Any]) ->
     for node in traced.graph.find_nodes(op="placeholder"):
         if not node.users and any(re.fullmatch(rf"{re.escape(name)}(_\d+)?", str(node.target)) for name in defaults):
             traced.graph.erase_node(node)
-
-
-def _explain_failure(error: Exception, tracer: _Tracer, model: nn.Module) -> str:
-    library = ("/torch/fx/", "/torch/nn/modules/module.py", "/bnre_exp/quantsim/")
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not any(part in f.filename for part in library)]
-    where = f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else "an unknown line"
-    name = tracer.entered[-1] if tracer.entered else ""
-    holder = model.get_submodule(name) if name else model
-    what = (
-        f"module {name!r} ({type(holder).__name__})" if name else f"the network's own forward ({type(model).__name__})"
-    )
-    way_out = (
-        f"rewrite that line without control flow on tensors, or keep the module whole with leaf_modules=[{name!r}] "
-        "(its weights and BNs are then left as they are)"
-        if name
-        else "rewrite that line without control flow on tensors, or move it into a submodule named in leaf_modules"
-    )
-    return f"torch.fx cannot trace {what}: {error}\n  at {where}\n  What to do: {way_out}."
 
 
 def _follow_mode(traced: fx.GraphModule) -> None:

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from bnre_exp.errors import UserError
 from bnre_exp.quantsim.codes import set_codes
-from bnre_exp.quantsim.groups import is_layer, module_of, source_of
+from bnre_exp.quantsim.nodes import is_layer, module_of, source_of
 from bnre_exp.quantsim.operations import is_preserving
 from bnre_exp.quantsim.quantizer import ActivationQuantizer, Dequantize, positive
 

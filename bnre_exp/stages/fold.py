@@ -8,15 +8,15 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from bnre_exp.errors import UserError
 from bnre_exp.quantsim.affine import ChannelAffine
 from bnre_exp.quantsim.codes import set_codes
-from bnre_exp.quantsim.groups import PLAIN_BN, Group, find_groups, module_of, source_of
+from bnre_exp.quantsim.groups import PLAIN_BN, Group, find_groups, num_features
 from bnre_exp.quantsim.insert import sim_report
-from bnre_exp.quantsim.layout import layout_of
+from bnre_exp.quantsim.layout import BATCH_NORMS, layout_of
+from bnre_exp.quantsim.nodes import module_of, source_of
 from bnre_exp.quantsim.quantizer import Dequantize, WeightQuantizer, positive
 from bnre_exp.quantsim.ranges import fit_symmetric_scale
 
@@ -86,18 +86,27 @@ def fold_batch_norms(sim: nn.Module, mode: str = "scale") -> tuple[fx.GraphModul
     kept = [(name, _keep(folded, name, reason)) for name, reason in grouping.kept.items()]
     kept += [(name, "never reached by the forward pass; dropped") for name in sim_report(sim).unreached_bns]
     called = {node.target for node in folded.graph.nodes if node.op == "call_module"}
-    inner = [name for name, m in folded.named_modules() if isinstance(m, _BatchNorm) and name not in called]
+    inner = [name for name, m in folded.named_modules() if isinstance(m, BATCH_NORMS) and name not in called]
     kept += [(name, "inside a module that was kept whole; stays a batch norm") for name in inner]
     for group in grouping.groups:
         if group.bn is not None:
             group.bn.replace_all_uses_with(source_of(group.bn))
             folded.graph.erase_node(group.bn)
+    _drop_identities(folded)
     folded.delete_all_unused_submodules()
     folded.graph.lint()
     folded.recompile()
     report = FoldReport(tuple(pairs), tuple(kept), tuple(lossy))
     folded.meta["fold_report"] = asdict(report)
     return folded, report
+
+
+def _drop_identities(folded: fx.GraphModule) -> None:
+    """Modules that hand on their input in evaluation mode, the only one of a folded network: stochastic depth, say."""
+    for node in list(folded.graph.nodes):
+        if node.meta.get("is_identity"):
+            node.replace_all_uses_with(source_of(node))
+            folded.graph.erase_node(node)
 
 
 def bn_affine(bn: Any) -> _Affine:
@@ -112,10 +121,10 @@ def bn_affine(bn: Any) -> _Affine:
 def _keep(folded: fx.GraphModule, name: str, reason: str) -> str:
     """Put an affine in place of a BN that stays, where it acts as one; returns the reason for the report."""
     bn: Any = folded.get_submodule(name)
-    if type(bn) not in PLAIN_BN or not isinstance(bn, _BatchNorm) or bn.running_mean is None:
+    if type(bn) not in PLAIN_BN or bn.running_mean is None:
         return f"{reason}; stays a batch norm"
     affine = bn_affine(bn)
-    replacement = ChannelAffine(bn.num_features).to(bn.running_mean.device)
+    replacement = ChannelAffine(num_features(bn)).to(bn.running_mean.device)
     replacement.scale, replacement.bias = affine.gain.to(bn.running_mean.dtype), affine.shift.to(bn.running_mean.dtype)
     folded.set_submodule(name, replacement)
     return reason

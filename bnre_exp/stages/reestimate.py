@@ -11,6 +11,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.ops import FrozenBatchNorm2d
 
 from bnre_exp.errors import UserError
 from bnre_exp.progress import Progress, no_progress
@@ -26,13 +27,15 @@ class ReestimationHandle:
     """Undoes a re-estimation: ``remove()``, or leaving a ``with`` block, puts the old statistics back.
 
     num_batches: batches used; passes: passes over the loader that they took; unreached: names of BNs that the forward
-    pass never called, which keep their statistics; without_statistics: names of BNs that have none to estimate.
+    pass never called, which keep their statistics; without_statistics: names of BNs that have none to estimate;
+    frozen: names of FrozenBatchNorm2d modules, whose statistics are constants.
     """
 
     num_batches: int
     passes: int
     unreached: tuple[str, ...]
     without_statistics: tuple[str, ...]
+    frozen: tuple[str, ...]
     _before: dict[Any, Statistics] = field(repr=False, default_factory=dict)
 
     @torch.no_grad()
@@ -117,6 +120,12 @@ def reestimate_bn_stats(
     bns: dict[Any, str] = {
         bn: name for bn, name in names.items() if bn.running_mean is not None and bn.running_var is not None
     }
+    frozen = tuple(name for name, module in model.named_modules() if isinstance(module, FrozenBatchNorm2d))
+    if not bns and frozen:
+        raise UserError(
+            f"All {len(frozen)} batch norms of the model are FrozenBatchNorm2d, whose statistics are constants; build it "
+            "with norm_layer=torch.nn.BatchNorm2d to re-estimate them (the state dicts fit)."
+        )
     if not bns:
         raise UserError("The model has no batch norm with running statistics (is it folded already?).")
     before = {bn: (bn.running_mean.clone(), bn.running_var.clone()) for bn in bns}
@@ -142,6 +151,7 @@ def reestimate_bn_stats(
         passes=count.passes,
         unreached=tuple(bns[bn] for bn in bns if bn not in after),
         without_statistics=tuple(name for bn, name in names.items() if bn not in bns),
+        frozen=frozen,
         _before={bn: before[bn] for bn in after},
     )
 

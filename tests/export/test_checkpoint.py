@@ -75,7 +75,7 @@ def test_training_mode_still_drops(tmp_path):
         return F.dropout(x, 0.5, training=self.training)
 
     parts = {"conv": nn.Conv2d(3, 4, 3), "bn": nn.BatchNorm2d(4), "depth": torchvision.ops.StochasticDepth(0.5, "row")}
-    folded = trace(randomize(Net(forward, **parts)))
+    folded, _ = trace(randomize(Net(forward, **parts)), [IMAGES])
     loaded = round_trip(folded, tmp_path / "net", IMAGES)
     assert any(isinstance(module, FollowTraining) for module in loaded.modules())
     outputs = []

@@ -1,0 +1,75 @@
+"""What one forward pass tells about the nodes of a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, fx, nn
+
+from bnre_exp.quantsim.layout import LAYERS
+from bnre_exp.quantsim.nodes import is_rearranging, module_of, source_of
+from bnre_exp.quantsim.subclasses import scales_with_weight
+from bnre_exp.quantsim.tracer import reads_training
+
+def record(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
+    """Write into the ``meta`` of every node; nothing else changes.
+
+    is_float: whether it gives floating-point tensors. is_single, ndim: whether it gives one tensor, of how many axes.
+    is_constant: whether it depends on no input. is_identity: whether it hands on its input in evaluation mode.
+    scales_with_weight: whether a layer computes with its weight as it is. channel_axis: where the output channels of a
+    layer are, also after reshaping.
+    """
+    was_training = graph.training
+    with torch.no_grad():
+        _Recorder(graph.eval()).run(*inputs)
+    graph.train(was_training)
+
+
+class _Recorder(fx.Interpreter):
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        items = result if isinstance(result, (tuple, list)) else [result]
+        n.meta["is_float"] = any(isinstance(x, Tensor) and x.is_floating_point() for x in items)
+        n.meta["is_single"] = isinstance(result, Tensor)
+        if isinstance(result, Tensor):
+            n.meta["ndim"] = result.dim()
+        reads = {source.meta.get("is_constant", False) for source in n.all_input_nodes}
+        n.meta["is_constant"] = n.op == "get_attr" or (n.op.startswith("call_") and reads == {True})
+        module = module_of(n)
+        if module is not None and reads_training(type(module)) and next(module.parameters(), None) is None:
+            n.meta["is_identity"] = self.env.get(source_of(n)) is result  # stochastic depth, say
+        if isinstance(module, LAYERS):
+            n.meta["scales_with_weight"] = scales_with_weight(module)
+        n.meta["channel_axis"] = self._channel_axis(n, module, result)
+        return result
+
+    def _channel_axis(self, node: fx.Node, module: Any, result: Any) -> Optional[int]:
+        if not isinstance(result, Tensor):
+            return None
+        if isinstance(module, nn.Linear):
+            return result.dim() - 1
+        if isinstance(module, LAYERS):
+            return 1 if result.dim() == len(module.kernel_size) + 2 else 0
+        source = source_of(node)
+        axis = source.meta.get("channel_axis") if isinstance(source, fx.Node) else None
+        if axis is None or not is_rearranging(node):
+            return None
+        given: Tensor = self.env[source]
+        channels = torch.arange(given.shape[axis]).reshape(-1, *(1,) * (given.dim() - axis - 1)).expand(given.shape)
+        moved = self._run_on(node, channels)
+        for place in range(moved.dim()):
+            expected = torch.arange(moved.shape[place]).reshape(-1, *(1,) * (moved.dim() - place - 1))
+            if moved.shape[place] == given.shape[axis] > 1 and torch.equal(moved, expected.expand(moved.shape)):
+                return place
+        return None
+
+    def _run_on(self, node: fx.Node, value: Tensor) -> Tensor:
+        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        if node.op == "call_module":
+            return module_of(node)(value)  # type: ignore[no-any-return]
+        if node.op == "call_method":
+            return getattr(value, str(node.target))(*args[1:], **kwargs)  # type: ignore[no-any-return]
+        return node.target(value, *args[1:], **kwargs)  # type: ignore[operator, no-any-return]
+
