@@ -9,6 +9,7 @@ from bnre_exp.quantsim.insert import (
     sim_report,
     weight_quantizers,
 )
+from bnre_exp.quantsim.listing import LayerRow, list_layers
 from bnre_exp.quantsim.scheme import LayerRule, QuantScheme
 from bnre_exp.stages.bias import quantize_biases
 from bnre_exp.stages.calibrate import calibrate
@@ -18,6 +19,7 @@ from bnre_exp.stages.reestimate import reestimate_bn_stats
 from bnre_exp.stages.train import train
 
 __all__ = [
+    "LayerRow",
     "LayerRule",
     "QuantScheme",
     "TrainingDivergedError",
@@ -27,6 +29,7 @@ __all__ = [
     "calibrate",
     "evaluate",
     "fold_batch_norms",
+    "list_layers",
     "load_folded",
     "quantize",
     "quantize_biases",

@@ -21,6 +21,8 @@ from bnre_exp.job import Job, Results, leave_report, prepare, scheme, seed
 from bnre_exp.models import BuiltModel
 from bnre_exp.provenance import git_tags
 from bnre_exp.quantsim.insert import activation_quantizers, bypassed, quantize, sim_report
+from bnre_exp.quantsim.listing import list_layers
+from bnre_exp.report.layers import layers_columns, layers_markdown
 from bnre_exp.report.summary import Summary, print_summary
 from bnre_exp.stages.bias import quantize_biases
 from bnre_exp.stages.calibrate import calibrate
@@ -212,6 +214,7 @@ def _reestimate(job: Job, sim: fx.GraphModule) -> None:
 
 def _fold(job: Job, sim: fx.GraphModule) -> fx.GraphModule:
     config, before = job.config, list(job.evaluations)[-1]
+    _list_layers(job, sim)
     (folded, report), seconds = _timed(lambda: fold_batch_norms(sim, mode=config.fold.mode.value))
     job.exceptions("BN not folded", report.kept)
     job.exceptions("folded with loss", report.lossy)
@@ -243,6 +246,16 @@ def _fold(job: Job, sim: fx.GraphModule) -> fx.GraphModule:
     if config.fold.bias_bits is not None:
         job.metrics({"fold/bias_delta_top1": rounded.top1 - unrounded.top1})
     return folded  # type: ignore[no-any-return]
+
+
+def _list_layers(job: Job, sim: fx.GraphModule) -> None:
+    """Where quantizers are, with which ranges, and which BN is folded where, before they are folded."""
+    rows = list_layers(sim)
+    path = job.run_dir / "layers.md"
+    path.write_text(layers_markdown(job.results.summary.title, rows))
+    job.log.artifact(path)
+    job.log.table("layers.json", layers_columns(rows))
+    job.results.summary.places["layer by layer"] = str(path)
 
 
 def _export(job: Job, folded: fx.GraphModule) -> None:

@@ -23,8 +23,8 @@ VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "Trans
 @dataclass(frozen=True)
 class Foldable:
     """Names of BNs. after: conv or linear → BN, the BN being the only reader, perhaps through a reshape that puts the
-    channels where the BN wants them (then ``through``, which is part of ``after``, holds it too); before: BN → depthwise conv without
-    padding, the conv being the only reader."""
+    channels where the BN wants them (then ``through``, which is part of ``after``, holds it too); before: BN →
+    depthwise conv without padding, the conv being the only reader."""
 
     after: frozenset[str]
     through: frozenset[str]

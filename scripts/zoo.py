@@ -157,8 +157,8 @@ def markdown(rows: Sequence[Row], command: str) -> str:
     lines += [
         "## Passed",
         "",
-        "| network | parameters | input | weights at 4 bits (float, named) | activation quantizers | BN | folded | kept "
-        "| logits, float32 | own rounding | logits, float64 | layers, float32 | layers, float64 | s |",
+        "| network | parameters | input | weights at 4 bits (float, named) | activation quantizers | BN | folded "
+        "| kept | logits, float32 | own rounding | logits, float64 | layers, float32 | layers, float64 | s |",
         "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     lines += [_line(row) for row in passed]
@@ -173,11 +173,11 @@ def markdown(rows: Sequence[Row], command: str) -> str:
 
 
 HOW = """Weights, BN parameters and statistics are random, weights quantized at 4 bits per channel, activations at 8.
-Every network goes through quantize, calibrate, re-estimate (only BN statistics change, undone bit for bit, done again),
-fold, save and load (same outputs bit for bit). Differences are those of folding, the largest over the outputs divided by
-the largest output, with activations unquantized: of the logits; and of every folded layer, given the same input as its
-original. *Own rounding* is how far the folded network in float32 is from itself in float64 on that input: deep networks
-with random weights multiply every rounding error, folded or not. The number of folded BNs equals a count by autograd's
+Every network goes through quantize, calibrate, re-estimate (only BN statistics change, undone bit for bit, done
+again), fold, save and load (same outputs bit for bit). Differences are those of folding, the largest over the outputs
+divided by the largest output, with activations unquantized: of the logits; and of every folded layer, given the same
+input as its original. *Own rounding* is how far the folded network in float32 is from itself in float64 on that input:
+deep networks with random weights multiply every rounding error, folded or not. The number of folded BNs equals a count by autograd's
 record of the original network (scripts/foldable.py)."""
 
 
@@ -226,7 +226,7 @@ def main(arguments: Sequence[str]) -> int:
         for row in results(todo, options.jobs, options.timeout, options.memory):
             rows[row["source"], row["name"]] = row
             write_rows(table, [rows[key] for key in sorted(rows)])
-            outcome = f"{row.get('folded', 0)} of {row.get('bns', 0)} BNs folded" if "error" not in row else row["error"]
+            outcome = row.get("error") or f"{row.get('folded', 0)} of {row.get('bns', 0)} BNs folded"
             progress.console.print(f"{row['status']:8} {row['name']}: {outcome}", highlight=False, markup=False)
             progress.advance(task)
     ordered = [rows[key] for key in sorted(rows)]

@@ -23,7 +23,7 @@ ALLOWED = {
     "quantsim": {"errors"},
     "stages": {"quantsim"} | LEAVES,
     "export": {"quantsim", "stages"} | LEAVES,
-    "report": LEAVES,
+    "report": {"quantsim"} | LEAVES,
     "config": {"errors"},
     "help": {"config"},
     "mistakes": {"config", "errors"},

@@ -28,6 +28,7 @@ from bnre_exp.quantsim.trace import BatchNormNd
 
 PLAIN_BN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormNd, FrozenBatchNorm2d)
 
+
 @dataclass(frozen=True)
 class Group:
     """Nodes that run as one operation on the target: layer → BN → activation, or BN → depthwise layer → activation.

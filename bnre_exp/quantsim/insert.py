@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Optional, Union
 
-import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
@@ -18,8 +17,8 @@ from bnre_exp.quantsim.nodes import is_layer, is_relu_like, module_of, sole_user
 from bnre_exp.quantsim.operations import is_nonnegative, is_preserving
 from bnre_exp.quantsim.quantizer import ActivationQuantizer, WeightQuantizer, narrow_quant_max
 from bnre_exp.quantsim.ranges import fit_symmetric_scale
-from bnre_exp.quantsim.scheme import QuantScheme
 from bnre_exp.quantsim.record import record
+from bnre_exp.quantsim.scheme import QuantScheme
 from bnre_exp.quantsim.trace import trace
 from bnre_exp.quantsim.verify import check_same_behaviour
 

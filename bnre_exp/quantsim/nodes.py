@@ -16,8 +16,8 @@ RELU_LIKE_CALLS = {torch.relu, F.relu, F.relu6, F.leaky_relu, F.hardtanh, "relu"
 REARRANGING_MODULES = (nn.Flatten, nn.Unflatten)
 REARRANGING_CALLS = {
     torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.swapaxes, torch.movedim, torch.squeeze,
-    torch.unsqueeze, "flatten", "reshape", "permute", "transpose", "swapaxes", "movedim", "squeeze", "unsqueeze", "view",
-    "contiguous", "unflatten", "reshape_as", "view_as",
+    torch.unsqueeze, "flatten", "reshape", "permute", "transpose", "swapaxes", "movedim", "squeeze", "unsqueeze",
+    "view", "contiguous", "unflatten", "reshape_as", "view_as",
 }  # fmt: skip
 SIZE_ATTRIBUTES = ("shape", "ndim", "dtype", "device")
 SIZE_METHODS = ("size", "dim", "ndimension", "numel")

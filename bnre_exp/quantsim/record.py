@@ -13,6 +13,7 @@ from bnre_exp.quantsim.nodes import is_rearranging, module_of, source_of
 from bnre_exp.quantsim.subclasses import scales_with_weight
 from bnre_exp.quantsim.tracer import reads_training
 
+
 def record(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
     """Write into the ``meta`` of every node; nothing else changes.
 
@@ -72,4 +73,3 @@ class _Recorder(fx.Interpreter):
         if node.op == "call_method":
             return getattr(value, str(node.target))(*args[1:], **kwargs)  # type: ignore[no-any-return]
         return node.target(value, *args[1:], **kwargs)  # type: ignore[operator, no-any-return]
-

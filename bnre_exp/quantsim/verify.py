@@ -104,8 +104,8 @@ def _prepared(model: nn.Module) -> nn.Module:
 def _record(
     model: nn.Module, inputs: Sequence[Tensor], training: bool, names: set[str], where: str
 ) -> tuple[Any, Outputs]:
-    """Run the network and keep the outputs of the modules in ``names``, which both networks have. Random numbers start anew
-    before each of them, so that those drawn in a dropped head shift nothing."""
+    """Run the network and keep the outputs of the modules in ``names``, which both networks have. Random numbers start
+    anew before each of them, so that those drawn in a dropped head shift nothing."""
     model.train(training)
     outputs: Outputs = {}
     calls: dict[str, int] = defaultdict(int)

@@ -123,8 +123,8 @@ def reestimate_bn_stats(
     frozen = tuple(name for name, module in model.named_modules() if isinstance(module, FrozenBatchNorm2d))
     if not bns and frozen:
         raise UserError(
-            f"All {len(frozen)} batch norms of the model are FrozenBatchNorm2d, whose statistics are constants; build it "
-            "with norm_layer=torch.nn.BatchNorm2d to re-estimate them (the state dicts fit)."
+            f"All {len(frozen)} batch norms of the model are FrozenBatchNorm2d, whose statistics are constants; build "
+            "it with norm_layer=torch.nn.BatchNorm2d to re-estimate them (the state dict fits, with strict=False)."
         )
     if not bns:
         raise UserError("The model has no batch norm with running statistics (is it folded already?).")

@@ -1,0 +1,106 @@
+"""A simulation layer by layer, in order of execution: what is quantized how, and where its BN goes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from torch import fx
+
+from bnre_exp.quantsim.groups import find_groups
+from bnre_exp.quantsim.insert import names_of, sim_report
+from bnre_exp.quantsim.nodes import is_bn, module_of
+from bnre_exp.quantsim.operations import is_preserving
+from bnre_exp.quantsim.quantizer import ActivationQuantizer, WeightQuantizer, positive
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One operation of a simulation.
+
+    name: module path, or the graph's name of a function; kind: its class or function. weight_bits, weight_scales:
+    bits and number of scales of the weight, None where it has none or it is in floating point. bn: what becomes of the
+    BN, "folded into NAME" or "kept: REASON"; "" without one. activation: name of what follows within the operation (a
+    ReLU). act_bits: of the quantizer at its output, None where there is none; range: real values ``(low, high)`` that
+    quantizer covers, None before calibration. note: why something is not quantized, or that values are only moved.
+    """
+
+    name: str
+    kind: str
+    weight_bits: Optional[int]
+    weight_scales: Optional[int]
+    bn: str
+    activation: str
+    act_bits: Optional[int]
+    unsigned: Optional[bool]
+    range: Optional[tuple[float, float]]
+    note: str
+
+
+@torch.no_grad()
+def list_layers(sim: fx.GraphModule) -> tuple[LayerRow, ...]:
+    """Every operation of a simulation that gives floating-point values, in order of execution; ``sim`` is unchanged.
+
+    A layer, the BN that folds into it and the activation behind it are one row. Raises ``UserError`` for a module that
+    is no simulation.
+    """
+    notes: dict[str, list[str]] = {}
+    for name, reason in sim_report(sim).unquantized:
+        notes.setdefault(name, []).append(reason)
+    grouping = find_groups(sim)
+    group_of = {group.output: group for group in grouping.groups}
+    within = {node for group in grouping.groups for node in (*group.inner, group.bn) if node not in group_of}
+    rows = []
+    for node in sim.graph.nodes:
+        is_operation = node.op == "placeholder" or node.op.startswith("call_")
+        if not is_operation or not node.meta.get("is_float") or node in within:
+            continue
+        if isinstance(module_of(node), ActivationQuantizer):
+            continue
+        group = group_of.get(node)
+        if group is None:
+            bn = f"kept: {grouping.kept[str(node.target)]}" if is_bn(node) and node.target in grouping.kept else ""
+            rows.append(_row(node, node, bn, "", notes))
+        else:
+            bn = "" if group.bn is None else f"{group.bn.target} folded into {group.layer.target}"
+            activation = "" if group.activation is None else names_of(group.activation)[0]
+            rows.append(_row(group.layer, node, bn, activation, notes))
+    return tuple(rows)
+
+
+def _row(node: fx.Node, output: fx.Node, bn: str, activation: str, notes: Mapping[str, list[str]]) -> LayerRow:
+    name, module = names_of(node)[0], module_of(node)
+    weight = getattr(getattr(module, "parametrizations", None), "weight", [None])[0]
+    quantizer = next((q for q in map(module_of, output.users) if isinstance(q, ActivationQuantizer)), None)
+    has_weight = isinstance(weight, WeightQuantizer)
+    reasons = list(notes.get(name, ()))
+    if quantizer is None and not reasons and is_preserving(output):
+        reasons.append("moves or selects values")
+    return LayerRow(
+        name=name,
+        kind=_kind(node),
+        weight_bits=weight.bits if has_weight else None,
+        weight_scales=weight.scale.numel() if has_weight else None,
+        bn=bn,
+        activation=activation,
+        act_bits=None if quantizer is None else quantizer.bits,
+        unsigned=None if quantizer is None else quantizer.unsigned,
+        range=None if quantizer is None else _range(quantizer),
+        note="; ".join(reasons),
+    )
+
+
+def _kind(node: fx.Node) -> str:
+    module = module_of(node)
+    if module is None:
+        return "input" if node.op == "placeholder" else getattr(node.target, "__name__", str(node.target))
+    return type(module).__name__.removeprefix("Parametrized")
+
+
+def _range(quantizer: ActivationQuantizer) -> Optional[tuple[float, float]]:
+    if not quantizer.has_range:
+        return None
+    scale, zero_point = float(positive(quantizer.scale)), float(quantizer.grid_zero_point())
+    return (0 - zero_point) * scale, (quantizer.quant_max - zero_point) * scale

@@ -1,0 +1,41 @@
+"""A simulation layer by layer, as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bnre_exp.quantsim.listing import LayerRow
+
+
+def layers_columns(rows: Sequence[LayerRow]) -> dict[str, list[str]]:
+    """Column by heading, a text for every row."""
+    return {
+        "layer": [row.name for row in rows],
+        "kind": [row.kind for row in rows],
+        "weight": [_weight(row) for row in rows],
+        "BN": [row.bn for row in rows],
+        "activation": [row.activation for row in rows],
+        "output": [_output(row) for row in rows],
+        "range": ["" if row.range is None else f"{row.range[0]:.4g} … {row.range[1]:.4g}" for row in rows],
+        "note": [row.note for row in rows],
+    }
+
+
+def layers_markdown(title: str, rows: Sequence[LayerRow]) -> str:
+    """The table as a page of its own."""
+    columns = layers_columns(rows)
+    lines = [f"# {title}: layer by layer", "", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    lines += [
+        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in zip(*columns.values())
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _weight(row: LayerRow) -> str:
+    if row.weight_bits is None:
+        return ""
+    return f"{row.weight_bits} bits, {'per tensor' if row.weight_scales == 1 else f'{row.weight_scales} channels'}"
+
+
+def _output(row: LayerRow) -> str:
+    return "" if row.act_bits is None else f"{row.act_bits} bits, {'unsigned' if row.unsigned else 'with zero point'}"
