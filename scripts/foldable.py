@@ -62,7 +62,7 @@ def foldable_bns(model: nn.Module, *inputs: Tensor) -> Foldable:
                 if not all(_keeps_channels(x, weight) for x, weight in zip(inputs_of[name], map(_weight, sources))):
                     continue
                 through.add(name)
-            if None not in weights and all(set(_layers(weight, readers)) <= set(sources) for weight in weights):
+            if len(weights) == 1 and None not in weights and set(_layers(*weights, readers)) <= set(sources):
                 after.add(name)
     taken = {_product(source, readers) for name in after for source in read[name]}
     for name, sources in read.items():

@@ -177,8 +177,9 @@ Every network goes through quantize, calibrate, re-estimate (only BN statistics 
 again), fold, save and load (same outputs bit for bit). Differences are those of folding, the largest over the outputs
 divided by the largest output, with activations unquantized: of the logits; and of every folded layer, given the same
 input as its original. *Own rounding* is how far the folded network in float32 is from itself in float64 on that input:
-deep networks with random weights multiply every rounding error, folded or not. The number of folded BNs equals a count by autograd's
-record of the original network (scripts/foldable.py)."""
+deep networks with random weights multiply every rounding error, folded or not. The number of folded BNs equals a count
+by autograd's record of the original network (scripts/foldable.py). ⁺: no gamma is negative or zero, because with such
+ones the network overflows or rounding errors outgrow its signals."""
 
 
 def _timm_version(rows: Sequence[Row]) -> str:

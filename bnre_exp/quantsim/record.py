@@ -52,7 +52,8 @@ class _Recorder(fx.Interpreter):
         if isinstance(module, nn.Linear):
             return result.dim() - 1
         if isinstance(module, LAYERS):
-            return 1 if result.dim() == len(module.kernel_size) + 2 else 0
+            spatial: tuple[int, ...] = module.kernel_size  # type: ignore[assignment]
+            return 1 if result.dim() == len(spatial) + 2 else 0
         source = source_of(node)
         axis = source.meta.get("channel_axis") if isinstance(source, fx.Node) else None
         if axis is None or not is_rearranging(node):

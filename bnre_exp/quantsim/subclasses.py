@@ -24,10 +24,11 @@ def as_plain_layer(module: nn.Module) -> nn.Module:
 
 
 def _as_base(layer: nn.Module) -> nn.Module:
-    """A layer of the base class that shares the parameters."""
+    """A layer of the base class that shares the parameters, without any submodules."""
     kind: Any = next(base for base in type(layer).__mro__ if base in LAYERS)
     plain = kind.__new__(kind)
     plain.__dict__.update(layer.__dict__)
+    plain._modules = {}
     return plain  # type: ignore[no-any-return]
 
 

@@ -61,7 +61,7 @@ class Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def to_bool(self, obj: Proxy) -> bool:
-        return bool(self.decide(obj, bool))
+        return bool(self.decide(obj, bool) is True)
 
     def iter(self, obj: Proxy) -> Iterator[Any]:
         return iter([obj[i] for i in range(self.decide(obj, len, is_length=True))])  # type: ignore[index]
@@ -72,6 +72,8 @@ class Tracer(fx.Tracer):
         if not is_length and not self._is_metadata(node):
             raise TraceError("its control flow depends on the values of tensors")
         found = [convert(value) for value in self._look_up(node)]
+        if convert is len and any(value != found[0] for value in found):
+            raise TraceError("len() asks for the batch size as a number; x.shape[0] leaves it open")
         if any(value != found[0] for value in found):
             raise TraceError(
                 f"its control flow depends on the batch size: {', '.join(map(str, found))} for batches of "

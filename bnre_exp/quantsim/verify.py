@@ -40,7 +40,8 @@ def check_same_behaviour(original: nn.Module, traced: fx.GraphModule, inputs: Se
                 raise UserError(
                     f"The traced network differs from the original in {mode} mode with a batch of {len(batch[0])}: "
                     f"{_first_difference(wanted, got)}. Tracing cannot follow what depends on the mode, the batch "
-                    "size or values; keep the module that does so whole with leaf_modules=[its name or class]."
+                    "size or values; keep the module that does so whole with leaf_modules=[its name or class]. A "
+                    "function that is told the mode (drop_connect, say) has to be a module of its own, or off."
                 )
     return tuple(notes)
 

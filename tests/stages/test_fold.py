@@ -82,11 +82,67 @@ def test_linear_before_bn_is_folded_on_two_dimensions_and_never_on_three():
     assert isinstance(folded.get_submodule("1"), ChannelAffine)
 
 
-@pytest.mark.parametrize("dim", [1, 2, 3])
-def test_second_consumer_of_the_conv(dim):
-    model = randomize(Net(lambda m, x: m.bn(y := m.conv(x)) + y, conv=CONV[dim](3, 3, 1), bn=BN[dim](3)))
-    report = fold_and_compare(model, image(dim, 3))[2]
+LAYERS = [(kind, dim, groups) for kind in (CONV, TRANSPOSED) for dim in (1, 2, 3) for groups in (1, 2, 4)]
+every_layer = pytest.mark.parametrize(
+    ("kind", "dim", "groups"),
+    LAYERS,
+    ids=[f"{'conv' if kind is CONV else 'transposed'}{dim}d-{groups}" for kind, dim, groups in LAYERS],
+)
+
+
+@every_layer
+def test_second_consumer_of_the_layer(kind, dim, groups):
+    conv = kind[dim](4, 4, 3, padding=1, groups=groups)
+    model = randomize(Net(lambda m, x: m.bn(y := m.conv(x)) + y, conv=conv, bn=BN[dim](4)))
+    report = fold_and_compare(model, image(dim, 4))[2]
     assert report.folded == () and "another consumer (add)" in dict(report.kept)["bn"]
+
+
+@every_layer
+def test_asking_for_the_shape_is_no_second_consumer(kind, dim, groups):
+    def forward(m, x):
+        y = m.conv(x)
+        return m.bn(y).flatten(1).reshape_as(y) + 0 * y.shape[1] * y.dim()
+
+    model = randomize(Net(forward, conv=kind[dim](4, 4, 3, padding=1, groups=groups), bn=BN[dim](4)))
+    assert fold_and_compare(model, image(dim, 4))[2].folded == (("conv", "bn"),)
+
+
+@every_layer
+def test_activation_between_layer_and_bn(kind, dim, groups):
+    model = randomize(nn.Sequential(kind[dim](4, 4, 3, groups=groups), nn.ReLU(), BN[dim](4)))
+    report = fold_and_compare(model, image(dim, 4))[2]
+    assert report.folded == () and "its input is 1 (ReLU)" in dict(report.kept)["2"]
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3])
+def test_channels_that_a_reshape_keeps_apart(dim):
+    x = image(dim, 4, size=5)
+    conv = randomize(Net(lambda m, x: m.bn(m.conv(x).flatten(2)), conv=CONV[dim](4, 6, 3), bn=nn.BatchNorm1d(6)))
+    assert fold_and_compare(conv, x)[2].folded == (("conv", "bn"),)
+    mixed = Net(lambda m, x: m.bn(m.conv(x).reshape(x.shape[0], 12, -1)), conv=CONV[dim](4, 6, 2), bn=nn.BatchNorm1d(12))
+    assert "axis" in dict(fold_and_compare(randomize(mixed), x)[2].kept)["bn"]
+
+
+@pytest.mark.parametrize(
+    ("move", "folded"),
+    [
+        (lambda y: y.transpose(1, 2), True),
+        (lambda y: y.permute(0, 2, 1), True),
+        (lambda y: y.flatten(0, 1), True),
+        (lambda y: y.reshape(-1, y.shape[-1]), True),
+        (lambda y: y, False),
+        (lambda y: y.flatten(1)[:, :6], False),
+        (lambda y: y.transpose(1, 2).flip(1), False),
+    ],
+)
+@pytest.mark.parametrize("length", [6, 7])  # 6: as many as channels
+def test_linear_whose_channels_are_moved_to_where_bn_wants_them(move, folded, length):
+    model = randomize(Net(lambda m, x: m.bn(move(m.linear(x))), linear=nn.Linear(5, 6), bn=nn.BatchNorm1d(6)))
+    if length == 7 and move(torch.zeros(2, 7, 6)).shape[1] == 7:
+        model.bn = randomize(nn.BatchNorm1d(7))
+    report = fold_and_compare(model, torch.randn(3, length, 5))[2]
+    assert (report.folded == (("linear", "bn"),)) is folded and (report.kept == ()) is folded
 
 
 @pytest.mark.parametrize("scheme", [W4, QuantScheme(weight_bits=4, act_bits=8)], ids=["w4", "w4a8"])
@@ -116,9 +172,11 @@ def test_a_quantizer_between_conv_and_bn_keeps_them_apart():
     assert dict(report.kept)["1"] == "a quantizer between the layer and the BN"
 
 
-def test_pair_called_twice_is_folded_when_every_call_agrees():
-    model = randomize(Net(lambda m, x: m.bn(m.conv(m.bn(m.conv(x)))), conv=nn.Conv2d(3, 3, 1), bn=nn.BatchNorm2d(3)))
-    assert fold_and_compare(model, image(2, 3))[2].folded == (("conv", "bn"),)
+@every_layer
+def test_pair_called_twice_is_folded_when_every_call_agrees(kind, dim, groups):
+    conv = kind[dim](4, 4, 3, padding=1, groups=groups)
+    model = randomize(Net(lambda m, x: m.bn(m.conv(m.bn(m.conv(x)))), conv=conv, bn=BN[dim](4)))
+    assert fold_and_compare(model, image(dim, 4))[2].folded == (("conv", "bn"),)
 
 
 @pytest.mark.parametrize(
@@ -129,9 +187,11 @@ def test_pair_called_twice_is_folded_when_every_call_agrees():
         (lambda m, x: m.bn(m.conv(m.bn(x))), "no conv or linear layer directly before it"),
     ],
 )
-def test_calls_that_do_not_agree_keep_the_bn(forward, word):
-    modules = {"conv": nn.Conv2d(3, 3, 1), "other": nn.Conv2d(3, 3, 1), "bn": nn.BatchNorm2d(3)}
-    report = fold_and_compare(randomize(Net(forward, **modules)), image(2, 3))[2]
+@every_layer
+def test_calls_that_do_not_agree_keep_the_bn(forward, word, kind, dim, groups):
+    conv, other = (kind[dim](4, 4, 3, padding=1, groups=groups) for _ in range(2))
+    model = randomize(Net(forward, conv=conv, other=other, bn=BN[dim](4)))
+    report = fold_and_compare(model, image(dim, 4))[2]
     assert report.folded == () and word in dict(report.kept)["bn"]
 
 
@@ -146,9 +206,18 @@ def test_bn_before_a_depthwise_conv_is_folded_exactly_without_padding_only(dim, 
         assert (report.kept == ()) is folded
 
 
-def test_bn_before_a_plain_conv_stays():
-    model = randomize(nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)))
-    assert [bn for bn, _ in fold_and_compare(model, image(2, 4))[2].kept] == ["0"]
+@every_layer
+def test_bn_before_any_other_layer_stays(kind, dim, groups):
+    padding = 1 if kind is CONV and groups == 4 else 0  # without it, that one takes the BN in
+    model = randomize(nn.Sequential(BN[dim](4), kind[dim](4, 4, 3, groups=groups, padding=padding)))
+    assert [bn for bn, _ in fold_and_compare(model, image(dim, 4))[2].kept] == ["0"]
+
+
+@every_layer
+def test_bn_that_the_forward_pass_never_reaches(kind, dim, groups):
+    model = Net(lambda m, x: m.bn(m.conv(x)), conv=kind[dim](4, 4, 3, groups=groups), bn=BN[dim](4), spare=BN[dim](4))
+    report = fold_and_compare(randomize(model), image(dim, 4))[2]
+    assert report.folded == (("conv", "bn"),) and "never reached" in dict(report.kept)["spare"]
 
 
 def test_bn_without_affine_without_statistics_and_subclasses():

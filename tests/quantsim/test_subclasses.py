@@ -1,0 +1,147 @@
+"""Layers and BNs whose classes are not torch's own: timm's, torchvision's, a user's."""
+
+from __future__ import annotations
+
+import pytest
+import timm.layers
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from bnre_exp import (
+    QuantScheme,
+    UserError,
+    bypassed,
+    calibrate,
+    fold_batch_norms,
+    load_folded,
+    quantize,
+    quantize_biases,
+    reestimate_bn_stats,
+    save_folded,
+    sim_report,
+    weight_quantizers,
+)
+from tests.networks import randomize
+
+X = torch.randn(3, 4, 9, 9)
+W4 = QuantScheme(weight_bits=4, act_bits=8)
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)  # linear in the weight, but the bias counts twice
+
+
+class Squared(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight.square(), self.bias)
+
+
+class Plain(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class InTraining(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * (0.5 if self.training else 1)
+
+
+def folding_error(sim, x=X):
+    folded, report = fold_batch_norms(sim.double())
+    with torch.no_grad(), bypassed(sim), bypassed(folded):
+        return float((sim.eval()(x.double()) - folded(x.double())).abs().max()), folded, report
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [8, 9])
+def test_a_conv_that_pads_in_its_own_way_is_quantized_and_folded(stride, size, tmp_path):
+    layer = timm.layers.Conv2dSame(4, 6, 3, stride=stride, bias=False)
+    model = randomize(nn.Sequential(layer, nn.BatchNorm2d(6), nn.ReLU())).eval()
+    x = torch.randn(3, 4, size, size)
+    sim = quantize(model, x, W4)
+    assert list(weight_quantizers(sim)) == ["0"] and sim_report(sim).unquantized == ()
+    calibrate(sim, [x], 1)
+    folded, report = fold_batch_norms(sim)
+    quantize_biases(folded)
+    assert report.folded == (("0", "1"),)
+    assert save_folded(folded, tmp_path / "net") == ("0 (timm.layers.conv2d_same.Conv2dSame)",)
+    loaded = load_folded(tmp_path / "net", model=model)
+    assert torch.equal(loaded(x), folded(x))
+    assert folding_error(sim, x)[0] < 1e-9
+
+
+def test_bn_before_a_depthwise_conv_that_pads_in_its_own_way_is_kept():
+    model = nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4), timm.layers.Conv2dSame(4, 4, 3, groups=4))
+    error, _, report = folding_error(quantize(randomize(model).eval(), X, W4))
+    assert error < 1e-9 and [bn for bn, _ in report.kept] == ["1"]
+
+
+@pytest.mark.parametrize("kind", [timm.layers.StdConv2d, timm.layers.ScaledStdConv2d, Doubled, Squared])
+def test_a_layer_that_computes_with_another_weight_stays_float_and_is_named(kind):
+    model = randomize(nn.Sequential(kind(4, 6, 1), nn.BatchNorm2d(6), nn.ReLU())).eval()
+    sim = quantize(model, X, W4)
+    assert not weight_quantizers(sim)
+    assert sim_report(sim).unquantized == (("0", f"{kind.__name__} changes its weight before it computes with it; stays float"),)
+    error, _, report = folding_error(sim)
+    assert error < 1e-9 and [bn for bn, _ in report.kept] == ["1"]
+
+
+def test_a_layer_that_does_what_its_base_class_does_becomes_that(tmp_path):
+    shared = Plain(4, 4, 3, padding=1)
+    model = nn.Sequential(
+        shared, nn.ReLU(), shared, nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), timm.layers.Linear(4, 5)
+    )
+    sim = quantize(randomize(model).eval(), X, W4)
+    assert set(weight_quantizers(sim)) == {"0", "6"}
+    assert [node.target for node in sim.graph.nodes].count("0") == 2  # still one layer, called twice
+    calibrate(sim, [X], 1)
+    folded, _ = fold_batch_norms(sim)
+    assert save_folded(folded, tmp_path / "net") == ()
+    assert torch.equal(load_folded(tmp_path / "net")(X), folded(X))
+
+
+def test_a_layer_that_differs_in_training_mode_keeps_its_class():
+    model = nn.Sequential(nn.Flatten(), InTraining(324, 5), nn.BatchNorm1d(5))
+    sim = quantize(randomize(model).eval(), X, W4)
+    assert not weight_quantizers(sim) and fold_batch_norms(sim)[1].folded == ()
+
+
+def test_frozen_batch_norm_is_folded_and_never_re_estimated():
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), FrozenBatchNorm2d(6), nn.ReLU(), FrozenBatchNorm2d(6), nn.BatchNorm2d(6))
+    with torch.no_grad():
+        for bn in (model[1], model[3]):
+            bn.weight.copy_(torch.tensor([0.0, -1.0, 2.0, -0.5, 1.0, 3.0]))
+            bn.bias.normal_(), bn.running_mean.normal_(), bn.running_var.uniform_(0.5, 2)
+    sim = quantize(model.eval(), X, W4)
+    calibrate(sim, [X], 1)
+    before = {key: value.clone() for key, value in sim.state_dict().items()}
+    handle = reestimate_bn_stats(sim, [X], 1)
+    assert handle.frozen == ("1", "3")
+    changed = {key for key, value in sim.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed == {"4.running_mean", "4.running_var"}
+    error, folded, report = folding_error(sim)
+    assert error < 1e-9 and report.folded == (("0", "1"),) and [bn for bn, _ in report.kept] == ["3", "4"]
+    assert not any(isinstance(module, FrozenBatchNorm2d) for module in folded.modules())
+    with pytest.raises(UserError, match="All 1 batch norms of the model are FrozenBatchNorm2d"):
+        reestimate_bn_stats(nn.Sequential(nn.Conv2d(4, 6, 3), FrozenBatchNorm2d(6)), [X], 1)
+
+
+def test_stochastic_depth_of_timm_needs_no_code_once_folded(tmp_path):
+    model = timm.create_model("test_resnet", drop_path_rate=0.2, num_classes=5)
+    x = torch.randn(2, 3, 32, 32)
+    sim = quantize(randomize(model).eval(), x, W4)
+    calibrate(sim, [x], 1)
+    folded, _ = fold_batch_norms(sim)
+    assert save_folded(folded, tmp_path / "net") == ()
+    assert torch.equal(load_folded(tmp_path / "net")(x), folded(x))
+
+
+def test_layers_of_dropped_heads_are_named():
+    googlenet = torchvision.models.googlenet(num_classes=10, init_weights=False)
+    rows = dict(sim_report(quantize(googlenet, torch.randn(2, 3, 64, 64))).unquantized)
+    dropped = {"aux1.conv.conv", "aux1.fc1", "aux1.fc2", "aux2.conv.conv", "aux2.fc1", "aux2.fc2"}
+    assert {name for name, reason in rows.items() if "never reached" in reason} == dropped

@@ -1,0 +1,113 @@
+"""Control flow on sizes: decided by an example, guarded, and refused where the batch or values decide."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bnre_exp import QuantScheme, UserError, bypassed, fold_batch_norms, load_folded, quantize, save_folded, sim_report
+from tests.networks import Net, randomize
+
+FLOAT = QuantScheme(weight_bits=None, act_bits=None)
+X = torch.randn(4, 3, 12, 12)
+
+
+def conv_bn(**more):
+    return {"conv": nn.Conv2d(3, 3, 3, padding=1), "bn": nn.BatchNorm2d(3), **more}
+
+
+def branch(m, x):
+    y = m.bn(m.conv(x))
+    return F.avg_pool2d(y, 2) if y.shape[2] > 8 and y.shape[-2:] == (12, 12) else y
+
+
+def loops(m, x):
+    y = m.bn(m.conv(x))
+    rows = [y[:, :, i] for i in range(y.shape[2] // 4)]
+    assert y.shape[1] == 3
+    return torch.stack(rows).sum(0) * len(rows) * len(y.shape)
+
+
+def python_numbers(m, x):
+    height, width = x.size()[2:]
+    pad = max(math.ceil(height / 5) * 5 - height, 0)
+    x = F.pad(x, (0, int(width * 0.25), 0, pad))
+    return m.bn(m.conv(x))
+
+
+def parts(m, x):
+    return sum(part.mean(1) for part in m.bn(m.conv(x)).chunk(3, dim=2))
+
+
+def as_many_as_columns(m, x):
+    y = m.bn(m.conv(x))
+    return y * torch.linspace(0, 1, y.shape[3])
+
+
+@pytest.mark.parametrize("forward", [branch, loops, python_numbers])
+def test_sizes_decide_and_other_sizes_are_refused(forward, tmp_path):
+    model = randomize(Net(forward, **conv_bn())).eval()
+    sim = quantize(model, X, FLOAT)
+    folded, report = fold_batch_norms(sim)
+    assert report.folded == (("conv", "bn"),)
+    for network in (sim, folded):
+        for batch in (1, 2, 7):
+            x = torch.randn(batch, 3, 12, 12)
+            torch.testing.assert_close(network(x), model(x), rtol=1e-4, atol=1e-4)
+    assert any("decided by the input's size: " in note and "test_tracing.py:" in note for note in sim_report(sim).notes)
+    with pytest.raises(UserError, match=r"quantized for inputs of shape \['N', 3, 12, 12\].*now gets \[2, 3, 6, 6\]"):
+        sim(torch.randn(2, 3, 6, 6))
+    save_folded(folded, tmp_path / "net")
+    loaded = load_folded(tmp_path / "net")
+    assert torch.equal(loaded(X), folded(X))
+    with pytest.raises(UserError, match="quantized for inputs of shape"):
+        loaded(torch.randn(2, 3, 6, 6))
+
+
+@pytest.mark.parametrize("forward", [parts, as_many_as_columns])
+def test_without_a_decision_any_size_is_taken(forward):
+    model = randomize(Net(forward, **conv_bn())).eval()
+    sim, x = quantize(model, X, FLOAT), torch.randn(2, 3, 30, 9)
+    assert not sim_report(sim).notes
+    torch.testing.assert_close(sim(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_the_number_of_axes_and_the_type_are_no_decision_on_size():
+    def forward(m, x):
+        return m.bn(m.conv(x)) if x.dim() == 4 and x.dtype != torch.float16 and not x.is_cuda else x
+
+    sim = quantize(randomize(Net(forward, **conv_bn())).eval(), X, FLOAT)
+    assert not sim_report(sim).notes and sim(torch.randn(1, 3, 5, 5)).shape == (1, 3, 5, 5)
+
+
+@pytest.mark.parametrize(
+    "condition", [lambda x: x.shape[0] == 1, lambda x: x.size(0) > 4, lambda x: len(x) > 1, lambda x: x.numel() > 600]
+)
+def test_control_flow_on_the_batch_size_is_refused(condition):
+    model = Net(lambda m, x: m.bn(m.conv(x)) * (2 if condition(x) else 1), **conv_bn())
+    with pytest.raises(UserError, match=r"depends on the batch size|len\(\) asks for the batch size"):
+        quantize(model, X)
+
+
+@pytest.mark.parametrize("condition", [lambda x: x.mean() > 0, lambda x: int(x.argmax()) > 3, lambda x: x[0, 0, 0, 0]])
+def test_control_flow_on_values_is_refused(condition):
+    model = Net(lambda m, x: m.bn(m.conv(x)) * (2 if condition(x) else 1), **conv_bn())
+    with pytest.raises(UserError, match="depends on the values of tensors"):
+        quantize(model, X)
+
+
+def test_an_example_of_one_sample_will_do():
+    sim = quantize(randomize(Net(branch, **conv_bn())).eval(), X[:1], FLOAT)
+    assert sim(X).shape == (4, 3, 6, 6)
+
+
+def test_decisions_behind_layers_with_state_leave_the_model_alone():
+    model = randomize(Net(branch, **conv_bn())).train()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    with bypassed(quantize(model, X)):
+        pass
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items()) and model.training
