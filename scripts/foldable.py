@@ -50,8 +50,8 @@ def foldable_bns(model: nn.Module, *inputs: Tensor) -> Foldable:
                 inputs_of[name].append(args[0])
 
             module.register_forward_pre_hook(note)
-    with torch.enable_grad():
-        output = model(*inputs)
+    with torch.enable_grad():  # clones: even a BN that reads the network's input then has a node to be read from
+        output = model(*(x.detach().requires_grad_(x.is_floating_point()).clone() for x in inputs))
     readers = _readers(output)
     after, through, before = set(), set(), set()
     for name, directly in read.items():

@@ -71,8 +71,8 @@ def quantize(
     unquantized = _Unquantized()
     _check_overrides(sim, grouping, scheme)
     edges = _first_and_last(grouping) if scheme.first_last_bits is not None else set()
-    _insert_activation_quantizers(sim, grouping, scheme, edges, unquantized)
-    _quantize_weights(sim, grouping, scheme, edges, unquantized)
+    tensors = _insert_activation_quantizers(sim, grouping, scheme, edges, unquantized)
+    _check_effects(scheme, tensors, layers=_quantize_weights(sim, grouping, scheme, edges, unquantized))
     sim.graph.lint()
     sim.recompile()
     unreached = _unreached(model, sim)
@@ -124,6 +124,23 @@ def _check_overrides(sim: fx.GraphModule, grouping: Grouping, scheme: QuantSchem
             )
 
 
+def _check_effects(scheme: QuantScheme, tensors: Sequence[tuple[str, ...]], layers: Sequence[str]) -> None:
+    """An override that cannot do what it asks for, as act_bits of a max pooling, is a mistake."""
+    for rule in scheme.overrides:
+        on_tensor = any(rule.matches(names) for names in tensors)
+        asked = [
+            ("act_bits", rule.act_bits is not None, on_tensor, "an activation quantizer (these only move values)"),
+            ("weight_bits", rule.weight_bits is not None, rule.matches(layers), "a conv or linear weight"),
+            ("off", rule.off, on_tensor or rule.matches(layers), "a weight or an activation quantizer"),
+        ]
+        for field, is_set, has_effect, what in asked:
+            if is_set and not has_effect:
+                raise UserError(
+                    f"quant.overrides: {field} of the pattern {rule.pattern!r} has no effect: nothing that it matches "
+                    f"has {what}. layers.md of a run, or list_layers(), shows what does."
+                )
+
+
 def _first_and_last(grouping: Grouping) -> set[fx.Node]:
     """Nodes that first_last_bits applies to: both layers, the tensors they read, and the last one's output."""
     if not grouping.groups:
@@ -142,7 +159,9 @@ def _first_and_last(grouping: Grouping) -> set[fx.Node]:
 
 def _insert_activation_quantizers(
     sim: fx.GraphModule, grouping: Grouping, scheme: QuantScheme, edges: set[fx.Node], unquantized: _Unquantized
-) -> None:
+) -> list[tuple[str, ...]]:
+    """Returns the names of every tensor that has a quantizer, or would have one."""
+    tensors = []
     inner = {node for group in grouping.groups for node in group.inner}
     inner |= {group.bn for group in grouping.groups if group.bn is not None and group.bn_before}
     group_of = {group.output: group for group in grouping.groups}
@@ -165,6 +184,8 @@ def _insert_activation_quantizers(
             bits = scheme.first_last_bits
         if reason == "":
             continue
+        if reason is None:
+            tensors.append(names)
         if rule and rule.off and reason is None:
             reason = f"switched off by the override {rule.pattern!r}"
         if reason is not None:
@@ -178,6 +199,7 @@ def _insert_activation_quantizers(
         _insert_after(node, f"{CONTAINER}.{node.name}")
     if reference is not None:
         container.to(reference.device)
+    return tensors
 
 
 def _why_no_quantizer(node: fx.Node, scheme: QuantScheme) -> Optional[str]:
@@ -209,13 +231,14 @@ def _insert_after(node: fx.Node, target: str) -> None:
 
 def _quantize_weights(
     sim: fx.GraphModule, grouping: Grouping, scheme: QuantScheme, edges: set[fx.Node], unquantized: _Unquantized
-) -> None:
-    done: set[str] = set()
+) -> list[str]:
+    """Returns the names of the layers whose weights are quantized, or would be."""
+    done: dict[str, None] = {}
     for group in grouping.groups:
         name = str(group.layer.target)
         if name in done:
             continue
-        done.add(name)
+        done[name] = None
         rule = scheme.rule(names_of(group.layer))
         bits = scheme.first_last_bits if group.layer in edges and scheme.weight_bits else scheme.weight_bits
         bits = rule.weight_bits if rule and rule.weight_bits else bits
@@ -225,6 +248,7 @@ def _quantize_weights(
             _quantize_weight(name, sim.get_submodule(name), bits, scheme)
     if scheme.weight_bits is not None:
         _name_other_weights(sim, unquantized)
+    return list(done)
 
 
 def _quantize_weight(name: str, layer: Any, bits: int, scheme: QuantScheme) -> None:

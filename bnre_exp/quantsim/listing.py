@@ -11,7 +11,7 @@ from torch import fx
 
 from bnre_exp.quantsim.groups import find_groups
 from bnre_exp.quantsim.insert import names_of, sim_report
-from bnre_exp.quantsim.nodes import is_bn, module_of
+from bnre_exp.quantsim.nodes import is_bn, is_relu_like, module_of, sole_user
 from bnre_exp.quantsim.operations import is_preserving
 from bnre_exp.quantsim.quantizer import ActivationQuantizer, WeightQuantizer, positive
 
@@ -76,8 +76,11 @@ def _row(node: fx.Node, output: fx.Node, bn: str, activation: str, notes: Mappin
     quantizer = next((q for q in map(module_of, output.users) if isinstance(q, ActivationQuantizer)), None)
     has_weight = isinstance(weight, WeightQuantizer)
     reasons = list(notes.get(name, ()))
+    following = sole_user(output)
     if quantizer is None and not reasons and is_preserving(output):
         reasons.append("moves or selects values")
+    elif quantizer is None and not reasons and is_relu_like(following):
+        reasons.append(f"quantized after {names_of(following)[0]}")
     return LayerRow(
         name=name,
         kind=_kind(node),

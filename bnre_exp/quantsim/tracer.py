@@ -61,7 +61,7 @@ class Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def to_bool(self, obj: Proxy) -> bool:
-        return bool(self.decide(obj, bool) is True)
+        return bool(self.decide(obj, bool))
 
     def iter(self, obj: Proxy) -> Iterator[Any]:
         return iter([obj[i] for i in range(self.decide(obj, len, is_length=True))])  # type: ignore[index]
@@ -98,7 +98,7 @@ class Tracer(fx.Tracer):
         if node.op == "call_method" and node.target in METADATA_METHODS:
             return node.target in ("dim", "ndimension", "is_floating_point")
         if node.op == "call_function" and node.target is getattr:
-            return node.args[1] != "shape"
+            return bool(node.args[1] != "shape")
         return all(self._is_constant(source) for source in node.all_input_nodes)
 
     def _look_up(self, node: fx.Node) -> list[Any]:

@@ -117,6 +117,26 @@ def test_overrides_and_first_last_bits():
         quantize(flat_cnn(), X, QuantScheme(overrides=(LayerRule("layer9.*", off=True),)))
 
 
+@pytest.mark.parametrize(
+    ("rule", "field"),
+    [
+        (LayerRule("10", act_bits=4), "act_bits"),
+        (LayerRule("9", weight_bits=4), "weight_bits"),
+        (LayerRule("*.bn*", act_bits=4), "act_bits"),
+        (LayerRule("pool", off=True), "off"),
+    ],
+)
+def test_an_override_without_effect_is_an_error(rule, field):
+    model = flat_cnn()
+    model.append(nn.Sequential())
+    names = {"10": "10", "9": "9", "*.bn*": None, "pool": None}
+    if names[rule.pattern] is None:
+        layers = {"conv": nn.Conv2d(3, 3, 1), "pool": nn.MaxPool2d(2), "m": nn.ModuleDict({"bnx": nn.MaxPool2d(2)})}
+        model = Net(lambda m, x: m.m["bnx"](m.pool(m.conv(x))), **layers)
+    with pytest.raises(UserError, match=f"{field} of the pattern .* has no effect"):
+        quantize(model, X, QuantScheme(overrides=(rule,)))
+
+
 @pytest.mark.parametrize("bits", [1, 17, 0, -3])
 def test_bits_out_of_range(bits):
     for name in ("weight_bits", "act_bits", "first_last_bits"):

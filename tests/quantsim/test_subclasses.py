@@ -85,7 +85,9 @@ def test_a_layer_that_computes_with_another_weight_stays_float_and_is_named(kind
     model = randomize(nn.Sequential(kind(4, 6, 1), nn.BatchNorm2d(6), nn.ReLU())).eval()
     sim = quantize(model, X, W4)
     assert not weight_quantizers(sim)
-    assert sim_report(sim).unquantized == (("0", f"{kind.__name__} changes its weight before it computes with it; stays float"),)
+    assert sim_report(sim).unquantized == (
+        ("0", f"{kind.__name__} changes its weight before it computes with it; stays float"),
+    )
     error, _, report = folding_error(sim)
     assert error < 1e-9 and [bn for bn, _ in report.kept] == ["1"]
 

@@ -120,7 +120,9 @@ def test_channels_that_a_reshape_keeps_apart(dim):
     x = image(dim, 4, size=5)
     conv = randomize(Net(lambda m, x: m.bn(m.conv(x).flatten(2)), conv=CONV[dim](4, 6, 3), bn=nn.BatchNorm1d(6)))
     assert fold_and_compare(conv, x)[2].folded == (("conv", "bn"),)
-    mixed = Net(lambda m, x: m.bn(m.conv(x).reshape(x.shape[0], 12, -1)), conv=CONV[dim](4, 6, 2), bn=nn.BatchNorm1d(12))
+    mixed = Net(
+        lambda m, x: m.bn(m.conv(x).reshape(x.shape[0], 12, -1)), conv=CONV[dim](4, 6, 2), bn=nn.BatchNorm1d(12)
+    )
     assert "axis" in dict(fold_and_compare(randomize(mixed), x)[2].kept)["bn"]
 
 
