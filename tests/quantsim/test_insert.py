@@ -336,6 +336,13 @@ def test_a_weight_with_a_parametrization_is_refused_by_name():
         quantize(model, X)
 
 
+@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm"])
+def test_a_weight_that_a_hook_computes_is_refused_by_name(name):
+    model = nn.Sequential(getattr(nn.utils, name)(nn.Conv2d(3, 3, 1)), nn.BatchNorm2d(3))
+    with pytest.raises(UserError, match=f"The weight of 0 is computed by torch.nn.utils.{name}.*remove_{name}"):
+        quantize(model, X)
+
+
 def test_example_input_must_be_tensors():
     with pytest.raises(UserError, match="example_input"):
         quantize(flat_cnn(), [])
