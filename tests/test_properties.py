@@ -95,8 +95,8 @@ def batches_of(dim: int) -> list[Tensor]:
     return unequal_batches((CHANNELS, *(5,) * dim), sizes=(4, 2, 5))
 
 
-fewer = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-many = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+fewer = settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+many = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 def folding_keeps_the_function_and_accounts_for_every_bn(plan: tuple[int, tuple[Step, ...]]) -> None:
