@@ -15,7 +15,7 @@ from bnre_exp.errors import UserError
 from bnre_exp.export.files import check_replaceable, read_checkpoint, write_checkpoint
 from bnre_exp.export.graph_json import encode_graph, is_name, is_path, qualified_name
 from bnre_exp.export.module_json import describe_codes, describe_module
-from bnre_exp.export.rebuild import outside_names, rebuild
+from bnre_exp.export.rebuild import outside_names, rebuild, some_of
 from bnre_exp.export.tensors import encode_tensors
 from bnre_exp.export.value_json import encode_value
 from bnre_exp.quantsim.quantizer import ActivationQuantizer, WeightQuantizer
@@ -46,7 +46,7 @@ def save_folded(folded: fx.GraphModule, path: Union[str, os.PathLike[str]]) -> t
     write_checkpoint(target, document, weights)
     outside = outside_names(document["modules"], document["graph"])
     if outside:
-        logger.warning("The checkpoint %s needs load_folded(path, model=...) because of %s", path, ", ".join(outside))
+        logger.warning("The checkpoint %s needs load_folded(path, model=...) because of %s", path, some_of(outside))
     return outside
 
 

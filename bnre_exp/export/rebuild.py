@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 from torch import Tensor, fx, nn
@@ -21,13 +21,19 @@ def outside_names(modules: Mapping[str, Mapping[str, Any]], rows: list[dict[str,
     return (*named, *(f"{name} (function)" for name in outside_functions(rows)))
 
 
+def some_of(names: Sequence[str], shown: int = 3) -> str:
+    """The first few, and how many more."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return f"{', '.join(names[:shown])}{more}"
+
+
 def rebuild(document: Mapping[str, Any], weights: bytes, model: Optional[nn.Module]) -> fx.GraphModule:
     """The network, in evaluation mode. Raises ``UserError`` for what is not allowed or does not fit, and any other
     exception for a document that is not built as ours are."""
     modules, attributes, rows = document["modules"], document["attributes"], document["graph"]
     outside = outside_names(modules, rows)
     if outside and model is None:
-        raise UserError(f"it holds {', '.join(outside)}; give load_folded(path, model=the network that was quantized)")
+        raise UserError(f"it holds {some_of(outside)}; give load_folded(path, model=the network that was quantized)")
     tensors = decode_tensors(weights, document["tensors"])
     bad = [name for name in (*modules, *attributes) if not is_path(name)]
     if bad or not is_name(document["name"]):

@@ -144,7 +144,9 @@ class _Decided:
 
     tracer: Tracer
 
-    def __getattr__(self, k: str) -> _Attribute:
+    def __getattr__(self, k: str) -> Any:
+        if k == "type" and isinstance(self, _Attribute) and self.attr == "device":
+            return self.tracer.decide(self, lambda device: device.type)  # torch.autocast takes a str only
         return _Attribute(self, k)  # type: ignore[arg-type]
 
     def __len__(self) -> int:

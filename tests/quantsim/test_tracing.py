@@ -76,6 +76,15 @@ def test_without_a_decision_any_size_is_taken(forward):
     torch.testing.assert_close(sim(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+def test_the_kind_of_device_is_a_plain_string():
+    def forward(m, x):
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            return m.bn(m.conv(x))
+
+    sim = quantize(randomize(Net(forward, **conv_bn())).eval(), X, FLOAT)
+    assert not sim_report(sim).notes and sim(torch.randn(1, 3, 5, 5)).shape == (1, 3, 5, 5)
+
+
 def test_the_number_of_axes_and_the_type_are_no_decision_on_size():
     def forward(m, x):
         return m.bn(m.conv(x)) if x.dim() == 4 and x.dtype != torch.float16 and not x.is_cuda else x
