@@ -20,7 +20,8 @@ from torch.overrides import get_testing_overrides
 
 from bnre_exp.quantsim.affine import ChannelAffine
 from bnre_exp.quantsim.quantizer import ActivationQuantizer
-from bnre_exp.quantsim.trace import BatchNormNd, FixedSize, FollowTraining
+from bnre_exp.quantsim.trace import BatchNormNd, FollowTraining
+from bnre_exp.quantsim.tracer import check_decision
 
 OPERATORS = (
     "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "neg", "pos", "invert", "abs",
@@ -45,13 +46,14 @@ REFUSED_METHODS = {
     "resize_as_", "resize_as_sparse_", "sparse_resize_", "sparse_resize_and_clear_",
 }  # fmt: skip
 ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim", "T", "mT", "H", "mH", "real", "imag"})
-OWN_MODULES = (ActivationQuantizer, FollowTraining, FixedSize, BatchNormNd, ChannelAffine)
+DECISION = f"{check_decision.__module__}.check_decision"
+OWN_MODULES = (ActivationQuantizer, FollowTraining, BatchNormNd, ChannelAffine)
 
 
 @cache
 def functions() -> dict[str, Callable[..., Any]]:
     """Function by its qualified name. ``getattr`` is among them; only :data:`ATTRIBUTES` may be read with it."""
-    found: dict[str, Callable[..., Any]] = {"builtins.getattr": getattr}
+    found: dict[str, Callable[..., Any]] = {"builtins.getattr": getattr, DECISION: check_decision}
     found |= {f"operator.{name}": getattr(operator, name) for name in OPERATORS}
     found |= {f"math.{name}": f for name, f in vars(math).items() if callable(f) and not name.startswith("_")}
     on_tensors = get_testing_overrides()

@@ -15,7 +15,13 @@ from bnre_exp.export.value_json import decode_value, encode_value
 
 JsonDict = dict[str, Any]
 # Kinds of facts about nodes that grouping relies on, and their types.
-META = {"ndim": (int, type(None)), "is_float": (bool,), "is_single": (bool,), "kept_reason": (str,)}
+META = {
+    "ndim": (int, type(None)),
+    "scales_with_weight": (bool,),
+    "is_float": (bool,),
+    "is_single": (bool,),
+    "kept_reason": (str,),
+}
 
 
 def encode_graph(graph: fx.Graph) -> list[JsonDict]:

@@ -31,7 +31,7 @@ def module_from_model(
     if actual.rpartition(".")[2] != kind.rpartition(".")[2]:
         raise UserError(f"the module {name!r} of model= is a {actual}, expected a {kind}")
     module: Any = copy.deepcopy(found).cpu().eval()
-    if isinstance(module, LAYERS) and module.bias is None and any(key.rpartition("bias")[1] for key in state):
+    if isinstance(module, LAYERS) and module.bias is None and {"bias", "parametrizations.bias.original"} & state.keys():
         module.bias = nn.Parameter(torch.zeros(out_channels(module)))  # folding gave it one
     for tensor, spec in description["codes"].items():
         if not parametrize.is_parametrized(module, tensor):

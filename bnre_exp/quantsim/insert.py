@@ -62,8 +62,8 @@ def quantize(
     """
     scheme = scheme or QuantScheme()
     inputs = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
-    if not inputs or not all(isinstance(x, Tensor) and x.dim() > 0 for x in inputs):
-        raise UserError("example_input: expected a tensor [N, ...] or a non-empty tuple of tensors.")
+    if not inputs or not all(isinstance(x, Tensor) and x.dim() > 0 and len(x) for x in inputs):
+        raise UserError("example_input: expected a tensor [N, ...] with N >= 1, or a non-empty tuple of tensors.")
     sim, decisions = trace(model, inputs, leaf_modules)
     notes = (*check_same_behaviour(model, sim, inputs), *(f"decided by the input's size: {line}" for line in decisions))
     record(sim, inputs)
@@ -273,7 +273,10 @@ def _name_other_weights(sim: fx.GraphModule, unquantized: _Unquantized) -> None:
         layers = [m for m in module.modules() if isinstance(m, LAYERS)]
         kind = type(module).__name__
         if isinstance(module, LAYERS):
-            unquantized.add(str(node.target), f"{kind} changes its weight before it computes with it; stays float")
+            unquantized.add(
+                str(node.target),
+                f"{kind} does not simply multiply with its weight; stays float",
+            )
         elif layers:
             unquantized.add(str(node.target), f"kept whole; its {len(layers)} conv or linear weights stay float")
         elif any(True for _ in module.parameters()):

@@ -9,6 +9,7 @@ from typing import Optional
 import torch
 from torch import fx
 
+from bnre_exp.errors import UserError
 from bnre_exp.quantsim.groups import find_groups
 from bnre_exp.quantsim.insert import names_of, sim_report
 from bnre_exp.quantsim.nodes import is_bn, is_relu_like, module_of, sole_user
@@ -44,10 +45,13 @@ def list_layers(sim: fx.GraphModule) -> tuple[LayerRow, ...]:
     """Every operation of a simulation that gives floating-point values, in order of execution; ``sim`` is unchanged.
 
     A layer, the BN that folds into it and the activation behind it are one row. Raises ``UserError`` for a module that
-    is no simulation.
+    is no simulation, or is folded.
     """
+    report = sim_report(sim)
+    if "fold_report" in sim.meta:
+        raise UserError("list_layers: this network is folded; list the simulation that it was folded from.")
     notes: dict[str, list[str]] = {}
-    for name, reason in sim_report(sim).unquantized:
+    for name, reason in report.unquantized:
         notes.setdefault(name, []).append(reason)
     grouping = find_groups(sim)
     group_of = {group.output: group for group in grouping.groups}
@@ -77,7 +81,7 @@ def _row(node: fx.Node, output: fx.Node, bn: str, activation: str, notes: Mappin
     has_weight = isinstance(weight, WeightQuantizer)
     reasons = list(notes.get(name, ()))
     following = sole_user(output)
-    if quantizer is None and not reasons and is_preserving(output):
+    if quantizer is None and not reasons and node is output and is_preserving(output):
         reasons.append("moves or selects values")
     elif quantizer is None and not reasons and is_relu_like(following):
         reasons.append(f"quantized after {names_of(following)[0]}")

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from bnre_exp.quantsim.nodes import module_of
 from bnre_exp.quantsim.quantizer import ActivationQuantizer
-from bnre_exp.quantsim.trace import FixedSize, FollowTraining
+from bnre_exp.quantsim.trace import FollowTraining
 
 # These move or select values, so a value on the grid stays on it.
 PRESERVING_MODULES = (
@@ -22,7 +22,7 @@ PRESERVING_MODULES = (
     nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d,
     nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d,
     nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle,
-    torchvision.ops.StochasticDepth, torchvision.ops.Permute, FixedSize,
+    torchvision.ops.StochasticDepth, torchvision.ops.Permute,
 )  # fmt: skip
 PRESERVING_FUNCTIONS = {
     torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.chunk,
@@ -37,6 +37,9 @@ PRESERVING_METHODS = {
     "expand", "expand_as", "repeat", "clone", "detach", "relu", "narrow", "select", "unbind", "size", "dim", "t",
     "view_as", "reshape_as", "unflatten", "movedim", "swapaxes", "roll", "flip", "to", "float", "type_as",
 }  # fmt: skip
+STOCHASTIC_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
+                      torchvision.ops.StochasticDepth)  # fmt: skip
+STOCHASTIC_CLASSES = ("timm.layers.drop.DropPath",)
 NONNEGATIVE_MODULES = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.Softplus)
 NONNEGATIVE_CALLS = {
     torch.relu, F.relu, F.relu6, torch.sigmoid, F.sigmoid, F.hardsigmoid, torch.softmax, F.softmax, F.softplus,
@@ -68,6 +71,15 @@ def is_preserving(node: fx.Node) -> bool:
     if node.op == "call_function":
         return bool(node.target in PRESERVING_FUNCTIONS)
     return node.op == "call_method" and node.target in PRESERVING_METHODS
+
+
+def does_nothing_in_evaluation(node: fx.Node) -> bool:
+    """Whether the node is dropout or stochastic depth, which hands on its input in evaluation mode, whatever it is."""
+    module = module_of(node)
+    if isinstance(module, FollowTraining):
+        return module.function != "rrelu"
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    return type(module) in STOCHASTIC_MODULES or name in STOCHASTIC_CLASSES
 
 
 def is_nonnegative(node: Any) -> bool:

@@ -7,11 +7,14 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
 from bnre_exp.quantsim.layout import LAYERS
 from bnre_exp.quantsim.nodes import is_rearranging, module_of, source_of
 from bnre_exp.quantsim.subclasses import scales_with_weight
-from bnre_exp.quantsim.tracer import reads_training
+from bnre_exp.quantsim.tracer import reads_training, resized
+
+RESHAPING = {torch.reshape, "reshape", "view", "reshape_as", "view_as", "unflatten"}
 
 
 def record(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
@@ -23,13 +26,15 @@ def record(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
     layer are, also after reshaping.
     """
     was_training = graph.training
-    with torch.no_grad():
-        _Recorder(graph.eval()).run(*inputs)
+    with torch.no_grad():  # two samples tell all, and one could hide where the batch goes
+        _Recorder(graph.eval()).run(*(resized(x, 2) for x in inputs))
     graph.train(was_training)
 
 
 class _Recorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
+        given: Any = self.env.get(source_of(n))
+        version = given._version if isinstance(given, Tensor) else None
         result = super().run_node(n)
         items = result if isinstance(result, (tuple, list)) else [result]
         n.meta["is_float"] = any(isinstance(x, Tensor) and x.is_floating_point() for x in items)
@@ -40,9 +45,12 @@ class _Recorder(fx.Interpreter):
         n.meta["is_constant"] = n.op == "get_attr" or (n.op.startswith("call_") and reads == {True})
         module = module_of(n)
         if module is not None and reads_training(type(module)) and next(module.parameters(), None) is None:
-            n.meta["is_identity"] = self.env.get(source_of(n)) is result  # stochastic depth, say
+            unchanged = isinstance(given, Tensor) and given is result and given._version == version
+            n.meta["is_identity"] = unchanged  # stochastic depth, say
         if isinstance(module, LAYERS):
-            n.meta["scales_with_weight"] = scales_with_weight(module)
+            is_own = parametrize.type_before_parametrizations(module) in LAYERS
+            is_simple_call = isinstance(given, Tensor) and len(n.args) == 1 and not n.kwargs
+            n.meta["scales_with_weight"] = is_own or (is_simple_call and scales_with_weight(module, given))
         n.meta["channel_axis"] = self._channel_axis(n, module, result)
         return result
 
@@ -59,8 +67,15 @@ class _Recorder(fx.Interpreter):
         if axis is None or not is_rearranging(node):
             return None
         given: Tensor = self.env[source]
+        others = [size for place, size in enumerate(given.shape) if place != axis]
+        if min(others, default=2) < 2 and node.target in RESHAPING:
+            return None  # an axis of size 1 would hide where the values of a larger one go
         channels = torch.arange(given.shape[axis]).reshape(-1, *(1,) * (given.dim() - axis - 1)).expand(given.shape)
-        moved = self._run_on(node, channels)
+        labels = torch.empty_like(given, dtype=torch.long, device="cpu").copy_(channels)  # with the strides for view()
+        try:
+            moved = self._run_on(node, labels)
+        except RuntimeError:  # view(dtype), say
+            return None
         for place in range(moved.dim()):
             expected = torch.arange(moved.shape[place]).reshape(-1, *(1,) * (moved.dim() - place - 1))
             if moved.shape[place] == given.shape[axis] > 1 and torch.equal(moved, expected.expand(moved.shape)):

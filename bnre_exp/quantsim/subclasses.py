@@ -1,95 +1,131 @@
-"""Conv and linear layers whose class is not torch's own: which of them compute what torch's class does?"""
+"""Conv and linear layers whose class is not torch's own: what do they compute?
+
+Their forward is traced. What it does then is known for certain, where trying it on numbers would leave doubts.
+"""
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+import inspect
+from typing import Any, Optional
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from bnre_exp.quantsim.layout import LAYERS, layout_of, out_channels
+from bnre_exp.quantsim.layout import LAYERS
+from bnre_exp.quantsim.tracer import Tracer, is_metadata
+
+_CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+PRODUCTS: dict[Any, tuple[str, ...]] = {
+    F.linear: ("input", "weight", "bias"),
+    **{function: _CONV for function in (F.conv1d, F.conv2d, F.conv3d)},
+    **{function: _TRANSPOSED for function in (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)},
+}
+DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "output_padding": 0, "dilation": 1, "groups": 1}
+ZERO_PADDING = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
 
 
-def as_plain_layer(module: nn.Module) -> nn.Module:
-    """A layer whose forward does what its base class's does, as that class with the same parameters; else ``module``.
+def make_plain(layer: nn.Module) -> None:
+    """Give a layer whose forward is its base class's call that class; in place, on a copy of the user's network.
 
-    timm's ``Linear`` is one. A checkpoint can hold such a layer without the model's code.
+    timm's ``Linear`` is one. A checkpoint can hold such a layer without the model's code. A class with more to it
+    (other methods, submodules, hooks, another signature) is left alone: its network may use that.
     """
-    is_subclass = isinstance(module, LAYERS) and not type(module).__module__.startswith("torch.nn.")
-    if not is_subclass or parametrize.is_parametrized(module):
-        return module
-    return _as_base(module) if _is_like_its_base(module) else module
+    kind = next(base for base in type(layer).__mro__ if base in LAYERS)
+    has_more = any(True for _ in layer.children()) or layer._forward_hooks or layer._forward_pre_hooks
+    if type(layer).__module__.startswith("torch.nn.") or parametrize.is_parametrized(layer) or has_more:
+        return
+    own = {name for base in type(layer).__mro__[: type(layer).__mro__.index(kind)] for name in vars(base)}
+    has_methods = any(not name.startswith("__") and name not in ("forward", "_conv_forward") for name in own)
+    signatures = [list(inspect.signature(each.forward).parameters) for each in (type(layer), kind)]
+    if has_methods or len(signatures[0]) != len(signatures[1]):
+        return
+    example = torch.zeros(2, *_smallest(layer))
+    if all(_is_base_call(layer, _traced(layer, example, training)) for training in (False, True)):
+        layer.__class__ = kind
 
 
-def _as_base(layer: nn.Module) -> nn.Module:
-    """A layer of the base class that shares the parameters, without any submodules."""
-    kind: Any = next(base for base in type(layer).__mro__ if base in LAYERS)
-    plain = kind.__new__(kind)
-    plain.__dict__.update(layer.__dict__)
-    plain._modules = {}
-    return plain  # type: ignore[no-any-return]
-
-
-def scales_with_weight(layer: nn.Module) -> bool:
-    """Whether the output is linear in the weight, channel by channel, and the bias is added to it as it is.
+def scales_with_weight(layer: nn.Module, example: Tensor) -> bool:
+    """Whether the layer is one product of its input, perhaps padded with zeros, with its weight and bias as they are.
 
     That is what folding relies on, and what makes a quantized weight the one that is computed with. A layer that
-    standardizes its weight first (StdConv) is not so; one that pads its input in its own way (timm's Conv2dSame) is.
+    standardizes its weight first (StdConv) is not so; one that pads in its own way (timm's Conv2dSame) is. example: an
+    input of the layer, whose size its control flow may depend on.
     """
-    if type(layer) in LAYERS or parametrize.is_parametrized(layer):
+    if parametrize.type_before_parametrizations(layer) in LAYERS:
         return True
+    return all(_is_product(layer, _traced(layer, example, training)) for training in (False, True))
+
+
+def _traced(layer: nn.Module, example: Tensor, training: bool) -> Optional[fx.Graph]:
+    own = copy.deepcopy(layer).train(training)
     try:
-        return all(_scales(layer, training) for training in (False, True))
-    except Exception:  # a forward of someone else's, on made-up data, can fail in any way
+        return Tracer((), [example.detach().to("cpu", torch.float32)], lambda _: False).trace(own.cpu().float())
+    except Exception:  # a forward of someone else's can fail in any way, and is not understood then
+        return None
+
+
+def _is_base_call(layer: Any, graph: Optional[fx.Graph]) -> bool:
+    """Whether the graph is nothing but the product, with the arguments that the layer's attributes say."""
+    if graph is None or not _is_product(layer, graph):
         return False
-
-
-@torch.no_grad()
-def _scales(layer: nn.Module, training: bool) -> bool:
-    first, generator = _double(layer, training), torch.Generator().manual_seed(0)
-    second, count = copy.deepcopy(first), out_channels(layer)
-    gain = torch.rand(count, generator=generator, dtype=torch.float64) * 2 - 1
-    shift = torch.randn(count, generator=generator, dtype=torch.float64)
-    bias = torch.zeros(count, dtype=torch.float64) if first.bias is None else first.bias
-    second.weight = nn.Parameter(first.weight * layout_of(layer).expand(gain))
-    second.bias = nn.Parameter(bias * gain + shift)
-    for x in _probes(layer):
-        y = first(x)
-        shape = [-1] if isinstance(layer, nn.Linear) else [-1, *(1,) * (y.dim() - 2)]
-        if not torch.allclose(second(x), y * gain.reshape(shape) + shift.reshape(shape), rtol=1e-9, atol=1e-9):
-            return False
-    return True
-
-
-@torch.no_grad()
-def _is_like_its_base(layer: nn.Module) -> bool:
-    try:
-        for training in (False, True):
-            own = _double(layer, training)
-            plain = _as_base(own)
-            if not all(torch.equal(own(x), plain(x)) for x in _probes(layer)):
-                return False
-    except Exception:  # as above
+    used = [node for node in graph.nodes if node.op.startswith("call_")]
+    arguments = _arguments(used[0]) if len(used) == 1 else {}
+    if not arguments or getattr(arguments["input"], "op", "") != "placeholder":
         return False
-    return True
+    if getattr(layer, "padding_mode", "zeros") != "zeros" or (arguments["bias"] is None) != (layer.bias is None):
+        return False
+    names = [name for name in arguments if name not in ("input", "weight", "bias")]
+    rank = len(getattr(layer, "kernel_size", ()))
+    return all(_as_tuple(arguments[name], rank) == _as_tuple(getattr(layer, name), rank) for name in names)
 
 
-def _double(layer: nn.Module, training: bool) -> Any:
-    own: Any = copy.deepcopy(layer).cpu().double().train(training)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in own.parameters():  # whatever its values are; zeros would tell nothing
-        parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-    return own
+def _is_product(layer: nn.Module, graph: Optional[fx.Graph]) -> bool:
+    """Whether the output is one product of the padded input with the parameters ``weight`` and ``bias``."""
+    if graph is None:
+        return False
+    (output,) = graph.find_nodes(op="output")
+    product = output.args[0]
+    if not isinstance(product, fx.Node) or product.target not in PRODUCTS:
+        return False
+    arguments = _arguments(product)
+    weight, bias = arguments["weight"], arguments["bias"]
+    if getattr(weight, "target", None) != "weight" or (bias is not None and getattr(bias, "target", None) != "bias"):
+        return False
+    x = arguments["input"]
+    while _pads_with_zeros(layer, x):
+        x = x.args[0]
+    return isinstance(x, fx.Node) and x.op == "placeholder" and list(graph.find_nodes(op="placeholder"))[0] is x
 
 
-def _probes(layer: Any) -> list[Tensor]:
-    """Random inputs: of odd and even sizes, since padding may depend on them."""
-    generator = torch.Generator().manual_seed(2)
+def _pads_with_zeros(layer: nn.Module, node: Any) -> bool:
+    if not isinstance(node, fx.Node) or not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    if node.op == "call_module":
+        return isinstance(layer.get_submodule(str(node.target)), ZERO_PADDING)
+    if node.target is not F.pad:
+        return False
+    given = dict(zip(("input", "pad", "mode", "value"), node.args)) | dict(node.kwargs)
+    sizes = [n for n in node.all_input_nodes if n is not node.args[0]]
+    is_zero = given.get("mode", "constant") == "constant" and not given.get("value")
+    return bool(is_zero) and all(map(is_metadata, sizes))
+
+
+def _arguments(product: fx.Node) -> dict[str, Any]:
+    names = PRODUCTS.get(product.target, ())
+    defaults = {name: DEFAULTS[name] for name in names if name in DEFAULTS}
+    return {**defaults, **dict(zip(names, product.args)), **product.kwargs}
+
+
+def _as_tuple(value: Any, rank: int) -> Any:
+    return (value,) * rank if isinstance(value, int) else tuple(value) if isinstance(value, (list, tuple)) else value
+
+
+def _smallest(layer: Any) -> tuple[int, ...]:
+    """The shape of a small input, without the batch."""
     if isinstance(layer, nn.Linear):
-        shapes = [(3, layer.in_features), (2, 3, layer.in_features)]
-    else:
-        spans = [d * (k - 1) + 1 for k, d in zip(layer.kernel_size, layer.dilation)]
-        shapes = [(2, layer.in_channels, *(2 * span + extra for span in spans)) for extra in (0, 1, 2)]
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        return (layer.in_features,)
+    return (layer.in_channels, *(2 * (d * (k - 1) + 1) for k, d in zip(layer.kernel_size, layer.dilation)))

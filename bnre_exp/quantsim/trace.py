@@ -16,8 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnre_exp.errors import UserError
 from bnre_exp.quantsim.layout import BATCH_NORMS, LAYERS
-from bnre_exp.quantsim.subclasses import as_plain_layer
-from bnre_exp.quantsim.tracer import Tracer, explain_failure, reads_training
+from bnre_exp.quantsim.subclasses import make_plain
+from bnre_exp.quantsim.tracer import Tracer, check_decision, explain_failure, reads_training
 
 
 class FollowTraining(nn.Module):
@@ -47,25 +47,6 @@ class FollowTraining(nn.Module):
         return self.function
 
 
-class FixedSize(nn.Module):
-    """Passes its input on, and refuses one of another size than the network was traced for; the batch may be any."""
-
-    def __init__(self, size: Sequence[int]) -> None:
-        super().__init__()
-        self.size = list(size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if list(x.shape[1:]) != self.size:
-            raise UserError(
-                f"The network was quantized for inputs of shape {['N', *self.size]}, on whose size its control flow "
-                f"depends, and now gets {list(x.shape)}; quantize it with an example of that size."
-            )
-        return x
-
-    def extra_repr(self) -> str:
-        return str(self.size)
-
-
 def trace(
     model: nn.Module, examples: Sequence[Tensor], leaf_modules: Sequence[str] = ()
 ) -> tuple[fx.GraphModule, tuple[str, ...]]:
@@ -74,13 +55,18 @@ def trace(
     examples: the inputs that the model is called with, ``[N, ...]`` each; other arguments keep their defaults.
     leaf_modules: names or class names of modules that are not looked into.
 
-    Also returns the source lines whose control flow depends on the examples' size (not that of the batch); if there
-    are any, the graph refuses other sizes. Raises ``UserError`` naming the module and line that cannot be traced.
+    Also returns the source lines whose control flow depends on the examples' size (not that of the batch); the graph
+    refuses inputs with which they take another course. Raises ``UserError`` naming the module and line that cannot be
+    traced.
     """
     _refuse_norm_hooks(model)
-    model = copy.deepcopy(model).eval()
-    _replace_modules(model, _plain)
     known = {name for name, _ in model.named_modules()} | {type(m).__name__ for m in model.modules()}
+    model = copy.deepcopy(model).eval()
+    for name, module in model.named_modules():
+        if type(module) is nn.SyncBatchNorm:  # the simulation runs in one process
+            module.__class__ = BatchNormNd  # type: ignore[assignment]
+        elif isinstance(module, LAYERS) and not {name, type(module).__name__} & set(leaf_modules):
+            make_plain(module)
     unknown = [name for name in leaf_modules if name not in known]
     if unknown:
         raise UserError(f"leaf_modules: the network has no module or class named {', '.join(unknown)}.")
@@ -93,37 +79,25 @@ def trace(
         raise explain_failure(error, tracer, model) from error
     traced = fx.GraphModule(tracer.root, graph, type(model).__name__)
     _drop_default_arguments(traced, defaults)
+    _first_by_place(traced)
     _drop_identities(traced)
     _follow_mode(traced)
     _split_bn_activations(traced)
     _make_out_of_place(traced)
-    if tracer.decisions:
-        _fix_sizes(traced, examples)
-    traced.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output", "call_module"))
+    traced.graph.eliminate_dead_code(is_impure_node=_must_stay)
     traced.graph.lint()
     traced.recompile()
     return traced.eval(), tuple(tracer.decisions)
 
 
-def _plain(module: nn.Module) -> nn.Module:
-    """SyncBatchNorm becomes plain BN, since the simulation runs in one process; layers of a subclass that does what its
-    base class does become that."""
-    return _plain_bn(module) if type(module) is nn.SyncBatchNorm else as_plain_layer(module)
+def _must_stay(node: fx.Node) -> bool:
+    return node.op in ("placeholder", "output", "call_module") or node.target is check_decision
 
 
 def _is_kept_whole(module: nn.Module) -> bool:
     """Whether a module without layers or BNs acts by the mode, which tracing would freeze."""
     holds_layers = any(isinstance(child, (*LAYERS, *BATCH_NORMS)) for child in module.modules())
     return not holds_layers and reads_training(type(module))
-
-
-def _fix_sizes(traced: fx.GraphModule, examples: Sequence[Tensor]) -> None:
-    for node, example in zip(traced.graph.find_nodes(op="placeholder"), examples):
-        name = _new_module(traced, f"{node.name}_of_fixed_size", FixedSize(example.shape[1:]))
-        with traced.graph.inserting_after(node):
-            fixed = traced.graph.call_module(name, ())
-        node.replace_all_uses_with(fixed)
-        fixed.args = (node,)
 
 
 def _refuse_norm_hooks(model: nn.Module) -> None:
@@ -137,17 +111,6 @@ def _refuse_norm_hooks(model: nn.Module) -> None:
                     f"The weight of {name} is computed by torch.nn.utils.{what} at every call; make it a plain weight "
                     f"first: torch.nn.utils.remove_{what}(layer)."
                 )
-
-
-def _replace_modules(model: nn.Module, replace: Callable[[nn.Module], nn.Module]) -> None:
-    """Put ``replace(module)`` in place of every module below ``model``, the same one wherever a module is shared."""
-    replaced: dict[nn.Module, nn.Module] = {}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if name:
-            if module not in replaced:
-                replaced[module] = replace(module)
-            if replaced[module] is not module:
-                model.set_submodule(name, replaced[module])
 
 
 class BatchNormNd(nn.BatchNorm2d):
@@ -172,6 +135,13 @@ def _defaults(model: nn.Module, num_inputs: int) -> dict[str, Any]:
     rest = [p for p in parameters[num_inputs:] if p.default is not p.empty]
     simple = (type(None), bool, int, float, str)  # torch.fx keeps other defaults as they are
     return {p.name: p.default for p in rest if p.kind is not p.VAR_KEYWORD and isinstance(p.default, simple)}
+
+
+def _first_by_place(traced: fx.GraphModule) -> None:
+    """``self.bn(input=x)`` becomes ``self.bn(x)``."""
+    for node in traced.graph.nodes:
+        if node.op == "call_module" and not node.args and list(node.kwargs) == ["input"]:
+            node.args, node.kwargs = (node.kwargs["input"],), {}
 
 
 def _drop_identities(traced: fx.GraphModule) -> None:

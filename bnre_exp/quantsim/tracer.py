@@ -26,8 +26,9 @@ METADATA_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "layout", "is_cuda", 
 class Tracer(fx.Tracer):
     """Traces a network; modules in ``leaves`` (names or class names), BNs and layers are not looked into.
 
-    examples: the network's inputs, ``[N, ...]`` each. decisions: source lines where control flow was decided by sizes
-    other than that of the batch; the graph holds for inputs of the examples' sizes only if there are any.
+    examples: the network's inputs, ``[N, ...]`` each. Whatever Python decided by the sizes of the examples is decided
+    again, by :func:`check_decision`, whenever the graph runs. decisions: the source lines where sizes other than the
+    number of axes decided.
     """
 
     def __init__(self, leaves: Sequence[str], examples: Sequence[Tensor], whole: Callable[[nn.Module], bool]) -> None:
@@ -35,7 +36,8 @@ class Tracer(fx.Tracer):
         self.leaves, self.whole = set(leaves), whole
         self.entered: list[str] = []
         self.decisions: dict[str, None] = {}
-        self._examples = [[_resized(x, size) for x in examples] for size in BATCH_SIZES]
+        self._checked: set[tuple[fx.Node, str]] = set()
+        self._examples = [[resized(x, size) for x in examples] for size in BATCH_SIZES]
         self._values: list[dict[fx.Node, Any]] = [{} for _ in BATCH_SIZES]
         self._looking_up = False
 
@@ -61,37 +63,34 @@ class Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def to_bool(self, obj: Proxy) -> bool:
-        return bool(self.decide(obj, bool))
+        return bool(self.decide(obj, "bool"))
 
     def iter(self, obj: Proxy) -> Iterator[Any]:
-        return iter([obj[i] for i in range(self.decide(obj, len, is_length=True))])  # type: ignore[index]
+        return iter([obj[i] for i in range(self.decide(obj, "len"))])  # type: ignore[index]
 
-    def decide(self, obj: Proxy, convert: Callable[[Any], Any], is_length: bool = False) -> Any:
-        """``convert(value)`` of something that depends on the sizes of tensors only. Raises TraceError otherwise."""
+    def decide(self, obj: Proxy, kind: str) -> Any:
+        """What Python asks of something that depends on the sizes of tensors only. Raises TraceError otherwise.
+
+        kind: a key of :data:`QUESTIONS`.
+        """
         node = obj.node
-        if not is_length and not self._is_metadata(node):
+        if kind != "len" and not is_metadata(node):
             raise TraceError("its control flow depends on the values of tensors")
-        found = [convert(value) for value in self._look_up(node)]
-        if convert is len and any(value != found[0] for value in found):
-            raise TraceError("len() asks for the batch size as a number; x.shape[0] leaves it open")
+        found = [QUESTIONS[kind](value) for value in self._look_up(node)]
         if any(value != found[0] for value in found):
+            if kind == "len":
+                raise TraceError("len() asks for the batch size as a number; x.shape[0] leaves it open")
             raise TraceError(
                 f"its control flow depends on the batch size: {', '.join(map(str, found))} for batches of "
                 f"{', '.join(map(str, BATCH_SIZES))}"
             )
-        if not is_length and not self._is_constant(node):
-            self.decisions[_user_line()] = None
+        line = _user_line()
+        if not self._is_constant(node) and not (kind == "len" and is_metadata(node)):
+            self.decisions[line] = None
+        if (node, kind) not in self._checked and kind != "device":  # a network may move to another device
+            self._checked.add((node, kind))
+            self.create_node("call_function", check_decision, (node, kind, found[0], line), {})
         return found[0]
-
-    def _is_metadata(self, node: fx.Node) -> bool:
-        """Whether the value follows from sizes, types and devices of tensors."""
-        if node.op == "call_method" and node.target in METADATA_METHODS:
-            return True
-        if node.op == "call_function" and node.target is getattr and node.args[1] in METADATA_ATTRIBUTES:
-            return True
-        if node.op != "call_function" and node.op != "call_method":
-            return False
-        return all(self._is_metadata(source) for source in node.all_input_nodes) and bool(node.all_input_nodes)
 
     def _is_constant(self, node: fx.Node) -> bool:
         """Whether only the number of axes, the type or the device is read, which no image size changes."""
@@ -139,6 +138,37 @@ class Tracer(fx.Tracer):
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
+QUESTIONS: dict[str, Callable[[Any], Any]] = {
+    "bool": bool,
+    "len": len,
+    "int": int,
+    "float": float,
+    "hash": hash,
+    "device": lambda device: device.type,
+}
+
+
+def check_decision(value: Any, kind: str, expected: Any, line: str) -> None:
+    """In a traced graph: does Python decide as it did when the network was traced? Raises ``UserError`` if not."""
+    if QUESTIONS[kind](value) != expected:
+        raise UserError(
+            f"The network's control flow depends on the size of its input, and with this input it takes another course "
+            f"than with the example for which it was quantized: {kind} is {QUESTIONS[kind](value)}, not {expected}, at "
+            f"{line}. Quantize it with an example of the size that it is used with."
+        )
+
+
+def is_metadata(node: fx.Node) -> bool:
+    """Whether the value follows from sizes, types and devices of tensors."""
+    if node.op == "call_method" and node.target in METADATA_METHODS:
+        return True
+    if node.op == "call_function" and node.target is getattr and node.args[1] in METADATA_ATTRIBUTES:
+        return True
+    if node.op != "call_function" and node.op != "call_method":
+        return False
+    return all(is_metadata(source) for source in node.all_input_nodes) and bool(node.all_input_nodes)
+
+
 class _Decided:
     """Python asks these of a number where it does not merely compute with it."""
 
@@ -146,20 +176,27 @@ class _Decided:
 
     def __getattr__(self, k: str) -> Any:
         if k == "type" and isinstance(self, _Attribute) and self.attr == "device":
-            return self.tracer.decide(self, lambda device: device.type)  # torch.autocast takes a str only
+            return self._ask("device")  # torch.autocast takes a str only
         return _Attribute(self, k)  # type: ignore[arg-type]
 
+    def _ask(self, kind: str) -> Any:
+        return self.tracer.decide(self, kind)  # type: ignore[arg-type]
+
     def __len__(self) -> int:
-        return int(self.tracer.decide(self, len, is_length=True))  # type: ignore[arg-type]
+        return int(self._ask("len"))
 
     def __index__(self) -> int:
-        return int(self.tracer.decide(self, int))  # type: ignore[arg-type]
+        return int(self._ask("int"))
 
     def __int__(self) -> int:
-        return int(self.tracer.decide(self, int))  # type: ignore[arg-type]
+        return int(self._ask("int"))
 
     def __float__(self) -> float:
-        return float(self.tracer.decide(self, float))  # type: ignore[arg-type]
+        return float(self._ask("float"))
+
+    def __hash__(self) -> int:
+        """Membership in a set or dict of numbers is a decision, too."""
+        return int(self._ask("hash")) if is_metadata(self.node) else object.__hash__(self)  # type: ignore[attr-defined]
 
 
 class _Proxy(_Decided, Proxy):
@@ -170,7 +207,8 @@ class _Attribute(_Decided, Attribute):
     tracer: Tracer
 
 
-def _resized(x: Tensor, size: int) -> Tensor:
+def resized(x: Tensor, size: int) -> Tensor:
+    """``size`` samples, repeated where there are fewer."""
     repeats = -(-size // x.shape[0])
     return torch.cat([x.detach()] * repeats)[:size].clone()
 

@@ -35,6 +35,11 @@ def check_same_behaviour(original: nn.Module, traced: fx.GraphModule, inputs: Se
                 expected = next(iter(_tensors(expected)))
                 note = "outputs beyond the first, given in training mode only (auxiliary heads), are dropped"
                 notes += [] if note in notes else [note]
+            if not any(True for _ in _tensors(expected)):
+                raise UserError(
+                    f"The network returns {type(expected).__name__}, in which no tensor was found; expected a tensor, "
+                    "or tuples, lists and dicts of tensors."
+                )
             if not _same(expected, actual):
                 mode = "training" if training else "evaluation"
                 raise UserError(
@@ -76,7 +81,8 @@ def _same(a: Any, b: Any) -> bool:
         if x.shape != y.shape:
             return False
         if x.is_floating_point():
-            limit = TOLERANCE * max(1e-12, float(x.detach().abs().amax())) if x.numel() else 0.0
+            finite = x.detach()[x.detach().isfinite()]
+            limit = TOLERANCE * max(1e-12, float(finite.abs().amax())) if finite.numel() else 0.0
             if not torch.allclose(x, y, rtol=0, atol=limit, equal_nan=True):
                 return False
         elif not torch.equal(x, y):

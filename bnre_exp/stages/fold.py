@@ -17,6 +17,7 @@ from bnre_exp.quantsim.groups import PLAIN_BN, Group, find_groups, num_features
 from bnre_exp.quantsim.insert import sim_report
 from bnre_exp.quantsim.layout import BATCH_NORMS, layout_of
 from bnre_exp.quantsim.nodes import module_of, source_of
+from bnre_exp.quantsim.operations import does_nothing_in_evaluation
 from bnre_exp.quantsim.quantizer import Dequantize, WeightQuantizer, positive
 from bnre_exp.quantsim.ranges import fit_symmetric_scale
 
@@ -102,9 +103,9 @@ def fold_batch_norms(sim: nn.Module, mode: str = "scale") -> tuple[fx.GraphModul
 
 
 def _drop_identities(folded: fx.GraphModule) -> None:
-    """Modules that hand on their input in evaluation mode, the only one of a folded network: stochastic depth, say."""
+    """Dropout and stochastic depth: a folded network knows no other mode than evaluation."""
     for node in list(folded.graph.nodes):
-        if node.meta.get("is_identity"):
+        if does_nothing_in_evaluation(node):
             node.replace_all_uses_with(source_of(node))
             folded.graph.erase_node(node)
 

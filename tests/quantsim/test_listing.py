@@ -95,3 +95,5 @@ def test_tables_have_a_cell_for_every_row():
 def test_only_simulations_are_listed():
     with pytest.raises(UserError, match="quantize"):
         list_layers(flat_cnn())
+    with pytest.raises(UserError, match="folded"):
+        list_layers(fold_batch_norms(quantize(flat_cnn(), X))[0])

@@ -24,7 +24,7 @@ from bnre_exp import (
     sim_report,
     weight_quantizers,
 )
-from tests.networks import randomize
+from tests.networks import Net, randomize
 
 X = torch.randn(3, 4, 9, 9)
 W4 = QuantScheme(weight_bits=4, act_bits=8)
@@ -43,6 +43,35 @@ class Squared(nn.Conv2d):
 class Plain(nn.Conv2d):
     def forward(self, x):
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class Clamped(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x.clamp(-200, 200))
+
+
+class ByBatch(nn.Conv2d):
+    def forward(self, x):
+        y = super().forward(x)
+        return y if self.training or y.shape[0] < 40 else y * 2
+
+
+class WithNorm(nn.Conv2d):
+    def __init__(self, *args):
+        super().__init__(*args, bias=False)
+        self.norm = nn.BatchNorm2d(self.out_channels)
+
+    def forward(self, x):
+        return self.norm(super().forward(x))
+
+
+class WithMethod(nn.Conv2d):
+    def scaled(self, x):
+        return 2 * self(x)
+
+    def forward(self, x, gain=None):
+        y = super().forward(x)
+        return y if gain is None else y * gain
 
 
 class InTraining(nn.Linear):
@@ -80,13 +109,13 @@ def test_bn_before_a_depthwise_conv_that_pads_in_its_own_way_is_kept():
     assert error < 1e-9 and [bn for bn, _ in report.kept] == ["1"]
 
 
-@pytest.mark.parametrize("kind", [timm.layers.StdConv2d, timm.layers.ScaledStdConv2d, Doubled, Squared])
+@pytest.mark.parametrize("kind", [timm.layers.StdConv2d, timm.layers.ScaledStdConv2d, Doubled, Squared, Clamped])
 def test_a_layer_that_computes_with_another_weight_stays_float_and_is_named(kind):
     model = randomize(nn.Sequential(kind(4, 6, 1), nn.BatchNorm2d(6), nn.ReLU())).eval()
     sim = quantize(model, X, W4)
     assert not weight_quantizers(sim)
     assert sim_report(sim).unquantized == (
-        ("0", f"{kind.__name__} changes its weight before it computes with it; stays float"),
+        ("0", f"{kind.__name__} does not simply multiply with its weight; stays float"),
     )
     error, _, report = folding_error(sim)
     assert error < 1e-9 and [bn for bn, _ in report.kept] == ["1"]
@@ -104,6 +133,81 @@ def test_a_layer_that_does_what_its_base_class_does_becomes_that(tmp_path):
     folded, _ = fold_batch_norms(sim)
     assert save_folded(folded, tmp_path / "net") == ()
     assert torch.equal(load_folded(tmp_path / "net")(X), folded(X))
+
+
+def test_a_layer_that_decides_by_sizes_keeps_its_own_forward():
+    sim = quantize(randomize(nn.Sequential(ByBatch(4, 6, 1), nn.ReLU())).eval(), X, W4)
+    assert type(sim.get_submodule("0")).__name__.endswith("ByBatch")
+
+
+def test_a_layer_with_a_norm_inside_is_kept_whole_and_loads(tmp_path):
+    model = randomize(nn.Sequential(WithNorm(4, 6, 1), nn.ReLU())).eval()
+    sim = quantize(model, X, W4)
+    calibrate(sim, [X], 1)
+    folded, report = fold_batch_norms(sim)
+    assert dict(report.kept) == {"0.norm": "inside a module that was kept whole; stays a batch norm"}
+    save_folded(folded, tmp_path / "net")
+    assert torch.equal(load_folded(tmp_path / "net", model=model)(X), folded(X))
+
+
+def test_what_else_a_layer_of_a_subclass_offers_stays_usable():
+    def forward(m, x):
+        return m.late(m.conv(m.bn(m.conv.scaled(x)), 0.5))
+
+    modules = {"conv": WithMethod(4, 4, 1), "bn": nn.BatchNorm2d(4), "late": nn.BatchNorm2d(4)}
+    model = randomize(Net(forward, **modules)).eval()
+    error, _, report = folding_error(quantize(model, X, W4))
+    assert error < 1e-9 and report.folded == ()
+
+
+def test_layers_that_a_plain_list_holds_as_well():
+    class Pyramid(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = []
+            for index, part in enumerate((Plain(4, 4, 1), nn.SyncBatchNorm(4))):
+                self.add_module(f"part{index}", part)
+                self.parts.append(part)
+
+        def forward(self, x):
+            for part in self.parts:
+                x = part(x)
+            return x
+
+    error, _, report = folding_error(quantize(randomize(Pyramid()).eval(), X, W4))
+    assert error < 1e-9 and report.folded == (("part0", "part1"),)
+
+
+def test_a_leaf_is_named_by_the_class_that_the_user_wrote():
+    model = nn.Sequential(Plain(4, 4, 1), nn.BatchNorm2d(4))
+    sim = quantize(randomize(model).eval(), X, W4, leaf_modules=["Plain"])
+    assert type(sim.get_submodule("0")).__name__.endswith("Plain")
+
+
+def test_hooks_of_the_user_see_their_own_data_only():
+    model, seen = nn.Sequential(Plain(4, 4, 1), nn.BatchNorm2d(4)).eval(), []
+    model[0].register_forward_hook(lambda module, args, output: seen.append(tuple(args[0].shape[1:])))
+    quantize(model, X, W4)
+    assert set(seen) == {(4, 9, 9)}
+
+
+class OldDropout(nn.Module):
+    """Scales in evaluation mode instead, and in place."""
+
+    def forward(self, x):
+        return x * (torch.rand_like(x) > 0.5) if self.training else x.mul_(0.5)
+
+
+class Limit(nn.Module):
+    def forward(self, x):
+        return x if self.training or x.abs().max() < 100 else x.clamp(-1, 1)
+
+
+@pytest.mark.parametrize("kind", [OldDropout, Limit])
+def test_only_what_never_does_anything_is_dropped_at_the_fold(kind):
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), kind(), nn.Conv2d(4, 2, 1))
+    sim = quantize(randomize(model).eval(), X, W4)
+    assert folding_error(sim)[0] < 1e-9 and folding_error(sim, X * 1000)[0] < 1e-6
 
 
 def test_a_layer_that_differs_in_training_mode_keeps_its_class():

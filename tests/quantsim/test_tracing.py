@@ -59,12 +59,12 @@ def test_sizes_decide_and_other_sizes_are_refused(forward, tmp_path):
             x = torch.randn(batch, 3, 12, 12)
             torch.testing.assert_close(network(x), model(x), rtol=1e-4, atol=1e-4)
     assert any("decided by the input's size: " in note and "test_tracing.py:" in note for note in sim_report(sim).notes)
-    with pytest.raises(UserError, match=r"quantized for inputs of shape \['N', 3, 12, 12\].*now gets \[2, 3, 6, 6\]"):
+    with pytest.raises(UserError, match=r"takes another course.*test_tracing.py:.*with an example of the size"):
         sim(torch.randn(2, 3, 6, 6))
     save_folded(folded, tmp_path / "net")
     loaded = load_folded(tmp_path / "net")
     assert torch.equal(loaded(X), folded(X))
-    with pytest.raises(UserError, match="quantized for inputs of shape"):
+    with pytest.raises(UserError, match="takes another course"):
         loaded(torch.randn(2, 3, 6, 6))
 
 
@@ -107,6 +107,37 @@ def test_control_flow_on_values_is_refused(condition):
     model = Net(lambda m, x: m.bn(m.conv(x)) * (2 if condition(x) else 1), **conv_bn())
     with pytest.raises(UserError, match="depends on the values of tensors"):
         quantize(model, X)
+
+
+@pytest.mark.parametrize(
+    ("forward", "other"),
+    [
+        (lambda m, x: m.bn(m.conv(x)) * (2 if x.shape[0] > 16 else 1), (40, 3, 12, 12)),
+        (lambda m, x: m.bn(m.conv(x)) * min(x.shape[0], 32), (40, 3, 12, 12)),
+        (lambda m, x: m.bn(m.conv(x)) * (1 + int(x.shape[0] // 8)), (40, 3, 12, 12)),
+        (lambda m, x: torch.cat([m.bn(part) for part in m.conv(x).split(128)]), (256, 3, 12, 12)),
+        (lambda m, x: sum(m.bn(m.conv(x)).unbind(2)), (2, 3, 20, 12)),
+        (lambda m, x: m.bn(m.conv(x)) * len(x[0][0]), (2, 3, 20, 12)),
+        (lambda m, x: m.bn(m.conv(x)) * (2 if x.shape[2] in {20, 30} else 1), (2, 3, 20, 12)),
+        (lambda m, x: m.bn(m.conv(x)) * {20: 2}.get(x.shape[2], 1), (2, 3, 20, 12)),
+    ],
+)
+def test_whatever_was_decided_is_decided_again_at_every_call(forward, other):
+    model = randomize(Net(forward, **conv_bn())).eval()
+    folded, _ = fold_batch_norms(sim := quantize(model, X, FLOAT))
+    torch.testing.assert_close(folded(X), model(X), rtol=1e-4, atol=1e-3)
+    for network in (sim, folded):
+        with pytest.raises(UserError, match="takes another course"):
+            network(torch.randn(other))
+
+
+def test_types_and_axes_are_decided_again_too():
+    model = randomize(Net(lambda m, x: m.bn(m.conv(x)) * (2 if x.dtype == torch.float64 else 1), **conv_bn())).eval()
+    with pytest.raises(UserError, match="takes another course"):
+        quantize(model, X, FLOAT).double()(X.double())
+    model = randomize(Net(lambda m, x: m.fc(x[None] if x.dim() == 2 else x).mean(1), fc=nn.Linear(3, 3))).eval()
+    with pytest.raises(UserError, match="takes another course"):
+        quantize(model, torch.randn(4, 5, 3), FLOAT)(torch.randn(4, 3))
 
 
 def test_an_example_of_one_sample_will_do():

@@ -126,6 +126,33 @@ def test_channels_that_a_reshape_keeps_apart(dim):
     assert "axis" in dict(fold_and_compare(randomize(mixed), x)[2].kept)["bn"]
 
 
+def test_a_small_example_hides_no_scramble():
+    def batch_and_channels(m, x):
+        return m.bn(m.conv(x).transpose(0, 1).reshape(-1, 4, 5, 5))
+
+    def rows_and_channels(m, x):
+        return m.bn(m.conv(x).permute(0, 2, 3, 1).reshape(x.shape))
+
+    for forward, x in ((batch_and_channels, image(2, 4, size=5, batch=1)), (rows_and_channels, image(2, 4, size=1))):
+        model = randomize(Net(forward, conv=nn.Conv2d(4, 4, 1), bn=nn.BatchNorm2d(4)))
+        assert fold_and_compare(model, x)[2].folded == ()
+
+
+def test_a_view_that_merges_the_channels_is_no_obstacle():
+    def forward(m, x):
+        return m.fc(m.bn(m.conv(x)).view(x.shape[0], -1)) + m.fc(m.other(x).view(x.size(0), -1))
+
+    layers = {"conv": nn.Conv2d(3, 2, 1), "other": nn.Conv2d(3, 2, 1), "bn": nn.BatchNorm2d(2), "fc": nn.Linear(98, 5)}
+    assert fold_and_compare(randomize(Net(forward, **layers)), image(2, 3))[2].folded == (("conv", "bn"),)
+
+
+def test_inputs_by_keyword():
+    layers = {"conv": nn.Conv2d(3, 3, 1), "skip": nn.Identity(), "bn": nn.BatchNorm2d(3), "late": nn.BatchNorm2d(3)}
+    model = randomize(Net(lambda m, x: m.late(input=torch.relu(m.bn(input=m.skip(input=m.conv(input=x))))), **layers))
+    report = fold_and_compare(model, image(2, 3))[2]
+    assert report.folded == (("conv", "bn"),) and [bn for bn, _ in report.kept] == ["late"]
+
+
 @pytest.mark.parametrize(
     ("move", "folded"),
     [
