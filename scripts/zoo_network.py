@@ -56,7 +56,7 @@ def check(source: str, name: str) -> dict[str, Any]:
 
     source: torchvision or timm. Raises ``Wrong`` where a result is not what it must be, and what the library raises.
     Where random gammas make signals overflow or the network chaotic (a zero gamma in a chain of depthwise layers, a
-    division by a sum of activations), all gammas are positive instead, and the row says so.
+    division by a sum of activations), all gammas are positive and the images larger instead, and the row says so.
     """
     try:
         return check_with(source, name, gammas="any sign, zero")
@@ -72,7 +72,7 @@ def check_with(source: str, name: str, gammas: str) -> dict[str, Any]:
     row["bns"] = sum(isinstance(module, BNS) for module in model.modules())
     if not row["bns"]:
         return row
-    inputs = first_that_fits(model, sizes)
+    inputs = first_that_fits(model, sizes if gammas != "positive" else [*sizes[-2:-1], *sizes])
     row["gammas"] = gammas
     row["input"] = "×".join(map(str, inputs[0].shape[1:]))
     randomize(model, inputs, gammas)
