@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,11 @@ def check_with(source: str, name: str, gammas: str) -> dict[str, Any]:
     report = sim_report(sim)
     row["activations"] = len(activation_quantizers(sim))
     row |= check_weights(model, sim)
-    calibrate_or_tell(sim, inputs)
-    check_reestimation(sim, inputs)
+    with telling_of_overflow():
+        calibrate(sim, inputs, 2)
+        check_reestimation(sim, inputs)
     if not _is_finite(sim, inputs):
-        raise IllConditioned
+        raise IllConditioned("signals overflow with random weights")
     x = inputs[1]
     for dtype in (torch.float32, torch.float64):
         precise = sim if dtype == torch.float32 else copy.deepcopy(sim).double()
@@ -100,7 +102,7 @@ def check_with(source: str, name: str, gammas: str) -> dict[str, Any]:
     limits = {"logits_float32": max(1e-5, 3 * row["rounding"])}
     limits["logits_float64"] = max(1e-9, 3 * row["rounding"] * 2**-29)
     if row["rounding"] > 1e-3 and gammas != "positive":
-        raise IllConditioned
+        raise IllConditioned("rounding errors outgrow the signals")
     wrong = [f"{what} by {row[what]:.1e}, more than {limit:.1e}" for what, limit in limits.items() if row[what] > limit]
     return {**row, "status": "wrong", "error": f"folding changes {', '.join(wrong)}"} if wrong else row
 
@@ -190,7 +192,7 @@ def randomize(model: nn.Module, batches: Sequence[Tensor], gammas: str) -> None:
             module.running_var *= torch.rand(module.running_var.shape) + 0.5
     model.eval()
     if not all(bool(y.isfinite().all()) for x in batches for y in _tensors(model(x))):
-        raise IllConditioned
+        raise IllConditioned("signals overflow with random weights")
 
 
 def check_weights(model: nn.Module, sim: nn.Module) -> dict[str, Any]:
@@ -216,13 +218,14 @@ def _is_finite(sim: Any, batches: Sequence[Tensor]) -> bool:
     return all(bool(y.isfinite().all()) for x in batches for y in outputs(sim, x))
 
 
-def calibrate_or_tell(sim: Any, batches: Sequence[Tensor]) -> None:
-    """Calibrate. Raises IllConditioned where activations overflow."""
+@contextmanager
+def telling_of_overflow() -> Iterator[None]:
+    """Within the block, an error of the library about values that are not finite becomes IllConditioned."""
     try:
-        calibrate(sim, batches, 2)
+        yield
     except UserError as error:
         if "not finite" in str(error):
-            raise IllConditioned from error
+            raise IllConditioned("signals overflow with random weights") from error
         raise
 
 
