@@ -83,7 +83,8 @@ def check_with(source: str, name: str, gammas: str) -> dict[str, Any]:
     row |= check_weights(model, sim)
     with telling_of_overflow():
         calibrate(sim, inputs, 2)
-        check_reestimation(sim, inputs)
+        with bypassed(sim):  # as without QAT, whose ranges would be stale
+            check_reestimation(sim, inputs)
     if not _is_finite(sim, inputs):
         raise IllConditioned("signals overflow with random weights")
     x = inputs[1]
@@ -318,7 +319,8 @@ def check_checkpoint(folded: Any, model: nn.Module, sim: Any, x: Tensor) -> None
     with tempfile.TemporaryDirectory() as folder:
         foreign = save_folded(folded, Path(folder) / "net")
         loaded = load_folded(Path(folder) / "net", model=model if foreign else None)
-    if any(not torch.equal(a, b) for a, b in zip(_tensors(folded(x)), _tensors(loaded(x)))):
+    pairs = zip(_tensors(folded(x)), _tensors(loaded(x)))
+    if not all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in pairs):  # NaN: 0/0 of quantized values
         raise Wrong("the loaded checkpoint gives other outputs")
 
 
