@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -56,7 +57,8 @@ MONOTONE_CALLS = {
 
 
 def is_preserving(node: fx.Node) -> bool:
-    """Whether the output holds only values of the input (and zeros), so that it needs no quantizer of its own."""
+    """Whether the output holds only values of the input (and zeros, or the infinity before a max pooling), so that it
+    needs no quantizer of its own."""
     if node.op == "call_module":
         module = module_of(node)
         if node.meta.get("is_identity"):
@@ -67,7 +69,8 @@ def is_preserving(node: fx.Node) -> bool:
     if node.target is F.pad:
         mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
         value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value", None)
-        return bool(mode != "constant" or not value)
+        is_never_chosen = isinstance(value, float) and math.isinf(value)  # by the max pooling that this is for
+        return bool(mode != "constant" or not value or is_never_chosen)
     if node.op == "call_function":
         return bool(node.target in PRESERVING_FUNCTIONS)
     return node.op == "call_method" and node.target in PRESERVING_METHODS

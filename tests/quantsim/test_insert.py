@@ -93,6 +93,18 @@ def test_ops_that_move_values_get_none():
     assert list(placed(sim)) == ["x", "conv"]
 
 
+def test_padding_with_infinity_for_a_max_pooling_is_not_quantized():
+    def forward(m, x):
+        padded = F.pad(torch.relu(m.conv(x)), (1, 1, 1, 1), value=float("-inf"))
+        return F.avg_pool2d(F.max_pool2d(padded, 3), 2)
+
+    model = randomize(Net(forward, conv=nn.Conv2d(3, 3, 1))).eval()
+    sim = quantize(model, X, QuantScheme(weight_bits=16, act_bits=16))
+    calibrate(sim, [X], 1)
+    assert placed(sim) == {"x": False, "conv": True, "avg_pool2d": True}
+    torch.testing.assert_close(sim(X), model(X), rtol=1e-3, atol=1e-3)
+
+
 def test_kept_bn_is_an_operation_of_its_own():
     layers = {"conv": nn.Conv2d(3, 3, 1), "bn": nn.BatchNorm2d(3)}
     sim = quantize(Net(lambda m, x: F.relu(m.bn(y := m.conv(x))) + y, **layers), X)
