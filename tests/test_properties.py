@@ -96,7 +96,7 @@ def batches_of(dim: int) -> list[Tensor]:
 
 
 fewer = settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-many = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+many = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 def folding_keeps_the_function_and_accounts_for_every_bn(plan: tuple[int, tuple[Step, ...]]) -> None:

@@ -23,8 +23,8 @@ FAST = [
     "timm/mobilenetv3_small_050", "timm/tf_mobilenetv3_small_minimal_100", "timm/levit_128s", "timm/mobilevit_xxs",
 ]  # fmt: skip
 SLOW = [
-    "torchvision/densenet121", "torchvision/lraspp_mobilenet_v3_large", "torchvision/fasterrcnn_resnet50_fpn_backbone",
-    "timm/resnest14d", "timm/ghostnet_050", "timm/efficientvit_m0", "timm/repvit_m1",
+    "torchvision/lraspp_mobilenet_v3_large", "torchvision/fasterrcnn_resnet50_fpn_backbone",
+    "timm/resnest14d", "timm/ghostnet_050", "timm/efficientvit_m0",
 ]  # fmt: skip
 
 
