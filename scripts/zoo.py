@@ -14,6 +14,7 @@ import argparse
 import csv
 import fnmatch
 import json
+import logging
 import multiprocessing
 import platform
 import resource
@@ -75,6 +76,7 @@ def _child(connection: Connection, source: str, name: str, gibibytes: float) -> 
     limit = int(gibibytes * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     torch.set_num_threads(1)
+    logging.disable(logging.WARNING)  # that a checkpoint needs the network's code
     connection.send(zoo_network.run(source, name))
 
 
