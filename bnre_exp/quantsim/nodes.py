@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from bnre_exp.quantsim.layout import BATCH_NORMS, LAYERS
-from bnre_exp.quantsim.tracer import check_decision
+from bnre_exp.quantsim.tracer import METADATA_ATTRIBUTES, METADATA_METHODS, check_decision
 
 RELU_LIKE_MODULES = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardtanh)
 RELU_LIKE_CALLS = {torch.relu, F.relu, F.relu6, F.leaky_relu, F.hardtanh, "relu"}
@@ -20,8 +20,6 @@ REARRANGING_CALLS = {
     torch.unsqueeze, "flatten", "reshape", "permute", "transpose", "swapaxes", "movedim", "squeeze", "unsqueeze",
     "view", "contiguous", "unflatten", "reshape_as", "view_as",
 }  # fmt: skip
-SIZE_ATTRIBUTES = ("shape", "ndim", "dtype", "device")
-SIZE_METHODS = ("size", "dim", "ndimension", "numel")
 LIKE_METHODS = ("reshape_as", "view_as", "expand_as", "type_as")  # read the size or type of their second operand
 
 
@@ -92,5 +90,5 @@ def _asks_for_size(user: fx.Node, node: fx.Node) -> bool:
     if user.target is check_decision:
         return True
     if user.op == "call_method":
-        return user.target in SIZE_METHODS or (user.target in LIKE_METHODS and source_of(user) is not node)
-    return user.op == "call_function" and user.target is getattr and user.args[1] in SIZE_ATTRIBUTES
+        return user.target in METADATA_METHODS or (user.target in LIKE_METHODS and source_of(user) is not node)
+    return user.op == "call_function" and user.target is getattr and user.args[1] in METADATA_ATTRIBUTES
