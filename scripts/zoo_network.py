@@ -135,14 +135,14 @@ def build(source: str, name: str) -> tuple[nn.Module, list[tuple[int, ...]]]:
 
 def detection_backbone(name: str) -> nn.Module:
     """The backbone of a torchvision detector with frozen BN, as its pretrained weights come."""
-    from torchvision.models import detection
+    from torchvision.models import detection, mobilenet_v3_large
 
     if name == "fasterrcnn_resnet50_fpn_backbone":
         return detection.backbone_utils.resnet_fpn_backbone(
             backbone_name="resnet50", weights=None, norm_layer=FrozenBatchNorm2d
         )
     if name == "fasterrcnn_mobilenet_v3_large_fpn_backbone":
-        net = __import__("torchvision").models.mobilenet_v3_large(weights=None, norm_layer=FrozenBatchNorm2d)
+        net = mobilenet_v3_large(weights=None, norm_layer=FrozenBatchNorm2d)
         return detection.backbone_utils._mobilenet_extractor(net, True, 6)
     return detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None).backbone
 

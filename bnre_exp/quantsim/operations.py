@@ -61,10 +61,8 @@ def is_preserving(node: fx.Node) -> bool:
     needs no quantizer of its own."""
     if node.op == "call_module":
         module = module_of(node)
-        if node.meta.get("is_identity"):
+        if node.meta.get("is_identity") or does_nothing_in_evaluation(node):
             return True
-        if isinstance(module, FollowTraining):
-            return module.function != "rrelu"
         return isinstance(module, PRESERVING_MODULES)
     if node.target is F.pad:
         mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")

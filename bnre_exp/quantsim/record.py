@@ -84,8 +84,4 @@ class _Recorder(fx.Interpreter):
 
     def _run_on(self, node: fx.Node, value: Tensor) -> Tensor:
         args, kwargs = self.fetch_args_kwargs_from_env(node)
-        if node.op == "call_module":
-            return module_of(node)(value)  # type: ignore[no-any-return]
-        if node.op == "call_method":
-            return getattr(value, str(node.target))(*args[1:], **kwargs)  # type: ignore[no-any-return]
-        return node.target(value, *args[1:], **kwargs)  # type: ignore[operator, no-any-return]
+        return getattr(self, node.op)(node.target, (value, *args[1:]), kwargs)  # type: ignore[no-any-return]

@@ -209,14 +209,18 @@ class _Attribute(_Decided, Attribute):
 
 def resized(x: Tensor, size: int) -> Tensor:
     """``size`` samples, repeated where there are fewer."""
-    repeats = -(-size // x.shape[0])
-    return torch.cat([x.detach()] * repeats)[:size].clone()
+    first = x.detach()[:size]
+    return torch.cat([first] * -(-size // len(first)))[:size]
+
+
+def _outside_library(frames: Sequence[traceback.FrameSummary]) -> list[traceback.FrameSummary]:
+    """The frames of the network's own code, the innermost last."""
+    return [frame for frame in frames if not any(part in frame.filename for part in LIBRARY)]
 
 
 def _user_line() -> str:
     """The line of the network's code that is being traced, as ``file:line: text``."""
-    frames = [f for f in traceback.extract_stack() if not any(part in f.filename for part in LIBRARY)]
-    last = frames[-1]
+    last = _outside_library(traceback.extract_stack())[-1]
     return f"{'/'.join(last.filename.split('/')[-2:])}:{last.lineno}: {last.line}"
 
 
@@ -233,7 +237,7 @@ def reads_training(kind: type) -> bool:
 
 def explain_failure(error: Exception, tracer: Tracer, model: nn.Module) -> UserError:
     """What could not be traced, where, and what to do."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not any(part in f.filename for part in LIBRARY)]
+    frames = _outside_library(traceback.extract_tb(error.__traceback__))
     where = f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else "an unknown line"
     name: Optional[str] = tracer.entered[-1] if tracer.entered else None
     holder = model.get_submodule(name) if name else model

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from bnre_exp.errors import UserError
+from bnre_exp.quantsim.tracer import resized
 
 LARGEST_BATCH = 4  # more would only take longer
 TOLERANCE = 1e-4  # relative to the largest value of a tensor; a wrong graph is off by far more
@@ -54,8 +55,7 @@ def check_same_behaviour(original: nn.Module, traced: fx.GraphModule, inputs: Se
 def _two_batches(inputs: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
     count = min(max(2, inputs[0].shape[0]), LARGEST_BATCH)
     for size in (count, count + 1):
-        repeats = -(-size // inputs[0].shape[0])
-        yield tuple(torch.cat([x] * repeats)[:size] for x in inputs)
+        yield tuple(resized(x, size) for x in inputs)
 
 
 def _is_one_tensor(output: Any) -> bool:
