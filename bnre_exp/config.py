@@ -70,6 +70,14 @@ class FoldMode(Enum):
     weight = "weight"
 
 
+class StoreMode(Enum):
+    """What becomes of results that an earlier job left in the store."""
+
+    reuse = "reuse"
+    refresh = "refresh"
+    off = "off"
+
+
 class Device(Enum):
     """Where the network runs."""
 
@@ -326,6 +334,22 @@ class RuntimeConfig:
 
 
 @dataclass
+class StoreConfig:
+    """Stage results that later jobs find again."""
+
+    group: ClassVar[str] = "store"
+    mode: StoreMode = opt(
+        StoreMode.reuse, "reuse; refresh: compute anew and replace; off: keep nothing, and nothing to resume from"
+    )
+    dir: Optional[str] = opt(None, "folder of the store; null: store in runtime.output_dir")
+    max_gb: float = opt(20.0, "size above which the least recently used results go [GB, 1e9 bytes]", gt=0)
+
+    def __post_init__(self) -> None:
+        _check_bounds(self, self.group)
+        self.dir = os.path.abspath(os.path.expanduser(self.dir)) if self.dir else None
+
+
+@dataclass
 class TrackingConfig:
     """Where results are logged, besides the run's own metrics.jsonl."""
 
@@ -346,6 +370,7 @@ class Config:
 
     group: ClassVar[str] = ""
     seed: int = opt(0, "of everything random: weights, sampling, augmentation, splits", ge=0, lt=2**32)
+    objective: str = opt("fold/val_top1", "metric that a search (hydra/sweeper=optuna) optimizes; of validation data")
     model: ModelConfig = opt(factory=ModelConfig, doc="the network")
     dataset: DatasetConfig = opt(factory=DatasetConfig, doc="the data")
     train: TrainConfig = opt(factory=TrainConfig, doc="FP32 training")
@@ -355,6 +380,7 @@ class Config:
     reest: ReestConfig = opt(factory=ReestConfig, doc="BN re-estimation")
     fold: FoldConfig = opt(factory=FoldConfig, doc="folding")
     runtime: RuntimeConfig = opt(factory=RuntimeConfig, doc="how and where the work is done")
+    store: StoreConfig = opt(factory=StoreConfig, doc="stage results that later jobs find again")
     tracking: TrackingConfig = opt(factory=TrackingConfig, doc="where results are logged")
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader
 from bnre_exp.batches import Batch, SeededBatches
 from bnre_exp.datasets import ImageTensors, cifar10, cifar100, digits, fashion_mnist, image_folder, imagenet
 from bnre_exp.errors import UserError
+from bnre_exp.fingerprint import digest, tensors_digest
 from bnre_exp.preprocess import Preprocessing, resolve_preprocessing
 from bnre_exp.progress import Progress, no_progress
 from bnre_exp.splits import Split, load_split, stream_seed
@@ -44,7 +46,8 @@ class Loaders:
 
     ``indices``: by role, into the split that the dataset's callable returned (int64 ``[N]``). ``digests``: of the
     contents of the ``train`` and ``test`` split. ``num_classes_seen``: different classes among the training images.
-    ``label_range``: smallest and largest class by split.
+    ``label_range``: smallest and largest class by split. ``identity``: digest of all that decides the batches but the
+    seed. ``notes``: what a reader of results should know about the data.
     """
 
     train: DataLoader[Batch]
@@ -57,6 +60,8 @@ class Loaders:
     num_classes_seen: int
     label_range: Mapping[str, tuple[int, int]]
     recipes: Mapping[str, Callable[[], DataLoader[Batch]]]
+    identity: str
+    notes: tuple[str, ...] = ()
 
     def fresh(self, role: str) -> DataLoader[Batch]:
         """A new loader of ``role`` whose random order and augmentation start from the seed again.
@@ -90,17 +95,21 @@ def build_loaders(
     workers: int,
     pin_memory: bool = False,
     progress: Progress = no_progress,
+    digests_folder: Path | None = None,
 ) -> Loaders:
     """Build the dataset that ``target`` (a dotted path) names, and its loaders.
 
     Everything random depends on ``seed`` and the role alone. ``train_limit`` draws its images by the seed,
     ``test_limit`` takes evenly spaced ones. Batches of ``batch_size`` are full, unless there is not even one; those of
-    ``eval_batch_size`` (validation, test) cover every image, in order. Raises UserError for a dataset that is not
-    there, is empty, or returns something else than (PIL image or uint8 tensor, class).
+    ``eval_batch_size`` (validation, test) cover every image, in order. Files are read to tell their contents; in
+    ``digests_folder`` it is remembered what they held, for as long as their sizes and times stay. Raises UserError for
+    a dataset that is not there, is empty, or returns something else than (PIL image or uint8 tensor, class).
     """
 
     def load(train: bool, limit: int | None) -> Split:
-        return load_split(target, train, root, kwargs or {}, preprocessing, limit, seed, in_memory, progress)
+        return load_split(
+            target, train, root, kwargs or {}, preprocessing, limit, seed, in_memory, progress, digests_folder
+        )
 
     splits = {"train": load(True, train_limit), "test": load(False, test_limit)}
     kept, held_out = _split_positions(len(splits["train"].indices), val_fraction, seed)
@@ -122,19 +131,22 @@ def build_loaders(
         return lambda: _loader(view, role, size, not evaluated, seed, workers, pin_memory)
 
     recipes = {role: recipe(role) for role in positions}
+    indices = {role: splits["test" if role == "test" else "train"].indices[where] for role, where in positions.items()}
+    digests = {name: split.digest for name, split in splits.items()}
+    settings = [batch_size, eval_batch_size, in_memory, augment, preprocessing.describe()]
     return Loaders(
         train=recipes["train"](),
         calibration=recipes["calibration"](),
         reestimation=recipes["reestimation"](),
         validation=recipes["validation"]() if "validation" in recipes else None,
         test=recipes["test"](),
-        indices={
-            role: splits["test" if role == "test" else "train"].indices[where] for role, where in positions.items()
-        },
-        digests={name: split.digest for name, split in splits.items()},
+        indices=indices,
+        digests=digests,
         num_classes_seen=len(splits["train"].labels.unique()),
         label_range={name: (int(split.labels.min()), int(split.labels.max())) for name, split in splits.items()},
         recipes=recipes,
+        identity=digest([digests, tensors_digest(indices), settings]),
+        notes=tuple(dict.fromkeys(note for split in splits.values() for note in split.notes)),
     )
 
 

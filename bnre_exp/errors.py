@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class UserError(ValueError):
     """Something the user gave is wrong. The message says what was wrong, what was expected and what to do."""
@@ -13,3 +15,15 @@ class TrainingDivergedError(UserError):
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM arrived."""
+
+
+class JobFailed(Exception):
+    """A job of a sweep failed, in a process of its own, and has said why: an exception that survives the way back."""
+
+
+class SweepFailed(Exception):
+    """Jobs of a sweep failed; each has said why, and its record holds it. folder: of the sweep."""
+
+    def __init__(self, message: str, folder: Path) -> None:
+        super().__init__(message)
+        self.folder = folder

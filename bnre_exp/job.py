@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
+import os
+import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
-import numpy as np
 import torch
 from rich.console import Console
-from torch import nn
 
 from bnre_exp.config import Config, Device, MemoryFormat
 from bnre_exp.data import Loaders, Preprocessing, build_loaders, check_labels, resolve_preprocessing
 from bnre_exp.errors import UserError
-from bnre_exp.models import BuiltModel, build_model, check_head
+from bnre_exp.models import build_model, check_head
+from bnre_exp.plan import Planned, plan
 from bnre_exp.provenance import compare_link, ui_command
 from bnre_exp.quantsim.insert import quantize
-from bnre_exp.quantsim.scheme import LayerRule, QuantScheme
 from bnre_exp.report.console import ConsoleProgress
+from bnre_exp.report.layers import layers_markdown
 from bnre_exp.report.summary import StageResult, Summary, markdown
-from bnre_exp.splits import stream_seed
-from bnre_exp.stages.evaluate import Evaluation, evaluate
 from bnre_exp.stages.reestimate import has_running_statistics
+from bnre_exp.steps.outcome import Outcome
+from bnre_exp.steps.setting import Setting, scheme, seed
+from bnre_exp.store import Store
 from bnre_exp.tracking import RunLog
 
 DEFAULT_THREADS = torch.get_num_threads()  # of the process, before a job changes it
@@ -43,34 +45,38 @@ class Results:
 
 @dataclass
 class Job:
-    """One job on its way. evaluations: of each finished stage, in order."""
+    """One job on its way."""
 
     config: Config
     run_dir: Path
     log: RunLog
     console: Console
-    progress: ConsoleProgress
-    device: torch.device
-    loaders: Loaders
+    store: Store
+    setting: Setting
+    planned: list[Planned]
     results: Results
-    evaluations: dict[str, Evaluation] = field(default_factory=dict)
 
-    def finish(
-        self, stage: str, label: str, model: nn.Module, seconds: float, *, after: Optional[str] = None, note: str = "",
-        **metrics: float,
-    ) -> Evaluation:  # fmt: skip
-        """Evaluate a stage's network on the test data, log it and add its row, compared with the stage ``after``."""
-        evaluation = evaluate(model, self.loaders.test, progress=self.progress, description=f"{stage}: evaluate")
-        self.evaluations[stage] = evaluation
-        before = self.evaluations[after].top1 if after else None
-        delta = None if before is None else evaluation.top1 - before
-        row = StageResult(label, evaluation.top1, delta, evaluation.loss, seconds, note)
-        self.results.summary.stages.append(row)
-        self.metrics({f"{stage}/top1": evaluation.top1, f"{stage}/loss": evaluation.loss, f"{stage}/seconds": seconds})
-        self.metrics({f"{stage}/{name}": value for name, value in metrics.items()})
-        change = "" if delta is None else f" ({delta:+.4f})"
-        self.console.print(f"  {label}: top-1 {evaluation.top1:.4f}{change}, {seconds:.1f} s", highlight=False)
-        return evaluation
+    def report(self, stage: str, outcome: Outcome, how: str) -> None:
+        """Log and print what a stage measured. how: "computed", "resumed" or "reused"."""
+        for epoch, values in outcome.curves:
+            self.metrics(values, epoch)
+        for row in outcome.measured:
+            self.setting.evaluations[row.stage] = row.evaluation
+            top1, loss = row.evaluation.top1, row.evaluation.loss
+            delta = top1 - self.setting.evaluations[row.after].top1 if row.after else None
+            note = "; ".join(text for text in (row.note, "" if how == "computed" else how) if text)
+            self.results.summary.stages.append(StageResult(row.label, top1, delta, loss, row.seconds, note))
+            self.metrics({f"{row.stage}/top1": top1, f"{row.stage}/loss": loss, f"{row.stage}/seconds": row.seconds})
+            self.metrics({f"{row.stage}/{name}": value for name, value in row.metrics.items()})
+            change = "" if delta is None else f" ({delta:+.4f})"
+            taken = "reused" if how == "reused" else f"{row.seconds:.1f} s"
+            self.console.print(f"  {row.label}: top-1 {top1:.4f}{change}, {taken}", highlight=False)
+        self.metrics(outcome.metrics)
+        for heading, rows in outcome.exceptions:
+            self.exceptions(heading, rows)
+        if outcome.layers is not None:
+            self._list_layers(outcome.layers)
+        self.log.tag_once(f"stage.{stage}", how)
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
         """Log metrics by their MLflow names."""
@@ -82,16 +88,16 @@ class Job:
         """Add ``(name, reason)`` rows to the report."""
         self.results.summary.exceptions.setdefault(heading, []).extend(rows)
 
+    def _list_layers(self, columns: dict[str, list[str]]) -> None:
+        """Where quantizers are, with which ranges, and which BN is folded where."""
+        path = self.run_dir / "layers.md"
+        path.write_text(layers_markdown(self.results.summary.title, columns))
+        self.log.artifact(path)
+        self.log.table("layers.json", columns)
+        self.results.summary.places["layer by layer"] = str(path)
 
-def seed(config: Config, purpose: str) -> None:
-    """Everything random from here on depends on the seed and the purpose, not on what ran before."""
-    value = stream_seed(config.seed, purpose)
-    random.seed(value)
-    np.random.seed(value % 2**32)
-    torch.manual_seed(value)
 
-
-def prepare(config: Config, run_dir: Path, log: RunLog, console: Console, summary: Summary) -> tuple[Job, BuiltModel]:
+def prepare(config: Config, run_dir: Path, log: RunLog, console: Console, store: Store, summary: Summary) -> Job:
     """Data and network, and every check that needs no training."""
     torch.set_num_threads(config.runtime.threads or DEFAULT_THREADS)
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
@@ -113,20 +119,46 @@ def prepare(config: Config, run_dir: Path, log: RunLog, console: Console, summar
         batch_size=data.batch_size, eval_batch_size=data.eval_batch_size, val_fraction=data.val_fraction,
         train_limit=data.train_limit, test_limit=data.test_limit, in_memory=data.in_memory, augment=data.augment,
         workers=config.runtime.workers, pin_memory=device.type == "cuda", progress=progress,
+        digests_folder=store.folder / "digests" if store.mode != "off" else None,
     )  # fmt: skip
     check_labels(loaders, data.num_classes)
     example = loaders.example()
     check_head(built.module, example, data.num_classes)
     if config.reest.num_batches and not has_running_statistics(built.module):
         raise UserError("reest: the network has no batch norm with running statistics to re-estimate; set reest=off.")
-    quantize(built.module, example, scheme(config), leaf_modules=model.leaf_modules)  # only to fail before training
     has_3d = any(p.dim() == 5 for p in built.module.parameters())
     channels_last = config.runtime.memory_format is MemoryFormat.channels_last and not has_3d
     built.module.to(device).to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+    def say(line: str) -> None:
+        if not console.is_terminal:  # there are no progress bars then
+            console.print(line, highlight=False)
+
+    setting = Setting(config, device, loaders, built, progress, log.metrics, say)
+    planned = plan(setting)
+    if not store.has("ptq", planned[1].depends):  # only to fail before training
+        quantize(built.module, example.to(device), scheme(config), leaf_modules=model.leaf_modules)
     _log_inputs(log, config, loaders, preprocessing)
-    job = Job(config, run_dir, log, console, progress, device, loaders, Results({}, summary))
+    job = Job(config, run_dir, log, console, store, setting, planned, Results({}, summary))
     job.exceptions("note", [("model", note) for note in built.notes])
-    return job, built
+    job.exceptions("note", [("store", note) for note in loaders.notes if store.mode != "off"])
+    return job
+
+
+def open_store(config: Config, since: float) -> Store:
+    """The stage store of a job that began, or whose sweep began, at ``since`` (seconds since 1970)."""
+    folder = Path(config.store.dir or Path(config.runtime.output_dir) / "store")
+    return Store(folder, mode=config.store.mode.value, max_bytes=config.store.max_gb * 1e9, since=since)
+
+
+def place_file(source: Path, target: Path) -> None:
+    """Put a file of the store where a run has it, without a second copy on the disk where that is possible."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    with suppress(OSError):
+        os.link(source, target)
+        return
+    shutil.copyfile(source, target)
 
 
 def _device(wanted: Device) -> torch.device:
@@ -136,19 +168,8 @@ def _device(wanted: Device) -> torch.device:
     return torch.device("cuda" if use_cuda else "cpu")
 
 
-def scheme(config: Config) -> QuantScheme:
-    """The quantization scheme that the configuration describes."""
-    quant = config.quant
-    rules = tuple(LayerRule(o.pattern, o.weight_bits, o.act_bits, o.off) for o in quant.overrides)
-    return QuantScheme(
-        weight_bits=quant.weight_bits, act_bits=quant.act_bits, per_channel=quant.per_channel,
-        range_learning=quant.range_learning, first_last_bits=quant.first_last_bits, overrides=rules,
-        weight_range=quant.weight_range.value, act_range=quant.act_range.value, percentile=quant.percentile,
-    )  # fmt: skip
-
-
 def _log_inputs(log: RunLog, config: Config, loaders: Loaders, preprocessing: Preprocessing) -> None:
-    log.tag("preprocessing", json.dumps(preprocessing.describe()))
+    log.tags({"preprocessing": json.dumps(preprocessing.describe())})
     target = config.dataset._target_
     roles: dict[str, list[str]] = {}  # MLflow knows a data set by its name and digest: one for all roles that share it
     for role, indices in loaders.indices.items():
@@ -168,9 +189,7 @@ def leave_report(job: Job) -> None:
         summary.places["MLflow"] = ui_command(log.uri)
         summary.places["  then open"] = compare_link(log.experiment_id)
     if log.undelivered:
-        job.exceptions(
-            "note", [("MLflow", f"{log.undelivered} records were not taken; all metrics are in metrics.jsonl")]
-        )
+        job.exceptions("note", [("MLflow", f"{log.undelivered} records are not there yet: scripts/sync_mlflow")])
     path = job.run_dir / "report.md"
     path.write_text(markdown(summary))
     log.artifact(path)

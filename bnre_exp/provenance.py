@@ -8,6 +8,8 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Optional
+from urllib.parse import quote
 
 UI_ADDRESS = "http://127.0.0.1:5000"
 
@@ -42,6 +44,8 @@ def ui_command(uri: str) -> str:
     return f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {program}"  # job execution would take 2 GB and 20 s
 
 
-def compare_link(experiment_id: str, address: str = UI_ADDRESS) -> str:
-    """Where the UI shows an experiment's runs as charts."""
-    return f"{address}/#/experiments/{experiment_id}/runs?workflowType=machine_learning&compareRunsMode=CHART"
+def compare_link(experiment_id: str, address: str = UI_ADDRESS, sweep: Optional[str] = None) -> str:
+    """Where the UI shows an experiment's runs, or those of one sweep (by its run's id), as charts."""
+    link = f"{address}/#/experiments/{experiment_id}/runs?workflowType=machine_learning&compareRunsMode=CHART"
+    only = f"tags.mlflow.parentRunId = '{sweep}'"
+    return f"{link}&searchFilter={quote(only)}" if sweep else link

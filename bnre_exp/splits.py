@@ -9,6 +9,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 from bnre_exp.batches import ItemView, MemoryView, own_random_state, read_item
 from bnre_exp.datasets import ImageTensors
 from bnre_exp.errors import UserError
+from bnre_exp.fingerprint import file_sha256
 from bnre_exp.preprocess import Preprocessing, as_channels, resize_and_crop
 from bnre_exp.progress import Progress
 from bnre_exp.targets import call_target, resolve_target
@@ -38,6 +40,7 @@ class Split:
 
     ``indices``: ``[N]`` into the source, ascending. ``labels``: int64 ``[N]``, or fewer where the source does not
     list them and they were sampled. ``images``: uint8 ``[N, C, S, S]`` if in memory, else None and ``source`` is read.
+    ``notes``: what the digest does not cover.
     """
 
     indices: Tensor
@@ -45,6 +48,7 @@ class Split:
     digest: str
     source: Any = None
     images: Tensor | None = None
+    notes: tuple[str, ...] = ()
 
     def view(self, positions: Tensor, preprocessing: Preprocessing, augment: bool) -> MemoryView | ItemView:
         """The images at ``positions`` (into ``indices``) as a dataset of batches."""
@@ -70,22 +74,42 @@ def memory_split(source: Any, indices: Tensor, preprocessing: Preprocessing, pro
     return Split(indices, labels, _digest([str(tuple(images.shape)), images.numpy(), labels.numpy()]), images=images)
 
 
-def item_split(source: Any, indices: Tensor) -> Split:
-    """Images ``indices``, read when needed; the digest is that of file names and sizes, or of sampled contents."""
+def item_split(source: Any, indices: Tensor, digests_folder: Path | None, progress: Progress, name: str) -> Split:
+    """Images ``indices``, read when needed; the digest is that of the files' contents, or of sampled images."""
     labels = _listed_labels(source)
     samples = getattr(source, "samples", None)
     if samples and labels is not None:
-        root = os.path.commonpath([os.path.dirname(path) for path, _ in samples])
-        files = [samples[index] for index in indices.tolist()]
-        names = [f"{os.path.relpath(path, root)} {os.path.getsize(path)} {label}" for path, label in files]
-        return Split(indices, labels[indices], _digest(names), source=source)
+        paths = [Path(samples[index][0]) for index in indices.tolist()]
+        contents = _files_digest(paths, digests_folder, progress, name)
+        return Split(indices, labels[indices], _digest([contents, labels[indices].numpy()]), source=source)
     sampled = indices[:: max(1, len(indices) // _SAMPLED_ITEMS)].tolist()
     with own_random_state(0):
         items = [read_item(source, index) for index in sampled]
     seen = torch.tensor([label for _, label in items]) if labels is None else labels[indices]
-    return Split(
-        indices, seen, _digest([str(len(indices)), *(image.numpy() for image, _ in items), seen.numpy()]), source=source
+    parts = [str(len(indices)), *(image.numpy() for image, _ in items), seen.numpy()]
+    note = (
+        f"the {name} images are not kept in memory and list no files: they are known by {len(sampled)} samples. After "
+        "a change of the others, run with store.mode=refresh"
     )
+    return Split(indices, seen, _digest(parts), source=source, notes=(note,))
+
+
+def _files_digest(paths: Sequence[Path], folder: Path | None, progress: Progress, name: str) -> str:
+    """Digest of the files' names and contents; remembered in ``folder`` by their sizes and times of change."""
+    root = os.path.commonpath([path.parent for path in paths])
+    stats = [path.stat() for path in paths]
+    seen = [f"{p} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns} {s.st_ino}" for p, s in zip(paths, stats)]
+    known = folder / _digest(seen) if folder is not None else None
+    if known is not None and known.exists():
+        return known.read_text()
+    files = progress(paths, f"reading {name} files, to know their contents", len(paths))
+    contents = _digest([f"{os.path.relpath(path, root)} {file_sha256(path)}" for path in files])
+    if known is not None:
+        known.parent.mkdir(parents=True, exist_ok=True)
+        new = known.with_name(f"{known.name}.{os.getpid()}")
+        new.write_text(contents)
+        os.replace(new, known)
+    return contents
 
 
 def _listed_labels(source: Any) -> Tensor | None:
@@ -129,6 +153,7 @@ def load_split(
     seed: int,
     in_memory: bool,
     progress: Progress,
+    digests_folder: Path | None,
 ) -> Split:
     geometry = preprocessing.resize_size, preprocessing.image_size, preprocessing.interpolation
     drawn_by = seed if train and limit is not None else None
@@ -148,7 +173,7 @@ def load_split(
         raise UserError(f"dataset._target_={target} returned no {name} images; check dataset.root={root}.")
     indices = _chosen(len(source), limit, train, seed)
     if not in_memory:
-        return item_split(source, indices)
+        return item_split(source, indices, digests_folder, progress, name)
     split = memory_split(source, indices, preprocessing, progress, name)
     logger.info("%d %s images in memory, %.0f MB", len(indices), name, split.images.numel() / 1e6)  # type: ignore[union-attr]
     _PREPARED[key] = split

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,10 +28,11 @@ class Job:
         self.folders: list[Path] = []
         self.action: Callable[[Config], None] = lambda config: None
 
-    def __call__(self, config: Config, *, run_dir: Path, overrides: Any, console: Any) -> None:
+    def __call__(self, config: Config, *, run_dir: Path, **more: Any) -> Any:
         self.configs.append(config)
         self.folders.append(run_dir)
         self.action(config)
+        return SimpleNamespace(metrics={})
 
 
 @pytest.fixture

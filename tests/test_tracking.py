@@ -53,8 +53,9 @@ def client(output_dir: Path):
     return MlflowClient(f"sqlite:///{output_dir / 'mlflow.db'}")
 
 
-def lines(output_dir: Path, name: str = "run") -> list[dict]:
-    return [json.loads(line) for line in (output_dir / name / "metrics.jsonl").read_text().splitlines()]
+def lines(output_dir: Path, kind: str = "metrics", name: str = "run") -> list[dict]:
+    records = [json.loads(line) for line in (output_dir / name / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if kind in record]
 
 
 def test_params_as_typed_metrics_with_steps_tags_and_status(output_dir):
@@ -75,7 +76,7 @@ def test_params_as_typed_metrics_with_steps_tags_and_status(output_dir):
     assert run.data.tags["host"] and log.undelivered == 0
     local = lines(output_dir)
     assert local[0]["metrics"] == {"fp32/top1": 0.97, "fp32/loss": "nan"} and local[2]["step"] == 2
-    assert local[-1]["status"] == "FINISHED"
+    assert lines(output_dir, "status")[-1]["status"] == "FINISHED"
 
 
 @pytest.mark.parametrize(
@@ -95,12 +96,13 @@ def test_a_run_that_does_not_finish_says_so(output_dir, error, status):
     run = client(output_dir).get_run(log.run_id)
     assert run.info.status == status and run.data.metrics == {"fp32/top1": 0.5}
     assert run.data.tags["error"].startswith(type(error).__name__) and str(error) in run.data.tags["error"]
-    assert lines(output_dir)[-1]["status"] == status and lines(output_dir)[-1]["error"] == run.data.tags["error"]
+    (end,) = lines(output_dir, "status")
+    assert end["status"] == status and end["error"] == run.data.tags["error"]
 
 
 def test_checkpoint_is_listed_as_a_model_of_the_run(output_dir):
-    folder = output_dir / "folded"
-    folder.mkdir()
+    folder = output_dir / "run" / "folded"
+    folder.mkdir(parents=True)
     (folder / "weights.safetensors").write_bytes(b"12345")
     with start(output_dir) as log:
         log.checkpoint(folder, "resnet18 w3a8", PARAMS, {"fold/top1": 0.9})
@@ -114,13 +116,14 @@ def test_checkpoint_is_listed_as_a_model_of_the_run(output_dir):
 
 
 def test_data_sets_and_artifacts(output_dir):
-    report = output_dir / "report.md"
+    report = output_dir / "run" / "report.md"
+    report.parent.mkdir()
     report.write_text("# report")
     with start(output_dir) as log:
         log.dataset("digits", "0123", "scikit-learn", "train", {"images": 1293})
         log.dataset("digits", "4567", "scikit-learn", "test", {"images": 360})
         log.artifact(report)
-        log.tag("preprocessing", "x" * 10_000)
+        log.tags({"preprocessing": "x" * 10_000})
     inputs = client(output_dir).get_run(log.run_id).inputs.dataset_inputs
     assert {(i.dataset.digest, i.tags[0].value) for i in inputs} == {("0123", "train"), ("4567", "test")}
     assert [f.path for f in client(output_dir).list_artifacts(log.run_id)] == ["report.md"]
@@ -153,11 +156,11 @@ def test_mlflow_failing_midway_keeps_the_local_metrics_and_warns_once(output_dir
         {"ptq/top1": 0.4},
         {"reest/top1": 0.45},
     ]
-    warnings = [r.getMessage() for r in caplog.records if "MLflow did not take" in r.getMessage()]
+    warnings = [r.getMessage() for r in caplog.records if "does not take records" in r.getMessage()]
     assert len(warnings) == 1 and str(output_dir / "run" / "metrics.jsonl") in warnings[0]
 
 
-@pytest.mark.parametrize("uri", ["nonsense://x", "http://127.0.0.1:9", "sqlite:////proc/nowhere/mlflow.db"])
+@pytest.mark.parametrize("uri", ["nonsense://x", "sqlite:////proc/nowhere/mlflow.db"])
 def test_a_store_that_cannot_be_opened_is_a_users_mistake(tmp_path, uri):
     with pytest.raises(UserError, match=r"tracking.uri[\s\S]*tracking.enabled=false"), start(tmp_path, uri=uri):
         raise AssertionError("the run must not start")
@@ -166,7 +169,7 @@ def test_a_store_that_cannot_be_opened_is_a_users_mistake(tmp_path, uri):
 def test_without_mlflow_only_the_local_file_is_written(tmp_path):
     with start(tmp_path, enabled=False) as log:
         log.metrics({"fp32/top1": 0.5})
-        log.tag("a", "b")
+        log.tags({"a": "b"})
     assert log.run_id is None and not (tmp_path / "mlflow.db").exists()
     assert lines(tmp_path)[0]["metrics"] == {"fp32/top1": 0.5}
 
@@ -211,16 +214,14 @@ def test_commands_for_people():
     assert compare_link("7").startswith("http://127.0.0.1:5000/#/experiments/7/runs?")
 
 
-def on_a_full_disk(output_dir: Path, name: str = "run") -> None:
-    (output_dir / name).mkdir()
-    (output_dir / name / "metrics.jsonl").symlink_to("/dev/full")
+def fill_the_disk(log) -> None:
+    log._journal._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 @pytest.mark.parametrize("error", [None, ValueError("the real cause"), KeyboardInterrupt()])
 def test_a_full_disk_neither_hides_the_error_nor_leaves_the_run_running(output_dir, error):
-    on_a_full_disk(output_dir)
     with pytest.raises(type(error) if error else OSError) as raised, start(output_dir) as log:
+        fill_the_disk(log)
         if error:
             raise error
         log.metrics({"fp32/top1": 0.5})
@@ -229,11 +230,9 @@ def test_a_full_disk_neither_hides_the_error_nor_leaves_the_run_running(output_d
     assert run.data.tags["error"].startswith(type(raised.value).__name__)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_disk_that_is_full_at_the_end_fails_the_run(output_dir):
-    on_a_full_disk(output_dir)
     with pytest.raises(OSError, match="No space"), start(output_dir) as log:
-        pass
+        fill_the_disk(log)
     assert client(output_dir).get_run(log.run_id).info.status == "FAILED"
 
 
@@ -248,9 +247,9 @@ def test_a_store_that_another_program_locks_is_not_waited_for(output_dir, monkey
         other.execute("ROLLBACK")
         other.close()
         log.metrics({"reest/top1": 0.5})
-    assert waited < 10 and log.undelivered == 1  # MLflow by itself waits 20 s
-    assert client(output_dir).get_run(log.run_id).data.metrics == {"reest/top1": 0.5}
-    assert lines(output_dir)[0]["metrics"] == {"ptq/top1": 0.4}
+    assert waited < 10  # MLflow by itself waits 20 s
+    assert log.undelivered == 0  # delivered at the end
+    assert client(output_dir).get_run(log.run_id).data.metrics == {"ptq/top1": 0.4, "reest/top1": 0.5}
 
 
 def test_names_that_mlflow_does_not_take_cost_nothing_else(output_dir):

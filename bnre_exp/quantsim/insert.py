@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Optional, Union
 
 from torch import Tensor, fx, nn
@@ -60,12 +60,37 @@ def quantize(
     Raises ``UserError`` if the network cannot be traced, if its traced form behaves differently in evaluation or
     training mode at either of two batch sizes, or if an override matches nothing.
     """
-    scheme = scheme or QuantScheme()
+    sim = _build(model, _inputs(example_input), scheme or QuantScheme(), leaf_modules, is_checked=True)
+    return sim.train(model.training)
+
+
+def rebuild_sim(
+    model: nn.Module,
+    example_input: Union[Tensor, Sequence[Tensor]],
+    scheme: QuantScheme,
+    *,
+    leaf_modules: Sequence[str] = (),
+) -> fx.GraphModule:
+    """The simulation that :func:`quantize` returns, for a state dict to be loaded into: its ranges mean nothing, and
+    what :func:`quantize` checked when that state was made is not checked again."""
+    sim = _build(model, _inputs(example_input), replace(scheme, weight_range="minmax"), leaf_modules, is_checked=False)
+    sim.meta["bnre_exp"] = replace(sim_report(sim), scheme=scheme)
+    return sim.train(model.training)
+
+
+def _inputs(example_input: Union[Tensor, Sequence[Tensor]]) -> tuple[Tensor, ...]:
     inputs = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
     if not inputs or not all(isinstance(x, Tensor) and x.dim() > 0 and len(x) for x in inputs):
         raise UserError("example_input: expected a tensor [N, ...] with N >= 1, or a non-empty tuple of tensors.")
+    return inputs
+
+
+def _build(
+    model: nn.Module, inputs: tuple[Tensor, ...], scheme: QuantScheme, leaf_modules: Sequence[str], is_checked: bool
+) -> fx.GraphModule:
     sim, decisions = trace(model, inputs, leaf_modules)
-    notes = (*check_same_behaviour(model, sim, inputs), *(f"decided by the input's size: {line}" for line in decisions))
+    notes = tuple(check_same_behaviour(model, sim, inputs)) if is_checked else ()
+    notes += tuple(f"decided by the input's size: {line}" for line in decisions)
     record(sim, inputs)
     grouping = find_groups(sim)
     unquantized = _Unquantized()
@@ -84,7 +109,7 @@ def quantize(
     for node in sim.graph.nodes:
         if node.op == "call_module" and node.target in grouping.kept:
             node.meta["kept_reason"] = grouping.kept[node.target]
-    return sim.train(model.training)
+    return sim
 
 
 def _unreached(model: nn.Module, sim: fx.GraphModule) -> dict[str, nn.Module]:

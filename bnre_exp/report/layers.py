@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from bnre_exp.quantsim.listing import LayerRow
 
@@ -21,9 +21,8 @@ def layers_columns(rows: Sequence[LayerRow]) -> dict[str, list[str]]:
     }
 
 
-def layers_markdown(title: str, rows: Sequence[LayerRow]) -> str:
-    """The table as a page of its own."""
-    columns = layers_columns(rows)
+def layers_markdown(title: str, columns: Mapping[str, Sequence[str]]) -> str:
+    """The table as a page of its own, from :func:`layers_columns`."""
     lines = [f"# {title}: layer by layer", "", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     lines += [
         f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in zip(*columns.values())

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Sized
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Optional
 
 import torch
@@ -17,6 +17,7 @@ from bnre_exp.errors import TrainingDivergedError, UserError
 from bnre_exp.progress import Progress, no_progress
 from bnre_exp.stages.evaluate import evaluate, logits_of
 from bnre_exp.stages.inputs import ForwardFn, device_of, feed
+from bnre_exp.stages.snapshot import Snapshots, Training, capture, restore, restore_random
 
 LossFn = Callable[[Any, Tensor], Tensor]
 
@@ -52,6 +53,7 @@ def train(
     on_epoch: Optional[Callable[[Epoch], None]] = None,
     progress: Progress = no_progress,
     description: str = "train",
+    snapshots: Optional[Snapshots] = None,
 ) -> list[Epoch]:
     """Train in place for ``epochs`` passes over ``dataloader``, which has a length and yields ``(input, label)``.
 
@@ -61,54 +63,97 @@ def train(
     cross-entropy with ``label_smoothing``. ``on_epoch`` is called after every epoch. The model is left in
     evaluation mode.
 
+    snapshots: saved to after every epoch, before ``on_epoch`` is called for it. If it holds a snapshot already, the
+    training goes on with the epoch after that, on the CPU with the same bits as if it had never stopped: the network,
+    optimizer, schedule, global random states and generators of the loaders are put back. ``on_epoch`` is first called
+    for the epochs restored, and the history returned has all of them. The caller sees to it that data, ``forward_fn``
+    and ``loss_fn`` are as before.
+
     Raises :class:`~bnre_exp.errors.TrainingDivergedError` when the loss is not finite, ``UserError`` for a loader
-    without a length or batches.
+    without a length or batches, for a snapshot that does not fit (other arguments, other parameters; the model is then
+    as it was), and with ``snapshots`` for what a snapshot cannot hold (:func:`~bnre_exp.stages.snapshot.capture`).
     """
     if epochs < 1:
         raise UserError(f"epochs={epochs}: expected at least 1; to leave training out, do not call it.")
     if not isinstance(dataloader, Sized) or len(dataloader) == 0:
         raise UserError("train: the data loader must have a length of at least one batch.")
-    steps = epochs * len(dataloader)
     optimize = _optimizer(model, optimizer, lr, momentum, weight_decay)
-    scheduler = _scheduler(optimize, schedule, lr, steps)
+    scheduler = _scheduler(optimize, schedule, lr, epochs * len(dataloader))
     loss_fn = loss_fn or (lambda output, label: _loss(output, label, label_smoothing))
-    device = device_of(model)
-    history = []
-    for epoch in range(1, epochs + 1):
-        model.train()
-        started, total, samples = time.perf_counter(), torch.zeros((), dtype=torch.float64, device=device), 0
-        name = f"{description} {epoch}/{epochs}"
-        for step, batch in enumerate(progress(dataloader, name, len(dataloader)), start=1):
-            label = batch[1].to(device)
-            with _autocast(device, precision):
-                loss = loss_fn(feed(model, batch, device, forward_fn), label)
-            optimize.zero_grad(set_to_none=True)
-            if not math.isfinite(float(loss.detach())):
-                raise TrainingDivergedError(
-                    f"The training loss became {float(loss.detach())} in epoch {epoch}, batch {step} of {description}; "
-                    f"try a lower learning rate (it was {lr:g} at its peak) or look at the data."
-                )
-            loss.backward()
-            optimize.step()
-            scheduler.step()
-            total += loss.detach().double() * len(label)
-            samples += len(label)
+    loss_of = _loss_of_batch(model, precision, forward_fn, loss_fn)
+    settings = {
+        "epochs": epochs, "batches an epoch": len(dataloader), "lr": lr, "optimizer": optimizer, "momentum": momentum,
+        "weight_decay": weight_decay, "schedule": schedule, "label_smoothing": label_smoothing, "precision": precision,
+        "device": device_of(model).type,
+    }  # fmt: skip
+    training = Training(model, optimize, scheduler, {"training": dataloader, "validation": validation}, settings)
+    history = _resume(training, snapshots, on_epoch) if snapshots is not None else []
+    for epoch in range(len(history) + 1, epochs + 1):
+        started = time.perf_counter()
+        batches = progress(dataloader, f"{description} {epoch}/{epochs}", len(dataloader))
+        loss = _train_epoch(training, batches, loss_of, epoch, description)
         seconds = time.perf_counter() - started
         score = evaluate(model, validation, forward_fn) if validation is not None else None
-        history.append(
-            Epoch(
-                epoch,
-                float(total) / samples,
-                optimize.param_groups[0]["lr"],
-                seconds,
-                score.top1 if score else None,
-                score.loss if score else None,
-            )  # fmt: skip
-        )
+        val_top1, val_loss = (score.top1, score.loss) if score else (None, None)
+        history.append(Epoch(epoch, loss, optimize.param_groups[0]["lr"], seconds, val_top1, val_loss))
+        if snapshots is not None:
+            snapshots.save(capture(training, [asdict(done) for done in history]))
         if on_epoch is not None:
             on_epoch(history[-1])
     model.eval()
     return history
+
+
+def _resume(training: Training, snapshots: Snapshots, on_epoch: Optional[Callable[[Epoch], None]]) -> list[Epoch]:
+    """Put the snapshot back, if there is one, and report its epochs, which are returned."""
+    snapshot = snapshots.load()
+    if snapshot is None:
+        capture(training, [])  # what cannot be captured is refused now, not after an epoch
+        return []
+    restore(training, snapshot)
+    history = [Epoch(**values) for values in snapshot.values["history"]]
+    if on_epoch is None:
+        return history
+    for epoch in history:
+        # Should on_epoch draw random numbers, then what it drew for the last epoch alone came after the snapshot.
+        restore_random(training, snapshot)
+        on_epoch(epoch)
+    return history
+
+
+def _train_epoch(
+    training: Training, batches: Iterable[Any], loss_of: Callable[[Any], Tensor], epoch: int, description: str
+) -> float:
+    """One pass over ``batches``; the mean loss of its samples [nats]."""
+    training.model.train()
+    total, samples = torch.zeros((), dtype=torch.float64, device=device_of(training.model)), 0
+    for step, batch in enumerate(batches, start=1):
+        loss = loss_of(batch)
+        training.optimizer.zero_grad(set_to_none=True)
+        if not math.isfinite(float(loss.detach())):
+            raise TrainingDivergedError(
+                f"The training loss became {float(loss.detach())} in epoch {epoch}, batch {step} of {description}; try "
+                f"a lower learning rate (it was {training.settings['lr']:g} at its peak) or look at the data."
+            )
+        loss.backward()
+        training.optimizer.step()
+        training.scheduler.step()
+        total += loss.detach().double() * len(batch[1])
+        samples += len(batch[1])
+    return float(total) / samples
+
+
+def _loss_of_batch(
+    model: nn.Module, precision: str, forward_fn: Optional[ForwardFn], loss_fn: LossFn
+) -> Callable[[Any], Tensor]:
+    device = device_of(model)
+
+    def loss_of(batch: Any) -> Tensor:
+        label = batch[1].to(device)
+        with _autocast(device, precision):
+            return loss_fn(feed(model, batch, device, forward_fn), label)
+
+    return loss_of
 
 
 def _loss(output: Any, label: Tensor, label_smoothing: float) -> Tensor:

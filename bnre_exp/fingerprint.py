@@ -1,0 +1,164 @@
+"""What a result depends on besides its configuration: source code, library versions, tensors, files."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import site
+import sys
+import sysconfig
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+PACKAGE = "bnre_exp"
+LIBRARIES = ("torch", "torchvision", "numpy", "pillow")
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a value that JSON can hold, whatever the order of its keys; 40 hexadecimal digits."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:40]
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and values."""
+    sha = hashlib.sha256()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        sha.update(f"{name} {plain.dtype} {tuple(plain.shape)}\n".encode())
+        sha.update(plain.reshape(-1).view(torch.uint8).numpy().data if plain.numel() else b"")
+    return sha.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's contents."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            sha.update(chunk)
+    return sha.hexdigest()
+
+
+def code_digest(modules: Iterable[str]) -> str:
+    """Digest of the source of modules of this package, and of all of the package that they import, directly or not.
+
+    The package's own ``__init__``, which only re-exports, is left out: it imports everything.
+    """
+    return _own_digest(tuple(sorted(modules)))
+
+
+@cache
+def _own_digest(modules: tuple[str, ...]) -> str:
+    inside = (name for name in _closure(modules, lambda name: name.startswith(f"{PACKAGE}.")).items())
+    return digest({name: file_sha256(path) for name, path in inside if path is not None})
+
+
+def users_code(modules: Iterable[str]) -> dict[str, str]:
+    """What a user's modules consist of: SHA-256 of the source by module, version by installed library.
+
+    Modules are followed to all that they import by an ``import`` statement. What lies in the standard library is left
+    out (the Python version stands for it), what is installed from a package counts by its version.
+    """
+    found: dict[str, str] = {}
+    for name, path in _closure(tuple(modules), lambda name: name.partition(".")[0] != PACKAGE).items():
+        if path is not None:
+            found[name] = file_sha256(path)
+        else:
+            top = name.partition(".")[0]
+            found.setdefault(top, _version_of(top))
+    return found
+
+
+def environment() -> dict[str, str]:
+    """Versions of Python and of the libraries that compute."""
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return {"python": f"{sys.version_info.major}.{sys.version_info.minor}", **versions}
+
+
+def _closure(modules: tuple[str, ...], wanted: Any) -> dict[str, Optional[Path]]:
+    """Module -> source file, None for an installed package; standard library and unwanted ones are left out."""
+    found: dict[str, Optional[Path]] = {}
+    seen: set[str] = set()
+    waiting = list(modules)
+    while waiting:
+        name = waiting.pop()
+        if name in seen or not wanted(name):
+            seen.add(name)
+            continue
+        seen.add(name)
+        top, _, below = name.partition(".")
+        place = "local" if top == PACKAGE else _place(top)
+        if place == "installed":
+            found[top] = None
+        elif place == "local":
+            waiting += [name.rpartition(".")[0]] if below else []
+            path = _source_of(name)
+            if path is not None:
+                found[name] = path
+                waiting += sorted(_imports(path, name))
+    return found
+
+
+def _source_of(module: str) -> Optional[Path]:
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, AttributeError, ValueError):  # an attribute, not a module; or one that is not installed
+        return None
+    origin = getattr(spec, "origin", None)
+    return Path(origin).resolve() if origin and os.path.isfile(origin) else None
+
+
+@cache
+def _library_folders() -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    installed = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
+    installed |= {*site.getsitepackages(), site.getusersitepackages()}
+    standard = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib")}
+    return tuple(Path(p).resolve() for p in installed), tuple(Path(p).resolve() for p in standard)
+
+
+@cache
+def _place(top: str) -> str:
+    """Where a top-level module is from: "installed" as a package, of the "standard" library, or "local"."""
+    if top in sys.builtin_module_names or top in sys.stdlib_module_names:
+        return "standard"
+    path = _source_of(top)
+    installed, standard = _library_folders()
+    if path is not None and any(folder in path.parents for folder in installed):
+        return "installed"
+    return "standard" if path is not None and any(folder in path.parents for folder in standard) else "local"
+
+
+def _imports(path: Path, module: str) -> set[str]:
+    """Names that may be modules: of ``from a import b`` both a and a.b."""
+    if path.suffix != ".py":
+        return set()
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            names.update({base, *(f"{base}.{alias.name}" for alias in node.names)} if base else set())
+    return names
+
+
+def _version_of(top: str) -> str:
+    names = _distributions().get(top, [])
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in sorted(set(names))]
+    return ", ".join(versions) or str(getattr(sys.modules.get(top), "__version__", "unknown"))
+
+
+@cache
+def _distributions() -> Mapping[str, list[str]]:
+    return importlib.metadata.packages_distributions()

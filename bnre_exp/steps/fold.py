@@ -1,0 +1,77 @@
+"""Folding, its proof, and biases on the integer grid."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+from torch import fx, nn
+
+from bnre_exp.quantsim.listing import list_layers
+from bnre_exp.report.layers import layers_columns
+from bnre_exp.stages.bias import BiasReport, quantize_biases
+from bnre_exp.stages.compare import compare_logits
+from bnre_exp.stages.evaluate import evaluate
+from bnre_exp.stages.fold import FoldReport, fold_batch_norms
+from bnre_exp.stages.size import packed_megabytes
+from bnre_exp.steps.outcome import Measured, Outcome
+from bnre_exp.steps.setting import Setting, seed, timed
+from bnre_exp.steps.training import SnapshotFolder
+
+LARGEST_FOLD_ERROR = 1e-2  # relative to the largest logit; float32 rounding stays far below, a wrong fold far above
+
+
+def fold(setting: Setting, sim: nn.Module, snapshots: Optional[SnapshotFolder]) -> tuple[Outcome, nn.Module]:
+    """Fold a copy of the simulation, compare and evaluate it."""
+    outcome, config, before = Outcome(), setting.config, list(setting.evaluations)[-1]
+    seed(config, "fold")
+    if not isinstance(sim, fx.GraphModule):
+        raise TypeError(f"expected a simulation, got a {type(sim).__name__}")
+    outcome.layers = layers_columns(list_layers(sim))  # before the BNs are folded: where each of them goes
+    (folded, report), seconds = timed(lambda: fold_batch_norms(sim, mode=config.fold.mode.value))
+    outcome.except_for("BN not folded", report.kept)
+    outcome.except_for("folded with loss", report.lossy)
+    difference = compare_logits(sim, folded, setting.loaders.test, progress=setting.progress)
+    if not report.lossy and not difference.relative <= LARGEST_FOLD_ERROR:
+        raise RuntimeError(
+            f"Folding changed the network: its logits differ by {difference.relative:.2e} of the largest. This is a "
+            "defect of bnre_exp; please report it with the network and the configuration."
+        )
+    unrounded = evaluate(folded, setting.loaders.test, progress=setting.progress, description="fold: evaluate")
+    agreement = (unrounded.predictions == setting.evaluations[before].predictions).double().mean()
+    metrics = {
+        "max_abs_logit_diff": difference.largest,
+        "max_rel_logit_diff": difference.relative,
+        "top1_agreement": float(agreement),
+        "folded_bns": float(len(report.folded)),
+        "kept_bns": float(len(report.kept)),
+    }
+    evaluation = unrounded
+    if config.fold.bias_bits is not None:
+        _report_biases(outcome, quantize_biases(folded, config.fold.bias_bits))
+        evaluation = evaluate(folded, setting.loaders.test, progress=setting.progress, description="fold: evaluate")
+        metrics["bias_delta_top1"] = evaluation.top1 - unrounded.top1
+    metrics["megabytes"] = packed_megabytes(folded)
+    if setting.loaders.validation is not None:  # what a search may use: test data are only reported
+        validation = setting.loaders.validation
+        metrics["val_top1"] = evaluate(folded, validation, progress=setting.progress, description="fold: validate").top1
+    note = _note(report, difference.relative)
+    outcome.measured.append(Measured("fold", "fold", evaluation, seconds, before, note, metrics))
+    return outcome, folded
+
+
+def fold_again(setting: Setting, sim: nn.Module) -> fx.GraphModule:
+    """The folded network of a stage that was found, from the simulation before it."""
+    folded, _ = fold_batch_norms(sim, mode=setting.config.fold.mode.value)
+    if setting.config.fold.bias_bits is not None:
+        quantize_biases(folded, setting.config.fold.bias_bits)
+    return folded
+
+
+def _note(report: FoldReport, difference: float) -> str:
+    return f"{len(report.folded)} BNs folded, {len(report.kept)} not; logits differ by {difference:.0e}"
+
+
+def _report_biases(outcome: Outcome, biases: BiasReport) -> None:
+    outcome.except_for("bias not rounded", biases.kept)
+    raised = [(name, f"weight scale of {n} channels raised so that the bias fits") for name, n in biases.rescaled]
+    outcome.except_for("note", raised)

@@ -1,0 +1,60 @@
+"""BN re-estimation, and what activation ranges need around it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Optional
+
+from torch import nn
+
+from bnre_exp.config import ActQuant, Recalibrate
+from bnre_exp.quantsim.insert import activation_quantizers, bypassed
+from bnre_exp.stages.evaluate import evaluate
+from bnre_exp.stages.reestimate import reestimate_bn_stats
+from bnre_exp.steps.calibration import calibrate_stage
+from bnre_exp.steps.outcome import Measured, Outcome
+from bnre_exp.steps.setting import Setting, seed, timed
+from bnre_exp.steps.training import SnapshotFolder
+
+
+def reest(setting: Setting, sim: nn.Module, snapshots: Optional[SnapshotFolder]) -> tuple[Outcome, nn.Module]:
+    """Re-estimate the statistics of the simulation in place, calibrate again where that is asked for, and evaluate."""
+    outcome, how, has_qat = Outcome(), setting.config.reest, setting.config.qat.epochs > 0
+    seed(setting.config, "reest")
+    bypass = how.act_quant is ActQuant.bypassed or (how.act_quant is ActQuant.auto and not has_qat)
+    again = how.recalibrate is Recalibrate.always or (how.recalibrate is Recalibrate.auto and not has_qat)
+    again = again and bool(activation_quantizers(sim))
+    before = "qat" if has_qat else "ptq"
+    top1_before = setting.evaluations[before].top1
+    if again:
+        alone = _recalibrated_only(setting, sim, before)
+        outcome.measured.append(alone)
+        before, top1_before = alone.stage, alone.evaluation.top1
+
+    def work() -> Any:
+        with bypassed(sim, activations=bypass):
+            return reestimate_bn_stats(
+                sim, setting.loaders.fresh("reestimation"), how.num_batches, method=how.method.value,
+                momentum=how.momentum, progress=setting.progress,
+            )  # fmt: skip
+
+    handle, seconds = timed(work)
+    if again:
+        _, outcome.metrics["recalibrate/seconds"] = timed(lambda: calibrate_stage(setting, sim, "recalibrate"))
+    passes = "1 pass" if handle.passes == 1 else f"{handle.passes} passes"
+    note = f"{handle.num_batches} batches, {passes}" + (", then recalibrated" if again else "")
+    evaluation = evaluate(sim, setting.loaders.test, progress=setting.progress, description="reest: evaluate")
+    metrics = {"passes": float(handle.passes), "delta_top1": evaluation.top1 - top1_before}
+    outcome.measured.append(Measured("reest", "re-estimate BN", evaluation, seconds, before, note, metrics))
+    outcome.except_for("not re-estimated", [(name, "has no running statistics") for name in handle.without_statistics])
+    outcome.except_for("not re-estimated", [(name, "FrozenBatchNorm2d: constants") for name in handle.frozen])
+    return outcome, sim
+
+
+def _recalibrated_only(setting: Setting, sim: nn.Module, before: str) -> Measured:
+    """What new ranges do on their own, so that the two effects are not mixed."""
+    alone = copy.deepcopy(sim)
+    _, seconds = timed(lambda: calibrate_stage(setting, alone, "recalibrate only"))
+    evaluation = evaluate(alone, setting.loaders.test, progress=setting.progress, description="recal_only: evaluate")
+    note = "for comparison, then discarded"
+    return Measured("recal_only", "recalibrate only", evaluation, seconds, before, note)

@@ -1,0 +1,65 @@
+"""What all stages of a job work with."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnre_exp.config import Config
+from bnre_exp.data import Loaders
+from bnre_exp.models import BuiltModel
+from bnre_exp.progress import Progress
+from bnre_exp.quantsim.scheme import LayerRule, QuantScheme
+from bnre_exp.splits import stream_seed
+from bnre_exp.stages.evaluate import Evaluation
+
+
+@dataclass
+class Setting:
+    """config; device; data; the untrained network; where progress is shown (``on_metrics(values, step)`` hears of
+    training epochs, ``say`` prints a line). evaluations: of the stages that are done, by name, in order."""
+
+    config: Config
+    device: torch.device
+    loaders: Loaders
+    built: BuiltModel
+    progress: Progress
+    on_metrics: Callable[[dict[str, float], int], None]
+    say: Callable[[str], None]
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+
+    def example(self) -> Tensor:
+        """Two training images on the device."""
+        return self.loaders.example().to(self.device)
+
+
+def seed(config: Config, purpose: str) -> None:
+    """Everything random from here on depends on the seed and the purpose, not on what ran before."""
+    value = stream_seed(config.seed, purpose)
+    random.seed(value)
+    np.random.seed(value % 2**32)
+    torch.manual_seed(value)
+
+
+def scheme(config: Config) -> QuantScheme:
+    """The quantization scheme that the configuration describes."""
+    quant = config.quant
+    rules = tuple(LayerRule(o.pattern, o.weight_bits, o.act_bits, o.off) for o in quant.overrides)
+    return QuantScheme(
+        weight_bits=quant.weight_bits, act_bits=quant.act_bits, per_channel=quant.per_channel,
+        range_learning=quant.range_learning, first_last_bits=quant.first_last_bits, overrides=rules,
+        weight_range=quant.weight_range.value, act_range=quant.act_range.value, percentile=quant.percentile,
+    )  # fmt: skip
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    """What ``work()`` returns, and the seconds it took."""
+    started = time.perf_counter()
+    return work(), time.perf_counter() - started

@@ -1,0 +1,142 @@
+"""A sweep: the run that its jobs are nested in, what became of them, and their comparison."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+from rich.console import Console
+from rich.text import Text
+
+from bnre_exp.config import RuntimeConfig, TrackingConfig
+from bnre_exp.errors import SweepFailed
+from bnre_exp.journal import last_metrics, read_records
+from bnre_exp.provenance import compare_link, git_tags, ui_command
+from bnre_exp.report.comparison import RunRow, comparison_csv, comparison_markdown, comparison_table
+from bnre_exp.report.plots import save_plots
+from bnre_exp.runs import FAILED, FINISHED, KILLED, RUNNING, RunRecord, is_alive, read_record, write_record
+from bnre_exp.tracking import RunLog, end_run, open_run
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """folder: of the sweep, its jobs below; overrides: as typed; label: what its run is called."""
+
+    folder: Path
+    identity: str
+    label: str
+    overrides: Sequence[str]
+    tracking: TrackingConfig
+    runtime: RuntimeConfig
+
+
+def run_sweep(plan: SweepPlan, launch: Callable[[], None], console: Console) -> None:
+    """Call ``launch``, which runs all jobs, inside the sweep's own run; compare them, however it ends.
+
+    Raises what ``launch`` raises if it was interrupted, :class:`SweepFailed` if jobs failed.
+    """
+    tags = {**git_tags(Path.cwd()), "overrides": " ".join(plan.overrides), "bnre.kind": "sweep"}
+    tracking, output = plan.tracking, Path(plan.runtime.output_dir)
+    with open_run(
+        plan.folder, params={}, tags=tags, output_dir=output, experiment=tracking.experiment, run_name=plan.label,
+        uri=tracking.uri, enabled=tracking.enabled,
+    ) as log:  # fmt: skip
+        error: Optional[BaseException] = None
+        try:
+            launch()
+        except BaseException as caught:
+            error = caught
+        close_dead_jobs(plan.folder)
+        _leave_comparison(plan, log, console)
+        failed = failed_jobs(plan.folder)
+        if error is not None and (not failed or not isinstance(error, Exception)):
+            raise error
+        if failed:
+            raise SweepFailed(f"{len(failed)} of {len(job_folders(plan.folder))} jobs failed", plan.folder) from error
+
+
+def job_folders(folder: Path) -> list[Path]:
+    """The folders of a sweep's jobs that have started, by number."""
+    found = [path for path in folder.iterdir() if read_record(path) is not None]
+    return sorted(found, key=lambda path: (not path.name.isdigit(), int(path.name) if path.name.isdigit() else 0))
+
+
+def failed_jobs(folder: Path) -> list[tuple[Path, RunRecord]]:
+    """Jobs of a sweep that ended with an error."""
+    records = [(path, read_record(path)) for path in job_folders(folder)]
+    return [(path, record) for path, record in records if record is not None and record.status == FAILED]
+
+
+def close_dead_jobs(folder: Path) -> None:
+    """Runs whose process died without a word are KILLED, not RUNNING, in their record and in MLflow."""
+    for _ in range(20):  # processes that are being killed take a moment
+        if not any(is_alive(path) for path in job_folders(folder)):
+            break
+        time.sleep(0.1)
+    for path in job_folders(folder):
+        close_if_dead(path)
+
+
+def close_if_dead(folder: Path) -> None:
+    """Close one run, if it is RUNNING by its record and its process is dead."""
+    record = read_record(folder)
+    if record is not None and record.status == RUNNING and not is_alive(folder):
+        record.status = KILLED
+        write_record(folder, record)
+        end_run(folder, KILLED)
+
+
+def job_rows(folder: Path) -> list[RunRow]:
+    """The jobs of a sweep, from their own journals."""
+    rows = []
+    for path in job_folders(folder):
+        records, record = read_records(path), read_record(path)
+        if not records or record is None:
+            continue
+        params: dict[str, str] = next((r["params"] for r in records if "params" in r), {})
+        name = str(records[0].get("run", {}).get("name", path.name))
+        rows.append(RunRow(name, record.status, params, last_metrics(records)))
+    return rows
+
+
+def leave_comparison(title: str, rows: Sequence[RunRow], folder: Path) -> list[Path]:
+    """Write table (Markdown, CSV) and plots (SVG, PNG) into a folder; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table, values = folder / "comparison.md", folder / "comparison.csv"
+    table.write_text(comparison_markdown(title, rows))
+    values.write_text(comparison_csv(rows))
+    return [table, values, *save_plots(rows, folder)]
+
+
+def _leave_comparison(plan: SweepPlan, log: RunLog, console: Console) -> None:
+    rows = job_rows(plan.folder)
+    if not rows:
+        return
+    try:
+        files = leave_comparison(plan.label, rows, plan.folder)
+    except OSError as error:
+        logger.warning("The comparison of the sweep cannot be written: %s", error)
+        return
+    for path in files:
+        log.artifact(path)
+    finished = sum(row.status == FINISHED for row in rows)
+    log.metrics({"sweep/jobs": float(len(rows)), "sweep/finished": float(finished)})
+    console.print()
+    console.print(comparison_table(plan.label, rows))
+    places = {"comparison": str(plan.folder / "comparison.md")}
+    pictures = sorted(path.name for path in files if path.suffix == ".png")
+    if pictures:
+        places["pictures"] = f"{plan.folder}{'/' if len(pictures) == 1 else ': '}{', '.join(pictures)}"
+    if log.uri is not None and log.experiment_id is not None:
+        places["MLflow"] = ui_command(log.uri)
+        places["  then open"] = compare_link(log.experiment_id, sweep=log.run_id)
+    if log.undelivered:
+        places["not in MLflow yet"] = f"{log.undelivered} records of the sweep's own run: scripts/sync_mlflow"
+    for what, place in places.items():
+        console.print(Text(f"{what}: "), Text(place, style="cyan"), sep="", soft_wrap=True)

@@ -1,0 +1,57 @@
+"""Bring to MLflow what runs could not deliver while it was out of reach: scripts/sync_mlflow [OUTPUT_DIR]. What is
+there already is not sent again."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+
+from bnre_exp.errors import UserError
+from bnre_exp.journal import NAME
+from bnre_exp.runs import is_alive
+from bnre_exp.tracking import sync, undelivered
+
+
+def waiting(output: Path) -> list[Path]:
+    """Folders of runs that MLflow does not have whole, sweeps before their jobs."""
+    folders = {path.parent for pattern in ("*/*", "*/*/*") for path in output.glob(f"{pattern}/{NAME}")}
+    return [folder for folder in sorted(folders) if undelivered(folder)]
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="scripts/sync_mlflow", description=__doc__)
+    default = Path(os.environ.get("BNRE_OUTPUT_DIR", "outputs"))
+    parser.add_argument("output", nargs="?", type=Path, default=default, help="of the runs; default: %(default)s")
+    given = parser.parse_args(arguments)
+    if not given.output.is_dir():
+        parser.error(f"there is no folder {given.output.absolute()}")
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    folders = waiting(given.output)
+    if not folders:
+        console.print(f"MLflow has everything of the runs in {given.output}.")
+        return 0
+    sent = failed = 0
+    for folder in track(folders, "delivering", console=console, disable=not console.is_terminal):
+        if is_alive(folder):
+            console.print(f"{folder}: still running, and delivers by itself", soft_wrap=True)
+            continue
+        try:
+            records, left = sync(folder)
+        except UserError as error:
+            console.print(f"{folder}: {undelivered(folder)} records are not delivered: {error}", soft_wrap=True)
+            failed += 1
+            continue
+        sent += records
+        console.print(f"{folder}: {records} records delivered" + (f", {left} left" if left else ""), soft_wrap=True)
+    console.print(f"{sent} records of {len(folders)} runs delivered; {failed} runs could not be.")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

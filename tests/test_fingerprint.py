@@ -1,0 +1,84 @@
+"""What a key is made of: code that is reached, versions, tensors."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from bnre_exp import fingerprint
+from bnre_exp.fingerprint import code_digest, digest, environment, tensors_digest, users_code
+
+
+def write(folder: Path, **files: str) -> None:
+    for name, text in files.items():
+        path = folder / f"{name.replace('__', '/')}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(text))
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    write(
+        tmp_path,
+        mynet_fp="import torch\nfrom blocks_fp import layers\nimport blocks_fp.extra as e\n",
+        blocks_fp__layers="from . import deep\nfrom torchvision.ops import Conv2dNormActivation\n",
+        blocks_fp__deep="import os, json\nx = 1\n",
+        blocks_fp__extra="from .deep import x\n",
+        blocks_fp__unused="x = 1\n",
+        other_fp="import mynet_fp\n",
+    )
+    (tmp_path / "blocks_fp" / "__init__.py").write_text("")
+    yield tmp_path
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("mynet_fp", "blocks_fp", "other_fp")]:
+        del sys.modules[name]
+
+
+def test_a_users_code_is_followed_through_its_imports(project):
+    found = users_code(["mynet_fp"])
+    assert set(found) == {
+        "mynet_fp", "blocks_fp", "blocks_fp.layers", "blocks_fp.deep", "blocks_fp.extra", "torch", "torchvision",
+    }  # fmt: skip
+    assert found["torch"].startswith("torch 2") and len(found["blocks_fp.deep"]) == 64
+    write(project, blocks_fp__deep="import os, json\nx = 2\n")
+    changed = users_code(["mynet_fp"])
+    assert {name for name in found if found[name] != changed[name]} == {"blocks_fp.deep"}
+    write(project, blocks_fp__unused="x = 2\n")
+    assert users_code(["mynet_fp"]) == changed
+
+
+def test_installed_packages_count_by_version_and_the_package_itself_not_at_all():
+    found = users_code(["efficientnet_lite_pytorch", "bnre_exp.data", "json", "no_such_module"])
+    assert set(found) == {"efficientnet_lite_pytorch"} and found["efficientnet_lite_pytorch"].endswith("0.1.0")
+
+
+def test_own_code_is_that_of_the_stage_and_what_it_imports():
+    closure = fingerprint._closure(("bnre_exp.steps.fp32",), lambda name: name.startswith("bnre_exp."))
+    assert {"bnre_exp.stages.train", "bnre_exp.stages.evaluate", "bnre_exp.steps.outcome"} <= set(closure)
+    assert not {name for name in closure if "fold" in name or "tracking" in name or "reestimate" in name}
+    assert code_digest(["bnre_exp.steps.fp32"]) != code_digest(["bnre_exp.steps.fold"])
+    assert "bnre_exp.stages.fold" in fingerprint._closure(
+        ("bnre_exp.steps.fold",), lambda name: name.startswith("bnre_exp.")
+    )
+
+
+def test_tensors_differ_by_name_dtype_shape_and_value():
+    x = torch.arange(6.0)
+    variants = [
+        {"a": x}, {"b": x}, {"a": x.reshape(2, 3)}, {"a": x.double()}, {"a": x + 1e-6}, {"a": x, "b": x},
+        {"a": torch.tensor(0.0)}, {"a": torch.empty(0)}, {"a": torch.tensor([True])}, {"a": x.bfloat16()},
+    ]  # fmt: skip
+    digests = [tensors_digest(variant) for variant in variants]
+    assert len(set(digests)) == len(digests)
+    image = torch.rand(2, 3, 4, 4)
+    layout = {"a": image.to(memory_format=torch.channels_last)}
+    assert tensors_digest({"a": image}) == tensors_digest(layout)
+
+
+def test_digest_and_environment():
+    assert digest({"a": 1, "b": [2.5, None]}) == digest({"b": [2.5, None], "a": 1}) != digest({"a": 1, "b": [2.5, 0]})
+    assert environment()["torch"] == torch.__version__.partition("+")[0]

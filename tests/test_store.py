@@ -1,0 +1,196 @@
+"""The stage store: computed once, whole or not at all, checked when read, and room made without harm to who uses it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bnre_exp.store import ENTRY, Entry, Store
+
+CONFIG = {"quant.weight_bits": 4}
+
+
+def fill(text: str = "result"):
+    def write(folder: Path) -> None:
+        (folder / "deep").mkdir()
+        (folder / "deep" / "file.txt").write_text(text)
+
+    return write
+
+
+def compute(store: Store, stage: str = "qat", depends=None, text: str = "result") -> tuple[Entry, bool]:
+    """The entry, and whether it had to be written."""
+    with store.stage(stage, depends or {"bits": 4}) as slot:
+        if slot.entry is not None:
+            return slot.entry, False
+        entry = slot.write(CONFIG, fill(text))
+        assert entry is not None
+        return entry, True
+
+
+def test_a_result_is_found_again_by_all_that_it_depends_on(tmp_path):
+    with Store(tmp_path) as store:
+        entry, written = compute(store)
+        assert written and (entry.folder / "deep" / "file.txt").read_text() == "result"
+        assert entry.size == 6 and entry.config == CONFIG and entry.depends == {"bits": 4}
+    with Store(tmp_path) as store:
+        assert compute(store, depends={"bits": 4})[1] is False
+        assert store.has("qat", {"bits": 4}) and not store.has("qat", {"bits": 3})
+        assert not store.has("reest", {"bits": 4})
+        assert compute(store, depends={"bits": 3})[1] is True
+        assert compute(store, depends={"bits": 4, "code": "new"})[1] is True
+        assert compute(store, depends={"code": "new", "bits": 4})[1] is False  # the order of keys means nothing
+        assert len(store.entries()) == 3
+
+
+def test_off_keeps_nothing(tmp_path):
+    with Store(tmp_path / "store", mode="off") as store, store.stage("qat", {}) as slot:
+        assert slot.entry is None and slot.partial is None and slot.write(CONFIG, fill()) is None
+        assert not store.has("qat", {})
+    assert not (tmp_path / "store").exists()
+
+
+def test_refresh_computes_once_a_command(tmp_path):
+    with Store(tmp_path) as store:
+        compute(store, text="old")
+    began = time.time()
+    with Store(tmp_path, mode="refresh", since=began) as store:
+        assert not store.has("qat", {"bits": 4})
+        entry, written = compute(store, text="new")
+        assert written and (entry.folder / "deep" / "file.txt").read_text() == "new"
+        assert compute(store)[1] is False and store.has("qat", {"bits": 4})  # the next job of the sweep
+    with Store(tmp_path) as store:
+        assert compute(store)[0].created >= began and len(store.entries()) == 1
+
+
+def cut(entry: Entry) -> None:
+    file = entry.folder / "deep" / "file.txt"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip(entry: Entry) -> None:
+    (entry.folder / "deep" / "file.txt").write_text("rEsult")
+
+
+def lose(entry: Entry) -> None:
+    (entry.folder / "deep" / "file.txt").unlink()
+
+
+def change_record(entry: Entry) -> None:
+    record = json.loads((entry.folder / ENTRY).read_text())
+    record["config"]["quant.weight_bits"] = 5
+    (entry.folder / ENTRY).write_text(json.dumps(record))
+
+
+def cut_record(entry: Entry) -> None:
+    (entry.folder / ENTRY).write_text('{"format": 1,')
+
+
+@pytest.mark.parametrize("damage", [cut, flip, lose, change_record, cut_record], ids=lambda f: f.__name__)
+def test_a_damaged_result_is_set_aside_and_computed_anew(tmp_path, damage, caplog):
+    with Store(tmp_path) as store:
+        damage(compute(store)[0])
+        with caplog.at_level(logging.WARNING):
+            entry, written = compute(store)
+        assert written and (entry.folder / "deep" / "file.txt").read_text() == "result"
+        assert "damaged" in caplog.text and len(list((tmp_path / "damaged").iterdir())) == 1
+        assert compute(store)[1] is False
+        assert store.remove_damaged() == 1 and not (tmp_path / "damaged").exists()
+
+
+def test_a_computation_that_fails_leaves_nothing_but_its_partial_state(tmp_path):
+    with Store(tmp_path) as store:
+        with pytest.raises(RuntimeError), store.stage("qat", {"bits": 4}) as slot:
+            slot.partial.mkdir(parents=True)
+            (slot.partial / "epoch").write_text("1")
+            raise RuntimeError
+        with store.stage("qat", {"bits": 4}) as slot:
+            assert slot.entry is None and (slot.partial / "epoch").read_text() == "1"
+
+            def failing(folder: Path) -> None:
+                (folder / "half").write_text("x")
+                raise OSError(28, "No space left on device")
+
+            assert slot.write(CONFIG, failing) is None and (slot.partial / "epoch").exists()
+            assert slot.write(CONFIG, fill()) is not None and not slot.partial.exists()
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_the_least_recently_used_go_first_and_what_is_in_use_stays(tmp_path):
+    with Store(tmp_path, max_bytes=30) as store:
+        for bits in (2, 3, 4):
+            compute(store, depends={"bits": bits}, text="0123456789")
+        for number, entry in enumerate(store.entries()):
+            os.utime(entry.folder / ENTRY, (1000 + number, 1000 + number))
+        compute(store, depends={"bits": 8}, text="0123456789")
+        assert len(store.entries()) == 4  # this store's job may still need them
+    with Store(tmp_path, max_bytes=30) as later, Store(tmp_path, max_bytes=30) as user:
+        oldest = {"bits": 2}
+        assert compute(user, depends=oldest)[1] is False  # now the one used last, and in use
+        os.utime(later.entries()[-1].folder / ENTRY, (1, 1))
+        compute(later, depends={"bits": 16}, text="0123456789")
+        left = [entry.depends["bits"] for entry in later.entries()]
+        assert 2 in left and 16 in left and len(left) == 3, left
+    assert not any((tmp_path / "pins").rglob("*.lock"))
+
+
+def test_pruning_by_age_takes_unfinished_work_too(tmp_path):
+    with Store(tmp_path) as store:
+        compute(store)
+        with pytest.raises(RuntimeError), store.stage("fp32", {}) as slot:
+            slot.partial.mkdir(parents=True)
+            raise RuntimeError
+    store = Store(tmp_path)
+    assert store.evict(float("inf"), older_than=time.time() - 60) == [] and len(store.entries()) == 1
+    assert len(store.evict(float("inf"), older_than=time.time() + 60)) == 1 and store.entries() == []
+    assert list((tmp_path / "partial").iterdir()) == []
+
+
+PROGRAM = """
+import sys, time
+from pathlib import Path
+from bnre_exp.store import Store
+folder, seconds = Path(sys.argv[1]), float(sys.argv[2])
+with Store(folder) as store, store.stage("fp32", {"a": 1}, lambda who: print("waits for", who, flush=True)) as slot:
+    print("inside", flush=True)
+    if slot.entry is None:
+        with open(folder / "computed", "a") as file:
+            file.write("x")
+        time.sleep(seconds)
+        slot.write({}, lambda f: (f / "r").write_text("r"))
+"""
+
+
+def start(folder: Path, seconds: float) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(folder), str(seconds)], stdout=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.slow
+def test_one_process_computes_and_the_others_wait_for_it(tmp_path):
+    processes = [start(tmp_path, 3) for _ in range(4)]
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4
+    assert (tmp_path / "computed").read_text() == "x"
+    assert sum("waits for process" in text for text in said) >= 1
+
+
+@pytest.mark.slow
+def test_when_the_one_that_computes_is_killed_another_takes_over(tmp_path):
+    first = start(tmp_path, 600)
+    assert first.stdout.readline() == "inside\n"
+    second = start(tmp_path, 0)
+    assert f"waits for process {first.pid} on " in second.stdout.readline()
+    first.send_signal(signal.SIGKILL)
+    assert second.communicate(timeout=60)[0] == "inside\n" and second.returncode == 0
+    assert (tmp_path / "computed").read_text() == "xx"
+    assert Store(tmp_path).has("fp32", {"a": 1})
