@@ -43,6 +43,7 @@ from bnre_exp.mistakes import (
     explain_failure,
     is_full_disk,
 )
+from bnre_exp.report.console import PrefixedLines
 
 PLAIN_WIDTH = 120  # columns of a console that is a file or a pipe
 
@@ -122,6 +123,8 @@ def _job(composed: DictConfig) -> Optional[float]:
     overrides = [str(text) for text in OmegaConf.to_container(info.overrides.task, resolve=False) or []]
     is_multirun = info.mode is RunMode.MULTIRUN
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    if is_multirun and _is_apart(info):  # jobs share a terminal: whose line is it?
+        console = Console(file=PrefixedLines(sys.stdout, f"[{info.job.num}] "), width=PLAIN_WIDTH)  # type: ignore[arg-type]
     label = f"{info.job.num}: {' '.join(overrides)}" if is_multirun else " ".join(overrides)
     try:
         with _sigterm_raises():
@@ -351,7 +354,8 @@ def _sweep(ahead: _Ahead, folder: Path, console: Console) -> None:
     from bnre_exp.sweep import SweepPlan, run_sweep
 
     experiment = ahead.composed.hydra.runtime.choices.get("experiment")
-    label = ahead.tracking.run_name or " ".join(["sweep", *([experiment] if experiment else []), *ahead.overrides])
+    swept = [o for o in ahead.overrides if OverridesParser.create().parse_override(o).is_sweep_override()]
+    label = ahead.tracking.run_name or " ".join([str(experiment) if experiment else "sweep", *swept])
     os.environ[JOBS_AT_ONCE] = str(ahead.jobs_at_once)
     plan = SweepPlan(folder, ahead.identity, label[:250], ahead.overrides, ahead.tracking, ahead.runtime)
     with runs.claim(folder), runs.recorded(folder, ahead.identity, label) as record:

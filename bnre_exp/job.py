@@ -24,7 +24,7 @@ from bnre_exp.provenance import compare_link, ui_command
 from bnre_exp.quantsim.insert import quantize
 from bnre_exp.report.console import ConsoleProgress
 from bnre_exp.report.layers import layers_markdown
-from bnre_exp.report.summary import StageResult, Summary, markdown
+from bnre_exp.report.summary import RUN_FOLDER, StageResult, Summary, markdown
 from bnre_exp.stages.reestimate import has_running_statistics
 from bnre_exp.steps.outcome import Outcome
 from bnre_exp.steps.setting import Setting, scheme, seed
@@ -184,7 +184,7 @@ def _log_inputs(log: RunLog, config: Config, loaders: Loaders, preprocessing: Pr
 def leave_report(job: Job) -> None:
     """The report of a whole run, or of what is finished when a stage fails."""
     summary, log = job.results.summary, job.log
-    summary.places["run folder"] = str(job.run_dir)
+    summary.places[RUN_FOLDER] = str(job.run_dir)
     if log.uri is not None and log.experiment_id is not None:
         summary.places["MLflow"] = ui_command(log.uri)
         summary.places["  then open"] = compare_link(log.experiment_id)

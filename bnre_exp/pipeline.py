@@ -76,7 +76,7 @@ def run(
             _run_stages(job)
         finally:
             leave_report(job)
-    print_summary(job.results.summary, console)
+    print_summary(job.results.summary, console, with_places=parent is None)
     results = job.results
     del job
     gc.collect()  # graphs and parametrized layers are reference cycles; over a sweep they would pile up
@@ -120,7 +120,9 @@ def _stage(job: Job, planned: Planned, passing: Passing) -> Optional[nn.Module]:
             if stage != "fold":
                 passing.found(slot.entry.folder, is_sim=stage != "fp32")
         else:
+            started = time.perf_counter()
             outcome, network = WORK[stage](job.setting, passing.take(), snapshots)
+            outcome.metrics[f"{stage}/total_seconds"] = time.perf_counter() - started  # with its evaluation
             how = "resumed" if snapshots is not None and snapshots.resumed else "computed"
             _keep(slot, planned, outcome, None if stage == "fold" else network)
             if stage == "fold":
@@ -174,8 +176,10 @@ def _export(job: Job, planned: Planned, passing: Passing, folded: Optional[nn.Mo
                 if name.startswith(f"{FOLDED}/"):
                     place_file(slot.entry.folder / name, job.run_dir / name)
         else:
+            started = time.perf_counter()
             network = folded if folded is not None else fold_again(job.setting, passing.take())
             outcome, how = export(job.setting, network, job.run_dir), "computed"
+            outcome.metrics["export/total_seconds"] = time.perf_counter() - started
 
             def fill(folder: Path) -> None:
                 write_outcome(folder, outcome)

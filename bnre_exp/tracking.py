@@ -319,7 +319,10 @@ class Delivery:
                 try:
                     _send(client, self.folder, self._note, record)
                 except Exception as error:
-                    if not _is_refusal(error):
+                    if _code(error) == "RESOURCE_DOES_NOT_EXIST":  # the run is gone: everything goes there again
+                        self._note = {}
+                        _write_note(self.folder, self._note)
+                    if _code(error) not in REFUSED:
                         raise
                     logger.warning("MLflow refuses a record of %s: %s", self.folder, _first_line(error))
                 self._note["count"] += 1
@@ -446,8 +449,8 @@ def _send_model(client: Any, folder: Path, note: Mapping[str, Any], known: Mappi
     client.log_batch(run, metrics=batch)
 
 
-def _is_refusal(error: Exception) -> bool:
-    return getattr(error, "error_code", None) in REFUSED
+def _code(error: Exception) -> Optional[str]:
+    return getattr(error, "error_code", None)
 
 
 def _all_tags(run_dir: Path, tags: Mapping[str, str]) -> dict[str, str]:

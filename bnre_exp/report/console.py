@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Iterator
-from typing import Optional, TypeVar
+from typing import Optional, TextIO, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -27,3 +28,20 @@ class ConsoleProgress:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True) as bars:
             yield from bars.track(iterable, total=total, description=description)
+
+
+class PrefixedLines(io.TextIOBase):
+    """A text stream that puts ``prefix`` before every line: whose line it is, where several jobs share a terminal."""
+
+    def __init__(self, stream: TextIO, prefix: str) -> None:
+        self._stream, self._prefix, self._rest = stream, prefix, ""
+
+    def write(self, text: str) -> int:
+        """Write whole lines, each in one piece; what follows the last one waits for its end."""
+        *lines, self._rest = (self._rest + text).split("\n")
+        self._stream.write("".join(f"{self._prefix}{line}\n" for line in lines))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush the stream."""
+        self._stream.flush()

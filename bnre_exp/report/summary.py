@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+RUN_FOLDER = "run folder"
 LISTED = 4  # entries of a list of exceptions that the console shows; report.md has them all
 
 
@@ -54,14 +55,16 @@ def _cells(row: StageResult) -> tuple[str, str, str, str]:
     return f"{row.top1:.4f}", delta, loss, f"{row.seconds:.1f}"
 
 
-def print_summary(summary: Summary, console: Console) -> None:
-    """Print the table, the exceptions grouped by reason, and where things are."""
+def print_summary(summary: Summary, console: Console, with_places: bool = True) -> None:
+    """Print the table, the exceptions grouped by reason, and where things are; of a job of a sweep, only its folder."""
     console.print()
     console.print(stage_table(summary))
     for heading, rows in summary.exceptions.items():
         for line in _by_reason(rows):
             console.print(Text(f"{heading}: {line}"))
     for what, place in summary.places.items():
+        if not with_places and what != RUN_FOLDER:
+            continue
         console.print(Text(f"{what}: "), Text(place, style="cyan"), sep="", soft_wrap=True)
 
 
