@@ -43,6 +43,11 @@ def plan(setting: Setting) -> list[Planned]:
     for stage in stages_of(setting.config):
         section = SECTIONS[stage]
         own = {name: value for name, value in flat.items() if section and name.startswith(f"{section}.")}
+        if stage == "fp32":
+            epochs = epochs_of(
+                setting
+            )  # train.epochs=null is the dataset's number; without training nothing else counts
+            own = {**own, "train.epochs": epochs} if epochs else {"train.epochs": 0}
         shown = {**shown, **own}
         depends: dict[str, Any] = {"stage": stage, "config": own, "code": code_digest([f"{PACKAGE}.steps.{stage}"])}
         if planned:
@@ -67,7 +72,6 @@ def _origin(setting: Setting) -> dict[str, Any]:
         "data_code": code_digest([f"{PACKAGE}.data"]),
         "users_code": users_code(sorted(name for name in modules if name)),
         "environment": environment(),
-        "epochs": epochs_of(setting),
         "seed": config.seed,
         "runtime": {
             "device": setting.device.type,
