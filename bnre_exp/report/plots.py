@@ -29,11 +29,12 @@ Points = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Series:
-    """One colour. before, after: ``(x, top-1)`` without and with re-estimated statistics, ascending in x."""
+    """Runs that differ in nothing else. before: ``(x, top-1)`` without re-estimated statistics, ascending in x; after:
+    the same with them, by what sets them apart among themselves."""
 
     label: str
     before: Points
-    after: Points
+    after: dict[str, Points]
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,21 @@ def label_of(row: RunRow, names: Sequence[str]) -> str:
 
 def bits_series(rows: Sequence[RunRow]) -> list[Series]:
     """Top-1 against weight bits, a series for all else that differs; empty unless there are two bitwidths."""
-    others = [name for name in differing_params(rows) if name != BITS and not name.startswith(REEST)]
+    differing = [name for name in differing_params(rows) if name != BITS]
+    others = [name for name in differing if not name.startswith(REEST)]
+    own = differing_params([row for row in rows if "reest/top1" in row.metrics])
+    own = [name for name in own if name.startswith(REEST)]
     shown = [row for row in ordered(rows) if number(row.params.get(BITS)) is not None]
     if len({row.params[BITS] for row in shown}) < 2:
         return []
     series = []
     for label, members in _grouped(shown, others).items():
         pairs = {(float(row.params[BITS]), before(row)) for row in members}
-        after = {(float(row.params[BITS]), row.metrics.get("reest/top1")) for row in members}
-        series.append(Series(label, _points(pairs), _points(after)))
+        after = {
+            how: _points({(float(row.params[BITS]), row.metrics.get("reest/top1")) for row in same})
+            for how, same in _grouped(members, own).items()
+        }
+        series.append(Series(label, _points(pairs), {how: points for how, points in after.items() if points}))
     return [one for one in series if one.before or one.after]
 
 
@@ -84,7 +91,7 @@ def batches_series(rows: Sequence[RunRow]) -> list[Series]:
         start = next((value for row in members if (value := before(row)) is not None), None)
         points = _points(after)
         if points:
-            series.append(Series(label, _points({(0.0, start)}), points))
+            series.append(Series(label, _points({(0.0, start)}), {"": points}))
     return series
 
 
@@ -174,30 +181,33 @@ def _draw_fp32(axes: Any, value: Optional[float]) -> None:
 
 def _draw_bits(axes: Any, series: Sequence[Series], fp32: Optional[float]) -> None:
     _draw_fp32(axes, fp32)
-    for n, one in enumerate(series):
+    n = 0
+    for one in series:
         name = f"{one.label}: " if one.label else ""
-        hollow = {**_style(n), "markerfacecolor": "white", "linestyle": "--"}
         if one.before:
+            hollow = {**_style(n), "markerfacecolor": "white", "linestyle": "--"}
             axes.plot(*zip(*one.before), **hollow, label=f"{name}before re-estimation")
-        if one.after:
-            axes.plot(*zip(*one.after), **_style(n), label=f"{name}after re-estimation")
-    ticks = sorted({x for one in series for x, _ in [*one.before, *one.after]})
+        for how, points in one.after.items():
+            axes.plot(*zip(*points), **_style(n), label=f"{name}after re-estimation{', ' if how else ''}{how}")
+            n += 1
+        n += not one.after
+    ticks = sorted({x for one in series for points in (one.before, *one.after.values()) for x, _ in points})
     axes.set_xticks(ticks, [f"{x:.0f}" for x in ticks])
     axes.set_xlabel("bits of weights")
     axes.set_title("Top-1 before and after BN re-estimation, by weight bits")
-    _legend(axes, 2 * len(series))
+    _legend(axes, n + len(series))
 
 
 def _draw_batches(axes: Any, series: Sequence[Series], fp32: Optional[float]) -> None:
     _draw_fp32(axes, fp32)
     for n, one in enumerate(series):
         name = f"{one.label}: " if one.label else ""
-        axes.plot(*zip(*[p for p in one.after if p[0] > 0]), **_style(n), label=f"{name}re-estimated")
+        axes.plot(*zip(*[p for p in one.after[""] if p[0] > 0]), **_style(n), label=f"{name}re-estimated")
         if one.before:
             value = one.before[0][1]
             colour = COLOURS[n % len(COLOURS)]
             axes.axhline(value, color=colour, linestyle="--", linewidth=1.2, label=f"{name}before, {value:.4f}")
-    ticks = sorted({x for one in series for x, _ in one.after if x > 0})
+    ticks = sorted({x for one in series for x, _ in one.after[""] if x > 0})
     axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{x:.0f}" for x in ticks])
     axes.set_xticks([], minor=True)
