@@ -184,6 +184,7 @@ def _log_inputs(log: RunLog, config: Config, loaders: Loaders, preprocessing: Pr
 def leave_report(job: Job) -> None:
     """The report of a whole run, or of what is finished when a stage fails."""
     summary, log = job.results.summary, job.log
+    log.connect()
     summary.places[RUN_FOLDER] = str(job.run_dir)
     if log.uri is not None and log.experiment_id is not None:
         summary.places["MLflow"] = ui_command(log.uri)

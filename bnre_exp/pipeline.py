@@ -67,6 +67,7 @@ def run(
             uri=config.tracking.uri,
             enabled=config.tracking.enabled,
             parent=parent,
+            connect=False,
         ) as log,
         open_store(config, time.time() if since is None else since) as store,
     ):
@@ -120,6 +121,7 @@ def _stage(job: Job, planned: Planned, passing: Passing) -> Optional[nn.Module]:
             if stage != "fold":
                 passing.found(slot.entry.folder, is_sim=stage != "fp32")
         else:
+            job.log.connect()
             started = time.perf_counter()
             outcome, network = WORK[stage](job.setting, passing.take(), snapshots)
             outcome.metrics[f"{stage}/total_seconds"] = time.perf_counter() - started  # with its evaluation
@@ -176,6 +178,7 @@ def _export(job: Job, planned: Planned, passing: Passing, folded: Optional[nn.Mo
                 if name.startswith(f"{FOLDED}/"):
                     place_file(slot.entry.folder / name, job.run_dir / name)
         else:
+            job.log.connect()
             started = time.perf_counter()
             network = folded if folded is not None else fold_again(job.setting, passing.take())
             outcome, how = export(job.setting, network, job.run_dir), "computed"

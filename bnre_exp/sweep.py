@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from bnre_exp.config import RuntimeConfig, TrackingConfig
-from bnre_exp.errors import SweepFailed
+from bnre_exp.errors import SweepFailed, UserError
 from bnre_exp.journal import last_metrics, read_records
 from bnre_exp.provenance import compare_link, git_tags, ui_command
 from bnre_exp.report.comparison import RunRow, comparison_csv, comparison_markdown, comparison_table
@@ -45,13 +46,15 @@ def run_sweep(plan: SweepPlan, launch: Callable[[], None], console: Console) -> 
     tracking, output = plan.tracking, Path(plan.runtime.output_dir)
     with open_run(
         plan.folder, params={}, tags=tags, output_dir=output, experiment=tracking.experiment, run_name=plan.label,
-        uri=tracking.uri, enabled=tracking.enabled,
+        uri=tracking.uri, enabled=tracking.enabled, connect=False,
     ) as log:  # fmt: skip
         error: Optional[BaseException] = None
         try:
             launch()
         except BaseException as caught:
             error = caught
+        with suppress(UserError):  # the jobs have said so
+            log.connect()
         close_dead_jobs(plan.folder)
         _leave_comparison(plan, log, console)
         failed = failed_jobs(plan.folder)

@@ -65,6 +65,12 @@ class RunLog:
         """Records that MLflow does not have yet."""
         return self._delivery.pending if self._delivery else 0
 
+    def connect(self) -> None:
+        """Open MLflow and bring there what the journal holds. Raises ``UserError`` if the store is no server and does
+        not work, which is a mistake that should be told before any work; a server may come back."""
+        if self._delivery is not None:
+            self._delivery.open()
+
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Log metrics by name; ``step``: epoch of a curve. Raises ``OSError`` if the journal cannot be written."""
         self._add("metrics", json_numbers(values), step=step)
@@ -129,14 +135,16 @@ def open_run(
     uri: Optional[str] = None,
     enabled: bool = True,
     parent: Optional[Path] = None,
+    connect: bool = True,
 ) -> Iterator[RunLog]:
     """Log to ``run_dir/metrics.jsonl`` and, if ``enabled``, to an MLflow run that ends with the block.
 
     uri: of the tracking server or store; None: an SQLite store ``mlflow.db`` in ``output_dir``. parent: folder of the
-    run that this one is nested in. A folder that has a journal goes on with it, and with its MLflow run. The run ends
-    FINISHED, or KILLED when the block was interrupted (Ctrl-C, SIGTERM), or FAILED, with the exception in the tag
-    ``error``. Raises ``UserError`` if MLflow cannot be opened; a server that does not answer, and any later failure,
-    costs a warning.
+    run that this one is nested in. connect: False leaves MLflow alone until :meth:`RunLog.connect`, or the end of the
+    run, since importing it takes a second. A folder that has a journal goes on with it, and with its MLflow run. The
+    run ends FINISHED, or KILLED when the block was interrupted (Ctrl-C, SIGTERM), or FAILED, with the exception in the
+    tag ``error``. Raises ``UserError`` if MLflow cannot be opened; a server that does not answer, and any later
+    failure, costs a warning.
     """
     with Journal(run_dir) as journal:
         delivery = None
@@ -151,8 +159,9 @@ def open_run(
         journal.add("run", about) if is_new else journal.add("status", "RUNNING", error=None)
         if enabled and "uri" in journal.records[0].get("run", {}):
             delivery = Delivery(journal)
-            delivery.open()
         log = RunLog(journal, delivery)
+        if connect:
+            log.connect()
         try:
             log._add("params", as_params(params))
             yield log
@@ -170,7 +179,7 @@ def end_run(run_dir: Path, status: str) -> None:
             return
         journal.add("status", status, error="its process ended without a word")
         if "uri" in journal.records[0].get("run", {}):
-            Delivery(journal).flush()
+            Delivery(journal).flush(again=True)
 
 
 def sync(run_dir: Path) -> tuple[int, int]:
@@ -244,7 +253,7 @@ class Delivery:
         self.uri: str = self.about["uri"]
         self._note = _read_note(self.folder)
         self._client: Any = None
-        self._is_checked = False
+        self._is_open = self._is_checked = False
         self._next_try = 0.0
         self.problem: Optional[str] = None
 
@@ -262,13 +271,14 @@ class Delivery:
         return len(self._journal.records) - int(self._note.get("count", 0))
 
     def open(self) -> None:
-        """The first delivery. Raises ``UserError`` if the store is no server and does not work, which is a mistake that
-        should be told before any work; a server may come back."""
-        self.flush(is_first=True)
+        """The first delivery. Raises ``UserError`` if the store is no server and does not work."""
+        if not self._is_open:
+            self._is_open = True
+            self.flush(is_first=True)
 
     def flush(self, *, again: bool = False, is_first: bool = False) -> None:
         """Deliver what is pending; after a failure, not before a pause is over, unless ``again``."""
-        if not self.pending or (time.monotonic() < self._next_try and not again):
+        if not self.pending or not (again or (self._is_open and time.monotonic() >= self._next_try)):
             return
         lock = FileLock(self.folder / "mlflow.lock")
         try:
@@ -280,19 +290,19 @@ class Delivery:
             self._deliver()
             self.problem = None
         except Exception as error:
+            already, self.problem = self.problem, _first_line(error)
             if is_first and (isinstance(error, UserError) or not self.uri.startswith("http")):
                 raise UserError(
                     f"MLflow cannot be opened at {self.uri}: {_first_line(error)}\nCorrect tracking.uri, or run "
                     "without MLflow: tracking.enabled=false (metrics then are in metrics.jsonl only)."
                 ) from error
             self._next_try = time.monotonic() + PAUSE
-            if self.problem is None:
+            if already is None:
                 logger.warning(
                     "MLflow at %s does not take records (%s). The run goes on; what is missing there is in %s, and is "
                     "delivered when MLflow answers, or by scripts/sync_mlflow.",
                     self.uri, _first_line(error), self._journal.folder / "metrics.jsonl",
                 )  # fmt: skip
-            self.problem = _first_line(error)
         finally:
             lock.release()
 
