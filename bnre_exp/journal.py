@@ -1,7 +1,7 @@
 """A run's own record of all that it logs, ``metrics.jsonl``: written and on disk before MLflow hears of it.
 
 One JSON object a line, each with ``time`` (seconds since 1970) and one of ``run`` (what the run is), ``params``,
-``metrics`` (with ``step``), ``tags``, ``dataset``, ``artifact``, ``table``, ``model`` and ``status``.
+``metrics`` (with ``step``), ``tags``, ``dataset``, ``artifact``, ``table``, ``model``, ``view`` and ``status``.
 """
 
 from __future__ import annotations

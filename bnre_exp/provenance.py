@@ -44,8 +44,11 @@ def ui_command(uri: str) -> str:
     return f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {program}"  # job execution would take 2 GB and 20 s
 
 
-def compare_link(experiment_id: str, address: str = UI_ADDRESS, sweep: Optional[str] = None) -> str:
-    """Where the UI shows an experiment's runs, or those of one sweep (by its run's id), as charts."""
+def compare_link(experiment_id: str, address: str = UI_ADDRESS, view: Optional[str] = None) -> str:
+    """Where the UI shows an experiment's runs as charts, the most accurate first; or a view saved under a key.
+
+    (Sorted by a metric, the UI lists nested runs beside the others; sorted by date it folds them away.)
+    """
     link = f"{address}/#/experiments/{experiment_id}/runs?workflowType=machine_learning&compareRunsMode=CHART"
-    only = f"tags.mlflow.parentRunId = '{sweep}'"
-    return f"{link}&searchFilter={quote(only)}" if sweep else link
+    order = f"orderByKey={quote('metrics.`fold/top1`', safe='')}&orderByAsc=false"
+    return f"{link}&viewStateShareKey={view}" if view else f"{link}&{order}"

@@ -17,7 +17,14 @@ from bnre_exp.config import RuntimeConfig, TrackingConfig
 from bnre_exp.errors import SweepFailed, UserError
 from bnre_exp.journal import last_metrics, read_records
 from bnre_exp.provenance import compare_link, git_tags, ui_command
-from bnre_exp.report.comparison import RunRow, comparison_csv, comparison_markdown, comparison_table
+from bnre_exp.report.comparison import (
+    RunRow,
+    comparison_csv,
+    comparison_markdown,
+    comparison_table,
+    differing_params,
+    measured,
+)
 from bnre_exp.report.plots import save_plots
 from bnre_exp.runs import FAILED, FINISHED, KILLED, RUNNING, RunRecord, is_alive, read_record, write_record
 from bnre_exp.tracking import RunLog, end_run, open_run
@@ -138,7 +145,8 @@ def _leave_comparison(plan: SweepPlan, log: RunLog, console: Console) -> None:
         places["pictures"] = f"{plan.folder}{'/' if len(pictures) == 1 else ': '}{', '.join(pictures)}"
     if log.uri is not None and log.experiment_id is not None:
         places["MLflow"] = ui_command(log.uri)
-        places["  then open"] = compare_link(log.experiment_id, sweep=log.run_id)
+        shown = [metric for metric, _ in measured(rows) if metric != "fp32/top1"]
+        places["  then open"] = compare_link(log.experiment_id, view=log.view(differing_params(rows), shown))
     if log.undelivered:
         places["not in MLflow yet"] = f"{log.undelivered} records of the sweep's own run: scripts/sync_mlflow"
     for what, place in places.items():

@@ -24,6 +24,7 @@ from typing import Any, Optional
 
 from filelock import FileLock, Timeout
 
+from bnre_exp.charts import charts
 from bnre_exp.errors import UserError
 from bnre_exp.filesystems import is_on_network
 from bnre_exp.journal import Journal, json_numbers, read_records
@@ -104,6 +105,12 @@ class RunLog:
         short = {key: value[:250] for key, value in as_params(params).items()}
         known = {"name": name, "params": short, "metrics": json_numbers(metrics)}
         self._add("model", {"folder": str(folder.relative_to(self.run_dir)), **known})
+
+    def view(self, params: Sequence[str], metrics: Sequence[str]) -> Optional[str]:
+        """Save a view of the runs nested in this one: ``params`` against ``metrics``, and a chart of each metric.
+        Returns its key for a link, None if MLflow is out of reach."""
+        self._add("view", {"params": list(params), "metrics": list(metrics)})
+        return None if self.run_id is None else self.run_id[:12]
 
     def _add(self, kind: str, value: Any, **more: Any) -> None:
         if self._journal.add(kind, value, **more) and self._delivery is not None:
@@ -416,6 +423,9 @@ def _send(client: Any, folder: Path, note: Mapping[str, Any], record: Mapping[st
         client.set_tag(run, "mlflow.loggedArtifacts", json.dumps([{"path": record["table"], "type": "table"}]))
     elif "model" in record and (folder / record["model"]["folder"]).exists():
         _send_model(client, folder, note, record["model"], stamp)
+    elif "view" in record:
+        key, state = f"mlflow.sharedViewState.{run[:12]}", charts(run, **record["view"])
+        client.set_experiment_tag(note["experiment_id"], key, json.dumps(state))
     elif "status" in record:
         if record.get("error"):
             client.set_tag(run, "error", record["error"])

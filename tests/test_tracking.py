@@ -212,6 +212,7 @@ def test_commands_for_people():
         "sqlite:////a b/mlflow.db"
     )
     assert compare_link("7").startswith("http://127.0.0.1:5000/#/experiments/7/runs?")
+    assert compare_link("7", view="abc").endswith("compareRunsMode=CHART&viewStateShareKey=abc")
 
 
 def fill_the_disk(log) -> None:
