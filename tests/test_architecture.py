@@ -45,7 +45,18 @@ ALLOWED = {
     "pipeline": {"config", "errors", "job", "plan", "report", "provenance", "steps", "store", "tracking"},
     "sweep": {"config", "errors", "journal", "provenance", "report", "runs", "tracking"},
     "__init__": {"quantsim", "stages", "export", "errors"},
-    "__main__": {"config", "errors", "fingerprint", "help", "journal", "mistakes", "pipeline", "runs", "sweep"},
+    "__main__": {
+        "config",
+        "errors",
+        "fingerprint",
+        "help",
+        "journal",
+        "mistakes",
+        "pipeline",
+        "report",
+        "runs",
+        "sweep",
+    },
 }
 
 
