@@ -52,8 +52,8 @@ def test_process_stopped_by_sigterm_keeps_what_is_finished(tmp_path: Path) -> No
     deadline = time.monotonic() + 120
     try:
         metrics = "outputs/runs/*/metrics.jsonl"
-        while not any(file.stat().st_size for file in tmp_path.glob(metrics)) and process.poll() is None:
-            assert time.monotonic() < deadline
+        while not any('"metrics"' in file.read_text() for file in tmp_path.glob(metrics)):
+            assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         _, error = process.communicate(timeout=60)
