@@ -13,7 +13,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -156,10 +156,11 @@ def _claimed(
         console.print(f"  a process of the interrupted command is still at it in {run_dir}; waiting", highlight=False)
 
     with runs.claim(run_dir, wait if sweep is not None else None):
-        before = runs.read_record(run_dir)
-        if before is not None and before.identity == identity and before.status == runs.FINISHED and sweep is not None:
+        before, around = runs.read_record(run_dir), runs.read_record(sweep) if sweep is not None else None
+        finished = before if before and before.identity == identity and before.status == runs.FINISHED else None
+        if finished and around and finished.started >= around.started:  # in this very sweep
             console.print(f"  finished already: {run_dir}", highlight=False)
-            return _objective(last_metrics(read_records(run_dir)), info, Config.objective)
+            return _objective(last_metrics(read_records(run_dir)), info, str(composed.objective))
         if before is not None and (before.identity != identity or before.status in (runs.FINISHED, runs.FAILED)):
             runs.set_aside(run_dir)  # another run's, in a folder that the user chose, or one that failed
         with runs.recorded(run_dir, identity, label) as record:
@@ -190,8 +191,13 @@ def _run(
 
 
 def _identity(composed: DictConfig) -> str:
-    """Of a configuration, without Hydra's own part."""
-    return digest({k: v for k, v in _container(composed).items() if k != "hydra"})
+    """Of a configuration, without Hydra's own part, and of the code that it runs."""
+    from bnre_exp.plan import code_identity
+
+    code = ""
+    with suppress(Exception):  # a mistake, which is told where it matters
+        code = code_identity(typed(composed))
+    return digest([{key: value for key, value in _container(composed).items() if key != "hydra"}, code])
 
 
 def _container(composed: DictConfig) -> dict[str, Any]:
@@ -358,14 +364,18 @@ def _sweep(ahead: _Ahead, folder: Path, console: Console) -> None:
     label = ahead.tracking.run_name or " ".join([str(experiment) if experiment else "sweep", *swept])
     os.environ[JOBS_AT_ONCE] = str(ahead.jobs_at_once)
     plan = SweepPlan(folder, ahead.identity, label[:250], ahead.overrides, ahead.tracking, ahead.runtime)
-    with runs.claim(folder), runs.recorded(folder, ahead.identity, label) as record:
-        try:
-            run_sweep(plan, _job, console)
-            record.status = runs.FINISHED
-        except BaseException as error:
-            record.status = runs.FAILED if isinstance(error, Exception) else runs.KILLED
-            record.error = explain_failure(error, None).splitlines()[-1]
-            raise
+    with runs.claim(folder):
+        before = runs.read_record(folder)
+        if before is not None and (before.identity != ahead.identity or before.status in (runs.FINISHED, runs.FAILED)):
+            runs.set_aside(folder)  # another sweep's, in a folder that the user chose
+        with runs.recorded(folder, ahead.identity, label) as record:
+            try:
+                run_sweep(plan, _job, console)
+                record.status = runs.FINISHED
+            except BaseException as error:
+                record.status = runs.FAILED if isinstance(error, Exception) else runs.KILLED
+                record.error = explain_failure(error, None).splitlines()[-1]
+                raise
 
 
 def _tell_failed_jobs(folder: Path) -> int:

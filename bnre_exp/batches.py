@@ -35,7 +35,7 @@ class SeededBatches(Sampler[BatchKey]):
     """Batches of ``(positions, seed of the batch)`` out of ``count``; every pass goes on with the same generator."""
 
     def __init__(self, count: int, batch_size: int, *, shuffle: bool, drop_last: bool, seed: int) -> None:
-        self.count, self.batch_size, self.shuffle = count, batch_size, shuffle
+        self.count, self.batch_size, self.shuffle, self.seed = count, batch_size, shuffle, seed
         # A short last batch may be a single image, on which BN fails in training; the only batch is never dropped.
         self.drop_last = drop_last and count >= batch_size
         self.generator = torch.Generator().manual_seed(seed)
@@ -45,7 +45,9 @@ class SeededBatches(Sampler[BatchKey]):
 
     def __iter__(self) -> Iterator[BatchKey]:
         order = torch.randperm(self.count, generator=self.generator) if self.shuffle else torch.arange(self.count)
-        seeds = torch.randint(0, 2**62, (len(self),), generator=self.generator).tolist()
+        # In order, every pass is the same one: what a random dataset gives must not depend on who looked before.
+        generator = self.generator if self.shuffle else torch.Generator().manual_seed(self.seed)
+        seeds = torch.randint(0, 2**62, (len(self),), generator=generator).tolist()
         for number, seed in enumerate(seeds):
             yield order[number * self.batch_size : (number + 1) * self.batch_size].tolist(), seed
 

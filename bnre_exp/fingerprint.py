@@ -7,12 +7,14 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import site
 import sys
 import sysconfig
 from collections.abc import Iterable, Mapping
 from functools import cache
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, Optional
 
@@ -20,6 +22,9 @@ import torch
 from torch import Tensor
 
 PACKAGE = "bnre_exp"
+logger = logging.getLogger(__name__)
+
+_CHANGED: set[Path] = set()  # source files that were found changed since they were imported
 LIBRARIES = ("torch", "torchvision", "numpy", "pillow")
 
 
@@ -59,7 +64,7 @@ def code_digest(modules: Iterable[str]) -> str:
 @cache
 def _own_digest(modules: tuple[str, ...]) -> str:
     inside = (name for name in _closure(modules, lambda name: name.startswith(f"{PACKAGE}.")).items())
-    return digest({name: file_sha256(path) for name, path in inside if path is not None})
+    return digest({name: source_sha256(path) for name, path in inside if path is not None})
 
 
 def users_code(modules: Iterable[str]) -> dict[str, str]:
@@ -69,9 +74,9 @@ def users_code(modules: Iterable[str]) -> dict[str, str]:
     out (the Python version stands for it), what is installed from a package counts by its version.
     """
     found: dict[str, str] = {}
-    for name, path in _closure(tuple(modules), lambda name: name.partition(".")[0] != PACKAGE).items():
+    for name, path in _closure(tuple(sorted(modules)), lambda name: name.partition(".")[0] != PACKAGE).items():
         if path is not None:
-            found[name] = file_sha256(path)
+            found[name] = source_sha256(path)
         else:
             top = name.partition(".")[0]
             found.setdefault(top, _version_of(top))
@@ -80,8 +85,15 @@ def users_code(modules: Iterable[str]) -> dict[str, str]:
 
 def environment() -> dict[str, str]:
     """Versions of Python and of the libraries that compute."""
-    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    return {"python": f"{sys.version_info.major}.{sys.version_info.minor}", **versions}
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    return {"python": python, **{name: _version(name) for name in LIBRARIES}}
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:  # a replacement, such as pillow-simd
+        return "another"
 
 
 def _closure(modules: tuple[str, ...], wanted: Any) -> dict[str, Optional[Path]]:
@@ -109,12 +121,35 @@ def _closure(modules: tuple[str, ...], wanted: Any) -> dict[str, Optional[Path]]
 
 
 def _source_of(module: str) -> Optional[Path]:
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, AttributeError, ValueError):  # an attribute, not a module; or one that is not installed
-        return None
+    """The file of a module, found without importing anything: a script that some branch imports must not run."""
+    name, spec, places = "", None, None
+    for part in module.split("."):
+        name = f"{name}.{part}" if name else part
+        try:
+            spec = getattr(sys.modules.get(name), "__spec__", None)
+            if spec is None:
+                spec = PathFinder.find_spec(name, places) if places is not None else importlib.util.find_spec(name)
+        except (ImportError, AttributeError, ValueError):
+            return None
+        if spec is None:
+            return None
+        places = spec.submodule_search_locations if spec.submodule_search_locations is not None else []
     origin = getattr(spec, "origin", None)
     return Path(origin).resolve() if origin and os.path.isfile(origin) else None
+
+
+@cache
+def _first_sha256(path: Path) -> str:
+    return file_sha256(path)
+
+
+def source_sha256(path: Path) -> str:
+    """SHA-256 of a source file as this process first saw it, which is how it runs here: modules are imported once."""
+    known = _first_sha256(path)
+    if file_sha256(path) != known and path not in _CHANGED:
+        _CHANGED.add(path)
+        logger.warning("%s has changed since it was imported; this process goes on with it as it was.", path)
+    return known
 
 
 @cache
@@ -128,9 +163,9 @@ def _library_folders() -> tuple[tuple[Path, ...], tuple[Path, ...]]:
 @cache
 def _place(top: str) -> str:
     """Where a top-level module is from: "installed" as a package, of the "standard" library, or "local"."""
-    if top in sys.builtin_module_names or top in sys.stdlib_module_names:
+    path = _source_of(top)  # a module of the user's may have the name of one of the standard library
+    if top in sys.builtin_module_names or (path is None and top in sys.stdlib_module_names):
         return "standard"
-    path = _source_of(top)
     installed, standard = _library_folders()
     if path is not None and any(folder in path.parents for folder in installed):
         return "installed"
@@ -143,7 +178,11 @@ def _imports(path: Path, module: str) -> set[str]:
         return set()
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_bytes())):
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):  # something optional that this Python cannot import either
+        return names
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

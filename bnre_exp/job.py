@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
@@ -26,6 +23,7 @@ from bnre_exp.report.console import ConsoleProgress
 from bnre_exp.report.layers import layers_markdown
 from bnre_exp.report.summary import RUN_FOLDER, StageResult, Summary, markdown
 from bnre_exp.stages.reestimate import has_running_statistics
+from bnre_exp.steps.network import check_storable
 from bnre_exp.steps.outcome import Outcome
 from bnre_exp.steps.setting import Setting, scheme, seed
 from bnre_exp.store import Store
@@ -121,6 +119,7 @@ def prepare(config: Config, run_dir: Path, log: RunLog, console: Console, store:
         workers=config.runtime.workers, pin_memory=device.type == "cuda", progress=progress,
         digests_folder=store.folder / "digests" if store.mode != "off" else None,
     )  # fmt: skip
+    check_storable(built.module)
     check_labels(loaders, data.num_classes)
     example = loaders.example()
     check_head(built.module, example, data.num_classes)
@@ -149,16 +148,6 @@ def open_store(config: Config, since: float) -> Store:
     """The stage store of a job that began, or whose sweep began, at ``since`` (seconds since 1970)."""
     folder = Path(config.store.dir or Path(config.runtime.output_dir) / "store")
     return Store(folder, mode=config.store.mode.value, max_bytes=config.store.max_gb * 1e9, since=since)
-
-
-def place_file(source: Path, target: Path) -> None:
-    """Put a file of the store where a run has it, without a second copy on the disk where that is possible."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)
-    with suppress(OSError):
-        os.link(source, target)
-        return
-    shutil.copyfile(source, target)
 
 
 def _device(wanted: Device) -> torch.device:

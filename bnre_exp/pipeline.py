@@ -15,7 +15,7 @@ from torch import nn
 
 from bnre_exp.config import Config, flatten
 from bnre_exp.errors import UserError
-from bnre_exp.job import Job, Results, leave_report, open_store, place_file, prepare
+from bnre_exp.job import Job, Results, leave_report, open_store, prepare
 from bnre_exp.plan import Planned
 from bnre_exp.provenance import git_tags
 from bnre_exp.report.summary import Summary, print_summary
@@ -29,7 +29,7 @@ from bnre_exp.steps.qat import qat
 from bnre_exp.steps.reest import reest
 from bnre_exp.steps.setting import Setting
 from bnre_exp.steps.training import SnapshotFolder
-from bnre_exp.store import Slot
+from bnre_exp.store import Entry, Slot
 from bnre_exp.tracking import open_run
 
 Work = Callable[[Setting, nn.Module, Optional[SnapshotFolder]], tuple[Outcome, nn.Module]]
@@ -114,12 +114,12 @@ def _run_stages(job: Job) -> None:
 def _stage(job: Job, planned: Planned, passing: Passing) -> Optional[nn.Module]:
     """Find or compute one stage and report it. Returns the folded network if this stage has just made it."""
     stage, folded = planned.stage, None
-    with job.store.stage(stage, planned.depends, _waiting(job, stage)) as slot:
+    with job.store.stage(stage, planned.depends, _waiting(job, stage), passing.content) as slot:
         snapshots = SnapshotFolder(slot.partial) if slot.partial is not None else None
         if slot.entry is not None:
             outcome, how = read_outcome(slot.entry.folder), "reused"
             if stage != "fold":
-                passing.found(slot.entry.folder, is_sim=stage != "fp32")
+                passing.found(slot.entry.folder, _content(slot.entry), is_sim=stage != "fp32")
         else:
             job.log.connect()
             started = time.perf_counter()
@@ -130,9 +130,14 @@ def _stage(job: Job, planned: Planned, passing: Passing) -> Optional[nn.Module]:
             if stage == "fold":
                 folded = network
             else:
-                passing.computed(network, slot.entry.folder if slot.entry else None)
+                passing.computed(network, slot.entry.folder if slot.entry else None, _content(slot.entry))
     job.report(stage, outcome, how)
     return folded
+
+
+def _content(entry: Optional[Entry]) -> Optional[str]:
+    """SHA-256 of the network that an entry holds."""
+    return None if entry is None else str(entry.files[STATE]["sha256"])
 
 
 def _keep(slot: Slot, planned: Planned, outcome: Outcome, network: Optional[nn.Module]) -> None:
@@ -154,9 +159,8 @@ def _waiting(job: Job, stage: str) -> Callable[[str], None]:
 def _keep_fp32(job: Job, passing: Passing) -> None:
     path = job.run_dir / "fp32.safetensors"
     if passing.folder is not None:
-        place_file(passing.folder / STATE, path)
+        shutil.copyfile(passing.folder / STATE, path)
     else:
-        path.unlink(missing_ok=True)  # it may be a link into the store
         save_model(passing.take(), str(path))
     job.results.summary.places["FP32 weights"] = str(path)
     top1, least = job.setting.evaluations["fp32"].top1, job.config.fp32.min_top1
@@ -170,13 +174,11 @@ def _keep_fp32(job: Job, passing: Passing) -> None:
 
 def _export(job: Job, planned: Planned, passing: Passing, folded: Optional[nn.Module]) -> None:
     target = job.run_dir / FOLDED
-    with job.store.stage("export", planned.depends, _waiting(job, "export")) as slot:
+    with job.store.stage("export", planned.depends, _waiting(job, "export"), passing.content) as slot:
         if slot.entry is not None:
             outcome, how = read_outcome(slot.entry.folder), "reused"
             shutil.rmtree(target, ignore_errors=True)
-            for name in slot.entry.files:
-                if name.startswith(f"{FOLDED}/"):
-                    place_file(slot.entry.folder / name, job.run_dir / name)
+            shutil.copytree(slot.entry.folder / FOLDED, target)
         else:
             job.log.connect()
             started = time.perf_counter()

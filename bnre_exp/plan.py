@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from bnre_exp.config import Config, flatten
+from bnre_exp.config import Config, RangeEstimator, ReestMethod, flatten
 from bnre_exp.fingerprint import PACKAGE, code_digest, digest, environment, tensors_digest, users_code
 from bnre_exp.steps.fp32 import epochs_of
+from bnre_exp.steps.network import hidden_buffers
 from bnre_exp.steps.setting import Setting
 from bnre_exp.targets import resolve_target
 
@@ -43,12 +45,15 @@ def plan(setting: Setting) -> list[Planned]:
     for stage in stages_of(setting.config):
         section = SECTIONS[stage]
         own = {name: value for name, value in flat.items() if section and name.startswith(f"{section}.")}
+        own = {name: value for name, value in own.items() if name not in _without_effect(setting.config)}
         if stage == "fp32":
             epochs = epochs_of(
                 setting
             )  # train.epochs=null is the dataset's number; without training nothing else counts
             own = {**own, "train.epochs": epochs} if epochs else {"train.epochs": 0}
         shown = {**shown, **own}
+        if stage == "ptq":
+            own = {**own, "model.leaf_modules": list(setting.config.model.leaf_modules)}
         depends: dict[str, Any] = {"stage": stage, "config": own, "code": code_digest([f"{PACKAGE}.steps.{stage}"])}
         if planned:
             depends["upstream"] = digest(planned[-1].depends)
@@ -58,25 +63,54 @@ def plan(setting: Setting) -> list[Planned]:
     return planned
 
 
+def _without_effect(config: Config) -> set[str]:
+    estimators = {config.quant.weight_range, config.quant.act_range}
+    unused = set() if RangeEstimator.percentile in estimators else {"quant.percentile"}
+    return unused if config.reest.method is ReestMethod.ema else unused | {"reest.momentum"}
+
+
 def _origin(setting: Setting) -> dict[str, Any]:
     """What everything depends on: the network as it was built, the data, the seed, the machine, and the code."""
     config, module = setting.config, setting.built.module
-    targets = [resolve_target(config.model._target_, "model"), resolve_target(config.dataset._target_, "dataset")]
-    modules = {str(getattr(target, "__module__", "")) for target in targets}
-    modules |= {type(part).__module__ for part in module.modules()}
+    hidden = {name: buffer for name, buffer in hidden_buffers(module).items() if buffer.numel()}
     return {
-        "network": tensors_digest(module.state_dict()),
-        "structure": digest(str(module)),
-        "leaf_modules": list(config.model.leaf_modules),
+        "model": [config.model._target_, config.model.name, flatten(config.model.kwargs)],
+        "network": tensors_digest({**module.state_dict(), **hidden}),
+        "structure": digest(re.sub(r" at 0x[0-9a-f]+", "", str(module))),
+        "dataset": [config.dataset._target_, flatten(config.dataset.kwargs)],
         "data": setting.loaders.identity,
         "data_code": code_digest([f"{PACKAGE}.data"]),
-        "users_code": users_code(sorted(name for name in modules if name)),
+        "users_code": users_code(_modules(config) | {type(part).__module__ for part in module.modules()}),
         "environment": environment(),
         "seed": config.seed,
         "runtime": {
             "device": setting.device.type,
-            "threads": torch.get_num_threads(),
+            "threads": torch.get_num_threads() if setting.device.type == "cpu" else None,
             "precision": config.runtime.precision.value,
             "memory_format": config.runtime.memory_format.value,
+            "torch": [
+                str(torch.get_default_dtype()),
+                torch.get_float32_matmul_precision(),
+                torch.are_deterministic_algorithms_enabled(),
+                torch.backends.mkldnn.enabled,
+                torch.backends.cudnn.allow_tf32,
+            ],
         },
     }
+
+
+def _modules(config: Config) -> set[str]:
+    """Modules of the user's callables: those that the paths name (names of attributes among them do no harm), and
+    those that they are from."""
+    found: set[str] = set()
+    for target in (config.model._target_, config.dataset._target_):
+        parts = target.replace(":", ".").split(".")
+        found |= {".".join(parts[:n]) for n in range(1, len(parts))}
+        found.add(str(getattr(resolve_target(target, "_target_"), "__module__", "") or ""))
+    return {name for name in found if name}
+
+
+def code_identity(config: Config) -> str:
+    """Digest of all code that a job of this configuration runs, ours and the user's."""
+    own = code_digest([f"{PACKAGE}.steps.{stage}" for stage in SECTIONS] + [f"{PACKAGE}.data"])
+    return digest([own, users_code(_modules(config)), environment()])

@@ -162,7 +162,8 @@ def load_split(
         _PREPARED.move_to_end(key)
         return _PREPARED[key]
     callable_ = resolve_target(target, "dataset._target_")
-    source = call_target(callable_, target, "dataset.kwargs", kwargs, train=train, root=root)
+    with own_random_state(0):  # a random dataset gives the same whatever ran before in the process
+        source = call_target(callable_, target, "dataset.kwargs", kwargs, train=train, root=root)
     name = "training" if train else "test"
     if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
         raise UserError(
@@ -174,7 +175,8 @@ def load_split(
     indices = _chosen(len(source), limit, train, seed)
     if not in_memory:
         return item_split(source, indices, digests_folder, progress, name)
-    split = memory_split(source, indices, preprocessing, progress, name)
+    with own_random_state(0):
+        split = memory_split(source, indices, preprocessing, progress, name)
     logger.info("%d %s images in memory, %.0f MB", len(indices), name, split.images.numel() / 1e6)  # type: ignore[union-attr]
     _PREPARED[key] = split
     if len(_PREPARED) > _PREPARED_MAX:

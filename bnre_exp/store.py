@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from bnre_exp.fingerprint import digest, file_sha256
 
@@ -36,13 +37,15 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Entry:
     """One result. depends: all that its key is made of; config: the settings it depends on, by the name the user types;
-    size: bytes; created, used: seconds since 1970."""
+    upstream: SHA-256 of what it was computed from; files: name -> sha256 and bytes; created, used: seconds since 1970.
+    """
 
     folder: Path
     stage: str
     key: str
     depends: Mapping[str, Any]
     config: Mapping[str, Any]
+    upstream: Optional[str]
     files: Mapping[str, Mapping[str, Any]]
     created: float
     used: float
@@ -79,33 +82,45 @@ class Store:
     def __init__(self, folder: Path, *, mode: str = "reuse", max_bytes: float = 20e9, since: float = 0.0) -> None:
         self.folder, self.mode, self.max_bytes, self.since = folder, mode, max_bytes, since
         self._pins = ExitStack()
+        self._used: list[Entry] = []
 
     def __enter__(self) -> Store:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        for entry in reversed(self._used):  # the first stages, which cost most, are to be evicted last
+            with suppress(OSError):
+                os.utime(entry.folder / ENTRY)
         self._pins.close()
 
     @contextmanager
     def stage(
-        self, stage: str, depends: Mapping[str, Any], on_wait: Callable[[str], None] = lambda who: None
+        self,
+        stage: str,
+        depends: Mapping[str, Any],
+        on_wait: Callable[[str], None] = lambda who: None,
+        upstream: Optional[str] = None,
     ) -> Iterator[Slot]:
         """The place of the result of ``stage`` that depends on ``depends``; waits while another process holds it.
 
-        ``on_wait(who)`` is called once if it must wait; ``who`` says where the other process runs.
+        ``on_wait(who)`` is called once if it must wait; ``who`` says where the other process runs. ``upstream``:
+        SHA-256 of what this stage starts from. A result that was computed from something else is not found: a stage
+        that was lost and computed again on another machine may differ in its last bits.
         """
         if self.mode == "off":
             yield Slot(None, None, lambda config, fill: None)
             return
         key = digest(depends)
         with self._lock(stage, key, on_wait):
-            entry = self._find(stage, key)
+            entry = self._find(stage, key, upstream)
             if entry is not None:
                 self._pin(entry)
             partial = self.folder / "partial" / f"{stage}-{key}"
+            if self.mode == "refresh" and _newest(partial) < self.since:
+                self._remove(partial)
 
             def write(config: Mapping[str, Any], fill: Callable[[Path], None]) -> Optional[Entry]:
-                return self._write(stage, key, depends, config, fill)
+                return self._write(stage, key, depends, config, upstream, fill)
 
             yield Slot(entry, partial, write)
 
@@ -135,7 +150,7 @@ class Store:
     def _is_too_old(self, entry: Entry) -> bool:
         return self.mode == "refresh" and entry.created < self.since
 
-    def _find(self, stage: str, key: str) -> Optional[Entry]:
+    def _find(self, stage: str, key: str, upstream: Optional[str]) -> Optional[Entry]:
         folder = self.folder / "entries" / f"{stage}-{key}"
         if not folder.exists():
             return None
@@ -149,14 +164,20 @@ class Store:
                 "The stored result of %s is damaged (%s); it is computed anew. See %s", stage, problem, aside
             )
             return None
-        if self._is_too_old(entry):
+        if self._is_too_old(entry) or entry.upstream != upstream:
             return None
         with suppress(OSError):
             os.utime(folder / ENTRY)  # the time of its last use
         return entry
 
     def _write(
-        self, stage: str, key: str, depends: Mapping[str, Any], config: Mapping[str, Any], fill: Callable[[Path], None]
+        self,
+        stage: str,
+        key: str,
+        depends: Mapping[str, Any],
+        config: Mapping[str, Any],
+        upstream: Optional[str],
+        fill: Callable[[Path], None],
     ) -> Optional[Entry]:
         target, new = self.folder / "entries" / f"{stage}-{key}", self.folder / "tmp" / uuid.uuid4().hex
         try:
@@ -166,7 +187,7 @@ class Store:
             files = {str(p.relative_to(new)): {"sha256": file_sha256(p), "bytes": p.stat().st_size} for p in paths}
             record = {
                 "format": FORMAT, "stage": stage, "key": key, "created": time.time(), "host": socket.gethostname(),
-                "config": dict(config), "depends": dict(depends), "files": files,
+                "config": dict(config), "depends": dict(depends), "upstream": upstream, "files": files,
             }  # fmt: skip
             (new / ENTRY).write_text(json.dumps({**record, "sha256": digest(record)}, indent=1))
             for path in [*paths, new / ENTRY]:
@@ -175,7 +196,7 @@ class Store:
             self._remove(target)
             os.replace(new, target)
             _to_disk(target.parent)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             logger.warning("The result of %s cannot be kept in the store %s: %s.", stage, self.folder, error)
             return None
         finally:
@@ -188,6 +209,7 @@ class Store:
         return entry
 
     def _pin(self, entry: Entry) -> None:
+        self._used.append(entry)
         path = self.folder / "pins" / entry.folder.name / f"{uuid.uuid4().hex}.lock"
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -284,7 +306,7 @@ def _read(folder: Path) -> Optional[Entry]:
         if record["format"] != FORMAT or seal != digest(record):
             return None
         used = (folder / ENTRY).stat().st_mtime
-        names = ("stage", "key", "depends", "config", "files", "created")
+        names = ("stage", "key", "depends", "config", "upstream", "files", "created")
         return Entry(folder, used=used, **{name: record[name] for name in names})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -320,6 +342,11 @@ def _is_pinned(folder: Path) -> bool:
     with suppress(OSError):
         folder.rmdir()
     return False
+
+
+def _newest(folder: Path) -> float:
+    """When the newest file in a folder was written; now, if there is none."""
+    return max((path.stat().st_mtime for path in folder.rglob("*")), default=time.time())
 
 
 def _size(folder: Path) -> int:

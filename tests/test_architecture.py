@@ -53,6 +53,7 @@ ALLOWED = {
         "journal",
         "mistakes",
         "pipeline",
+        "plan",
         "report",
         "runs",
         "sweep",

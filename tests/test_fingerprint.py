@@ -33,7 +33,9 @@ def project(tmp_path, monkeypatch):
         other_fp="import mynet_fp\n",
     )
     (tmp_path / "blocks_fp" / "__init__.py").write_text("")
+    fingerprint._place.cache_clear()
     yield tmp_path
+    fingerprint._place.cache_clear()
     for name in [name for name in sys.modules if name.partition(".")[0] in ("mynet_fp", "blocks_fp", "other_fp")]:
         del sys.modules[name]
 
@@ -45,6 +47,8 @@ def test_a_users_code_is_followed_through_its_imports(project):
     }  # fmt: skip
     assert found["torch"].startswith("torch 2") and len(found["blocks_fp.deep"]) == 64
     write(project, blocks_fp__deep="import os, json\nx = 2\n")
+    assert users_code(["mynet_fp"]) == found  # as this process saw it first
+    fingerprint._first_sha256.cache_clear()
     changed = users_code(["mynet_fp"])
     assert {name for name in found if found[name] != changed[name]} == {"blocks_fp.deep"}
     write(project, blocks_fp__unused="x = 2\n")
@@ -54,6 +58,14 @@ def test_a_users_code_is_followed_through_its_imports(project):
 def test_installed_packages_count_by_version_and_the_package_itself_not_at_all():
     found = users_code(["efficientnet_lite_pytorch", "bnre_exp.data", "json", "no_such_module"])
     assert set(found) == {"efficientnet_lite_pytorch"} and found["efficientnet_lite_pytorch"].endswith("0.1.0")
+
+
+def test_nothing_is_imported_or_run_and_damaged_modules_do_no_harm(project):
+    write(project, script_fp="import sys\nprint('RUNS')\nsys.exit(3)\n", broken_fp="def (:\n", wave="x = 1\n")
+    write(project, mynet_fp="import wave\ntry:\n    import script_fp.part, broken_fp\nexcept ImportError:\n    pass\n")
+    found = users_code(["mynet_fp", "mynet_fp.Net"])
+    assert set(found) == {"mynet_fp", "script_fp", "broken_fp", "wave"}  # wave: local, whatever its name
+    assert not {"script_fp", "broken_fp"} & set(sys.modules)
 
 
 def test_own_code_is_that_of_the_stage_and_what_it_imports():

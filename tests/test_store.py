@@ -71,6 +71,32 @@ def test_refresh_computes_once_a_command(tmp_path):
         assert compute(store)[0].created >= began and len(store.entries()) == 1
 
 
+def test_refresh_takes_up_no_work_begun_before(tmp_path):
+    def begin(store: Store) -> bool:
+        with pytest.raises(RuntimeError), store.stage("qat", {}) as slot:
+            found = (slot.partial / "epoch").exists()
+            slot.partial.mkdir(parents=True, exist_ok=True)
+            (slot.partial / "epoch").write_text("1")
+            raise RuntimeError
+        return found
+
+    assert [begin(Store(tmp_path)) for _ in range(2)] == [False, True]
+    refreshing = Store(tmp_path, mode="refresh", since=time.time() + 0.01)
+    time.sleep(0.02)
+    assert [begin(refreshing) for _ in range(2)] == [False, True]
+
+
+def test_a_result_from_another_upstream_is_not_found(tmp_path):
+    with Store(tmp_path) as store:
+        with store.stage("qat", {}, upstream="one") as slot:
+            slot.write(CONFIG, fill("from one"))
+        with store.stage("qat", {}, upstream="two") as slot:
+            assert slot.entry is None
+            slot.write(CONFIG, fill("from two"))
+        with store.stage("qat", {}, upstream="two") as slot:
+            assert (slot.entry.folder / "deep" / "file.txt").read_text() == "from two"
+
+
 def cut(entry: Entry) -> None:
     file = entry.folder / "deep" / "file.txt"
     file.write_bytes(file.read_bytes()[:-1])

@@ -8,8 +8,9 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Optional, Union
+from typing import Any, Optional
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -28,6 +29,8 @@ BEST = [metric for metric, _ in COLUMNS if metric.endswith("/top1")]
 # What says where and how a job was run, and not what was run.
 INCIDENTAL = re.compile(r"runtime\.(output_dir|workers)|tracking\..*|store\..*|objective|fp32\.min_top1")
 NOTHING = "–"
+RESULTS = {"run", "status", *(heading for _, heading in COLUMNS)}  # headings that are not params
+WIDTH = 120  # characters that the console's table should fit
 
 
 @dataclass(frozen=True)
@@ -58,20 +61,23 @@ def number(text: Optional[str]) -> Optional[float]:
 
 
 def ordered(rows: Sequence[RunRow]) -> list[RunRow]:
-    """Runs by the params that differ, numbers by their size and after them words."""
+    """Runs by the params that differ: numbers by their size, after them words (resnet18 before resnet101)."""
+    names = differing_params(rows)
+    return sorted(rows, key=lambda row: [_place(row.params.get(name, NOTHING)) for name in names])
 
-    def place(row: RunRow) -> list[tuple[int, float, str]]:
-        texts = [row.params.get(name, NOTHING) for name in differing_params(rows)]
-        numbers = [number(text) for text in texts]
-        return [(0, n, "") if n is not None else (1, 0.0, text) for n, text in zip(numbers, texts)]
 
-    return sorted(rows, key=place)
+def _place(text: str) -> tuple[Any, ...]:
+    value = number(text)
+    parts = re.split(r"([0-9]+)", text)  # words and digits alternate, so that like is compared with like
+    return (0, value) if value is not None else (1, *(int(p) if n % 2 else p for n, p in enumerate(parts)))
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """Each name by its last part where that is clear: weight_bits for quant.weight_bits."""
-    last = [name.rpartition(".")[2] for name in names]
-    return {name: short if last.count(short) == 1 else name for name, short in zip(names, last)}
+    """Each name by its last part where that is clear: weight_bits for quant.weight_bits, model for model.name."""
+    parts = [name.split(".") for name in names]
+    last = [p[-2] if len(p) > 1 and p[-1] in ("name", "_target_") else p[-1] for p in parts]
+    clear = [last.count(short) == 1 and short not in RESULTS for short in last]
+    return {name: short if ok else name for name, short, ok in zip(names, last, clear)}
 
 
 def measured(rows: Sequence[RunRow]) -> list[tuple[str, str]]:
@@ -85,7 +91,7 @@ def comparison_columns(rows: Sequence[RunRow]) -> dict[str, list[str]]:
     if not rows:
         raise ValueError("There are no runs to compare.")
     rows, names = ordered(rows), differing_params(rows)
-    columns = {short: [row.params.get(name, NOTHING) for row in rows] for name, short in short_names(names).items()}
+    columns = {short: _values(rows, name) for name, short in short_names(names).items()}
     if not columns:
         columns = {"run": [row.name for row in rows]}
     for metric, heading in measured(rows):
@@ -93,6 +99,13 @@ def comparison_columns(rows: Sequence[RunRow]) -> dict[str, list[str]]:
     if any(row.status != "FINISHED" for row in rows):
         columns["status"] = [row.status for row in rows]
     return columns
+
+
+def _values(rows: Sequence[RunRow], name: str) -> list[str]:
+    """A param of every run; a callable's dotted path by its last part where that is clear."""
+    texts = [row.params.get(name, NOTHING) for row in rows]
+    last = [text.rpartition(".")[2] for text in texts]
+    return last if name.endswith("_target_") and len(set(last)) == len(set(texts)) else texts
 
 
 def _cell(metric: str, value: Optional[float]) -> str:
@@ -116,18 +129,20 @@ def _best(rows: Sequence[RunRow]) -> dict[str, float]:
 def comparison_table(title: str, rows: Sequence[RunRow]) -> Table:
     """The table for the console; the best of each accuracy is bold. Raises ``ValueError`` if there are no runs."""
     columns, best = comparison_columns(rows), _best(rows)
-    table = Table(title=title, title_justify="left", title_style="bold")
+    wide = 1 + sum(max(map(len, [heading, *cells])) + 3 for heading, cells in columns.items()) > WIDTH
+    table = Table(
+        title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD if wide else box.HEAVY_HEAD,
+        collapse_padding=wide, pad_edge=not wide,
+    )  # fmt: skip
     settings = len(differing_params(rows)) or 1
     for place, heading in enumerate(columns):
-        table.add_column(
-            heading, justify="left" if place < settings or heading == "status" else "right", overflow="fold"
-        )
+        # left to itself, the table would break names anywhere
+        text = re.sub(r"([_.-])(?=.)", r"\1\n", heading.replace("recalib", "recali-b")) if wide else heading
+        left = place < settings or heading == "status"
+        table.add_column(Text(text), justify="left" if left else "right", overflow="fold", no_wrap=place >= settings)
     for cells in zip(*columns.values()):
-        shown: list[Union[str, Text]] = list(cells)
-        for place, heading in enumerate(columns):
-            if heading in best and cells[place] == f"{best[heading]:.4f}":
-                shown[place] = Text(cells[place], style="bold")
-        table.add_row(*shown)
+        best_here = [heading in best and cell == f"{best[heading]:.4f}" for heading, cell in zip(columns, cells)]
+        table.add_row(*(Text(cell, style="bold" if bold else "") for cell, bold in zip(cells, best_here)))
     return table
 
 

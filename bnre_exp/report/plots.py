@@ -8,21 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-from bnre_exp.report.comparison import RunRow, differing_params, number, ordered, short_names
+from bnre_exp.report.comparison import COLUMNS, RunRow, differing_params, number, ordered, short_names
 
 BITS, BATCHES, SIZE = "quant.weight_bits", "reest.num_batches", "fold/megabytes"
 REEST = ("reest.",)  # what belongs to re-estimation itself
 # Okabe and Ito, "Color universal design", 2008: told apart by people who see colours differently.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-STAGES = (
-    ("fp32/top1", "FP32"),
-    ("ptq/top1", "quantized"),
-    ("qat/top1", "QAT"),
-    ("reest/top1", "re-estimated"),
-    ("fold/top1", "folded"),
-)
-MOST_SERIES = 14
+STAGES = [(metric, heading) for metric, heading in COLUMNS if metric.endswith("/top1")]
+MOST_RUNS = 12  # of top1_by_stage
 
 Points = list[tuple[float, float]]
 
@@ -48,10 +42,26 @@ class SizePoint:
 
 def before(row: RunRow) -> Optional[float]:
     """Top-1 of what re-estimation starts from: recalibrated only, else after QAT, else quantized."""
-    for name in ("recal_only/top1", "qat/top1", "ptq/top1"):
-        if name in row.metrics:
-            return row.metrics[name]
-    return None
+    values = (_metric(row, name) for name in ("recal_only/top1", "qat/top1", "ptq/top1"))
+    return next((value for value in values if value is not None), None)
+
+
+def fair_before(rows: Sequence[RunRow]) -> set[Optional[float]]:
+    """What runs that differ in re-estimation alone start from. Where some were recalibrated for comparison, the others'
+    top-1 under old ranges is no fair start: it would credit re-estimation with what new ranges do."""
+    recalibrated = {value for row in rows if (value := _metric(row, "recal_only/top1")) is not None}
+    return recalibrated or {before(row) for row in rows}  # type: ignore[return-value]
+
+
+def bits_of(row: RunRow) -> Optional[float]:
+    """Bits of the weights, infinity for float weights, None where the run does not say."""
+    text = row.params.get(BITS)
+    return math.inf if text == "null" else number(text)
+
+
+def _metric(row: RunRow, name: str) -> Optional[float]:
+    value = row.metrics.get(name, math.nan)
+    return value if math.isfinite(value) else None
 
 
 def label_of(row: RunRow, names: Sequence[str]) -> str:
@@ -61,38 +71,40 @@ def label_of(row: RunRow, names: Sequence[str]) -> str:
 
 
 def bits_series(rows: Sequence[RunRow]) -> list[Series]:
-    """Top-1 against weight bits, a series for all else that differs; empty unless there are two bitwidths."""
+    """Top-1 against weight bits (infinity: float weights), a series for all else that differs; empty unless there is
+    something at two bitwidths."""
     differing = [name for name in differing_params(rows) if name != BITS]
     others = [name for name in differing if not name.startswith(REEST)]
-    own = differing_params([row for row in rows if "reest/top1" in row.metrics])
+    own = differing_params([row for row in rows if _metric(row, "reest/top1") is not None])
     own = [name for name in own if name.startswith(REEST)]
-    shown = [row for row in ordered(rows) if number(row.params.get(BITS)) is not None]
-    if len({row.params[BITS] for row in shown}) < 2:
-        return []
+    shown = [(bits, row) for row in ordered(rows) if (bits := bits_of(row)) is not None]
     series = []
-    for label, members in _grouped(shown, others).items():
-        pairs = {(float(row.params[BITS]), before(row)) for row in members}
+    for label, members in _grouped([row for _, row in shown], others).items():
+        widths = {bits: [row for row in members if bits_of(row) == bits] for bits, _ in shown}
+        pairs = {(bits, value) for bits, same in widths.items() for value in fair_before(same)}
         after = {
-            how: _points({(float(row.params[BITS]), row.metrics.get("reest/top1")) for row in same})
+            how: _points({(bits_of(row) or 0.0, _metric(row, "reest/top1")) for row in same})
             for how, same in _grouped(members, own).items()
         }
         series.append(Series(label, _points(pairs), {how: points for how, points in after.items() if points}))
-    return [one for one in series if one.before or one.after]
+    return [one for one in series if one.before or one.after] if len(_bits(series)) > 1 else []
+
+
+def _bits(series: Sequence[Series]) -> list[float]:
+    return sorted({x for one in series for points in (one.before, *one.after.values()) for x, _ in points})
 
 
 def batches_series(rows: Sequence[RunRow]) -> list[Series]:
-    """Top-1 after re-estimation against its batches; ``before`` has one point, at 0. Empty unless numbers differ."""
+    """Top-1 after re-estimation against its batches; ``before`` is at 0. Empty unless there is something at two
+    numbers of batches."""
     others = [name for name in differing_params(rows) if name != BATCHES]
-    if len({row.params.get(BATCHES) for row in rows if number(row.params.get(BATCHES))}) < 2:
-        return []
     series = []
     for label, members in _grouped(ordered(rows), others).items():
-        after = {(float(row.params[BATCHES]), row.metrics.get("reest/top1")) for row in members}
-        start = next((value for row in members if (value := before(row)) is not None), None)
-        points = _points(after)
+        counted = [(count, row) for row in members if (count := number(row.params.get(BATCHES)))]
+        points = _points({(count, _metric(row, "reest/top1")) for count, row in counted})
         if points:
-            series.append(Series(label, _points({(0.0, start)}), {"": points}))
-    return series
+            series.append(Series(label, _points({(0.0, value) for value in fair_before(members)}), {"": points}))
+    return series if len({x for one in series for x, _ in one.after[""]}) > 1 else []
 
 
 def size_points(rows: Sequence[RunRow]) -> list[SizePoint]:
@@ -100,9 +112,9 @@ def size_points(rows: Sequence[RunRow]) -> list[SizePoint]:
     names = differing_params(rows)
     found = []
     for row in ordered(rows):
-        top1 = row.metrics.get("fold/top1", row.metrics.get("export/top1", math.nan))
-        size = row.metrics.get(SIZE, math.nan)
-        if math.isfinite(top1) and math.isfinite(size):
+        folded, exported, size = (_metric(row, name) for name in ("fold/top1", "export/top1", SIZE))
+        top1 = exported if folded is None else folded
+        if top1 is not None and size is not None:
             found.append(SizePoint(size, top1, label_of(row, names)))
     return found if len({round(point.megabytes, 3) for point in found}) > 1 else []
 
@@ -128,9 +140,10 @@ def _points(pairs: set[tuple[float, Optional[float]]]) -> Points:
 
 
 def save_plots(rows: Sequence[RunRow], folder: Path) -> list[Path]:
-    """Write the plots that the runs have data for, each as PNG and SVG; returns the files."""
+    """Write the plots that the runs have data for, each as PNG and SVG, to a folder that is made if need be; returns
+    the files."""
     drawn: list[tuple[str, Callable[[Any], None]]] = []
-    fp32 = {row.metrics["fp32/top1"] for row in rows if "fp32/top1" in row.metrics}
+    fp32 = {value for row in rows if (value := _metric(row, "fp32/top1")) is not None}
     line = fp32.pop() if len(fp32) == 1 else None
     bits, batches, sizes = bits_series(rows), batches_series(rows), size_points(rows)
     if bits:
@@ -139,8 +152,9 @@ def save_plots(rows: Sequence[RunRow], folder: Path) -> list[Path]:
         drawn.append(("top1_by_batches", lambda axes: _draw_batches(axes, batches, line)))
     if sizes:
         drawn.append(("top1_by_size", lambda axes: _draw_sizes(axes, sizes)))
-    if not drawn and 2 <= len([row for row in rows if row.metrics]) <= MOST_SERIES:
-        drawn.append(("top1_by_stage", lambda axes: _draw_stages(axes, ordered(rows))))
+    staged = [row for row in ordered(rows) if any(_metric(row, metric) is not None for metric, _ in STAGES)]
+    if not drawn and len(staged) > 1:
+        drawn.append(("top1_by_stage", lambda axes: _draw_stages(axes, staged)))
     return [path for name, draw in drawn for path in _save(draw, folder, name)]
 
 
@@ -148,6 +162,7 @@ def _save(draw: Callable[[Any], None], folder: Path, name: str) -> list[Path]:
     import matplotlib  # late: the import takes long
     from matplotlib.figure import Figure
 
+    folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": "bnre_exp", "font.size": 10, "axes.titlelocation": "left"}):
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes: Any = figure.subplots()
@@ -156,7 +171,11 @@ def _save(draw: Callable[[Any], None], folder: Path, name: str) -> list[Path]:
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
         draw(axes)
+        axes.margins(y=0.07)
         axes.set_ylabel("top-1 on the test data")
+        entries = len(axes.get_legend_handles_labels()[1])
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
+        figure.set_figheight(max(5.0, 0.19 * entries + 1))
         paths = [folder / f"{name}.{kind}" for kind in ("png", "svg")]
         figure.savefig(paths[0], dpi=150)
         figure.savefig(paths[1], metadata={"Date": None})
@@ -164,14 +183,9 @@ def _save(draw: Callable[[Any], None], folder: Path, name: str) -> list[Path]:
 
 
 def _style(number: int) -> dict[str, Any]:
-    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 6}
-
-
-def _legend(axes: Any, series: int) -> None:
-    if series > 6:
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
-    else:
-        axes.legend(loc="best", fontsize=9, frameon=True, framealpha=0.9, edgecolor="none")
+    # the markers move on with every round of the colours: the eighth series does not look like the first
+    marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
+    return {"color": COLOURS[number % len(COLOURS)], "marker": marker, "markersize": 6}
 
 
 def _draw_fp32(axes: Any, value: Optional[float]) -> None:
@@ -181,60 +195,60 @@ def _draw_fp32(axes: Any, value: Optional[float]) -> None:
 
 def _draw_bits(axes: Any, series: Sequence[Series], fp32: Optional[float]) -> None:
     _draw_fp32(axes, fp32)
+    ticks = _bits(series)  # at equal distances: 8 bits and float weights are no further away than 4
+    several = len(series) > 1
     n = 0
     for one in series:
         name = f"{one.label}: " if one.label else ""
-        if one.before:
-            hollow = {**_style(n), "markerfacecolor": "white", "linestyle": "--"}
-            axes.plot(*zip(*one.before), **hollow, label=f"{name}before re-estimation")
-        for how, points in one.after.items():
-            axes.plot(*zip(*points), **_style(n), label=f"{name}after re-estimation{', ' if how else ''}{how}")
-            n += 1
+        lines = [("before", one.before)] if one.before else []
+        lines += [(f"after{', ' if how else ''}{how}", points) for how, points in one.after.items()]
+        for place, (what, points) in enumerate(lines):
+            hollow = {"markerfacecolor": "white", "linestyle": "--"} if what == "before" else {}
+            style = {**_style(n), **hollow, "label": f"{name}{what}"}
+            axes.plot([ticks.index(x) for x, _ in points], [y for _, y in points], **style)
+            n += what != "before" and (not several or place == len(lines) - 1 or len(one.after) > 1)
         n += not one.after
-    ticks = sorted({x for one in series for points in (one.before, *one.after.values()) for x, _ in points})
-    axes.set_xticks(ticks, [f"{x:.0f}" for x in ticks])
+    axes.set_xticks(range(len(ticks)), ["float" if math.isinf(x) else f"{x:g}" for x in ticks])
     axes.set_xlabel("bits of weights")
     axes.set_title("Top-1 before and after BN re-estimation, by weight bits")
-    _legend(axes, n + len(series))
 
 
 def _draw_batches(axes: Any, series: Sequence[Series], fp32: Optional[float]) -> None:
     _draw_fp32(axes, fp32)
     for n, one in enumerate(series):
         name = f"{one.label}: " if one.label else ""
-        axes.plot(*zip(*[p for p in one.after[""] if p[0] > 0]), **_style(n), label=f"{name}re-estimated")
-        if one.before:
-            value = one.before[0][1]
+        axes.plot(*zip(*one.after[""]), **_style(n), label=f"{name}re-estimated")
+        for _, value in one.before:
             colour = COLOURS[n % len(COLOURS)]
             axes.axhline(value, color=colour, linestyle="--", linewidth=1.2, label=f"{name}before, {value:.4f}")
-    ticks = sorted({x for one in series for x, _ in one.after[""] if x > 0})
+    ticks = sorted({x for one in series for x, _ in one.after[""]})
     axes.set_xscale("log")
-    axes.set_xticks(ticks, [f"{x:.0f}" for x in ticks])
+    axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
     axes.set_xticks([], minor=True)
     axes.set_xlabel("batches of re-estimation")
     axes.set_title("Top-1 after BN re-estimation, by number of batches")
-    _legend(axes, 2 * len(series))
 
 
 def _draw_sizes(axes: Any, points: Sequence[SizePoint]) -> None:
     front = pareto_front(points)
     axes.step(*zip(*[(p.megabytes, p.top1) for p in front]), where="post", color="#777777", linewidth=1, zorder=1)
     for n, point in enumerate(points):
-        is_best = point in front
+        # as good as one of the front is good, too: of two equal ones neither beats the other
+        is_best = any((point.megabytes, point.top1) == (best.megabytes, best.top1) for best in front)
         style = {**_style(n), "markerfacecolor": COLOURS[n % len(COLOURS)] if is_best else "white", "markersize": 7}
         axes.plot([point.megabytes], [point.top1], linestyle="none", **style, label=point.label)
     axes.set_xlabel("size of the folded network [MB], codes at their bitwidth")
     axes.set_title("Top-1 by model size; filled: no other network is both smaller and better")
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
 
 
 def _draw_stages(axes: Any, rows: Sequence[RunRow]) -> None:
     names = differing_params(rows)
-    used = [(metric, label) for metric, label in STAGES if any(metric in row.metrics for row in rows)]
-    for n, row in enumerate(rows):
-        points = [(x, row.metrics[metric]) for x, (metric, _) in enumerate(used) if metric in row.metrics]
-        if points:
-            axes.plot(*zip(*points), **_style(n), label=label_of(row, names) or row.name)
+    shown = rows[:MOST_RUNS]
+    used = [(metric, label) for metric, label in STAGES if any(_metric(row, metric) is not None for row in shown)]
+    for n, row in enumerate(shown):
+        found = [(x, _metric(row, metric)) for x, (metric, _) in enumerate(used)]
+        points = [(x, y) for x, y in found if y is not None]
+        axes.plot(*zip(*points), **_style(n), label=label_of(row, names) or row.name)
     axes.set_xticks(range(len(used)), [label for _, label in used])
-    axes.set_title("Top-1 stage by stage")
-    _legend(axes, len(rows))
+    first = f", the first {len(shown)} of {len(rows)} runs" if len(rows) > len(shown) else ""
+    axes.set_title(f"Top-1 stage by stage{first}")

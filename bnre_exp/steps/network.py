@@ -2,28 +2,54 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Optional
 
-from safetensors.torch import load_model, save_model
-from torch import fx, nn
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, load_model, save, save_file, save_model
+from torch import Tensor, fx, nn
 
 from bnre_exp.errors import UserError
 from bnre_exp.quantsim.insert import rebuild_sim
 from bnre_exp.steps.setting import Setting, scheme
 
-STATE = "state.safetensors"
+STATE, HIDDEN = "state.safetensors", "buffers.safetensors"
+
+
+def hidden_buffers(network: nn.Module) -> dict[str, Tensor]:
+    """Buffers that the state dict leaves out."""
+    state = network.state_dict()
+    return {name: buffer for name, buffer in network.named_buffers(remove_duplicate=False) if name not in state}
+
+
+def check_storable(network: nn.Module) -> None:
+    """Raise ``UserError`` if a network's state cannot be written to a file."""
+    for name, value in network.state_dict().items():
+        kind = f"{value.dtype} {value.layout}" if isinstance(value, Tensor) else type(value).__name__
+        if isinstance(value, Tensor) and value.layout is torch.strided:
+            with suppress(KeyError, SafetensorError):
+                save({"one": torch.zeros(1, dtype=value.dtype)})
+                continue
+        raise UserError(
+            f"model: the network keeps {name!r}, a {kind}, in its state dict; expected dense tensors of a type that "
+            "safetensors holds. Leave it out (no get_extra_state, register_buffer with persistent=False)."
+        )
 
 
 def save_state(folder: Path, network: nn.Module) -> None:
     """Write the network's parameters and buffers into a folder."""
     save_model(network, str(folder / STATE))
+    hidden = {name: buffer.detach().cpu().contiguous().clone() for name, buffer in hidden_buffers(network).items()}
+    if hidden:
+        save_file(hidden, folder / HIDDEN)
 
 
 class Passing:
     """A network on its way from stage to stage: what a stage left, or the folder that holds its state.
 
-    folder: where the state is, None if it was not stored.
+    folder: where the state is, content: its SHA-256; None if it was not stored.
     """
 
     def __init__(self, setting: Setting) -> None:
@@ -31,14 +57,17 @@ class Passing:
         self._network: Optional[nn.Module] = setting.built.module
         self._is_sim = False
         self.folder: Optional[Path] = None
+        self.content: Optional[str] = None
 
-    def computed(self, network: nn.Module, folder: Optional[Path]) -> None:
+    def computed(self, network: nn.Module, folder: Optional[Path], content: Optional[str]) -> None:
         """A stage made this network, and its state was stored in ``folder``, if it was."""
-        self._network, self.folder, self._is_sim = network, folder, isinstance(network, fx.GraphModule)
+        self._network, self._is_sim = network, isinstance(network, fx.GraphModule)
+        self.folder, self.content = folder, content
 
-    def found(self, folder: Path, is_sim: bool) -> None:
+    def found(self, folder: Path, content: Optional[str], is_sim: bool) -> None:
         """A stage's result was found in ``folder``: a simulation, or the FP32 network."""
-        self._network, self.folder, self._is_sim = None, folder, is_sim
+        self._network, self._is_sim = None, is_sim
+        self.folder, self.content = folder, content
 
     def take(self) -> nn.Module:
         """The network itself, taken up from its file if need be."""
@@ -49,6 +78,11 @@ class Passing:
             missing, unexpected = load_model(self._network, str(self.folder / STATE))
             if missing or unexpected:
                 raise UserError(f"{self.folder}: the stored network does not fit; run again with store.mode=refresh.")
+            saved = load_file(self.folder / HIDDEN) if (self.folder / HIDDEN).exists() else {}
+            for name, buffer in hidden_buffers(self._network).items():
+                # Mostly caches that follow the input, so that another shape says nothing.
+                if name in saved and saved[name].shape == buffer.shape and saved[name].dtype == buffer.dtype:
+                    buffer.copy_(saved[name])
         return self._network
 
     def _rebuilt(self) -> fx.GraphModule:

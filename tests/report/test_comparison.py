@@ -79,3 +79,33 @@ def test_csv_holds_every_number_exactly():
     assert [entry["name"] for entry in rows] == ["run-8-0", "run-8-100", "run-10-100", "run-null-10"]
     assert float(rows[2]["reest/top1"]) == 0.1 + 0.2 and rows[0]["reest/top1"] == ""
     assert rows[3]["quant.weight_bits"] == "null" and "store.mode" not in rows[0]
+
+
+def test_any_text_can_be_a_param():
+    rows = [RunRow("a", "FINISHED", {"model.kwargs.MB": text}, {"fold/megabytes": 1.0}) for text in ("[/x]", "[bold]")]
+    console = Console(record=True, width=120, file=io.StringIO())
+    console.print(comparison_table("[/title]", rows))
+    shown = console.export_text()
+    assert "[/x]" in shown and "[bold]" in shown and "[/title]" in shown
+    assert list(comparison_columns(rows)) == ["model.kwargs.MB", "MB"]  # a heading of the results is not replaced
+
+
+def test_words_with_numbers_are_ordered_by_them():
+    rows = [RunRow(n, "FINISHED", {"model.name": n}, {}) for n in ("resnet101", "resnet18", "vgg16", "18")]
+    assert comparison_columns(rows) == {"model": ["18", "resnet18", "resnet101", "vgg16"]}
+
+
+def test_a_wide_table_keeps_every_number_in_120_columns():
+    metrics = dict.fromkeys(["fp32/top1", "ptq/top1", "recal_only/top1", "qat/top1", "reest/top1", "fold/top1"], 0.1234)
+    metrics.update({"reest/delta_top1": 0.5678, "fold/megabytes": 12.34})
+    names = ("quant.weight_bits", "quant.act_bits", "qat.epochs", "reest.num_batches", "dataset._target_")
+    values = (("2", "8", "0", "0", "bnre_exp.data.digits"), ("4", "null", "2", "100", "bnre_exp.data.fashion_mnist"))
+    rows = [
+        RunRow(str(n), status, dict(zip(names, v)), metrics)
+        for n, (v, status) in enumerate(zip(values, ("FINISHED", "FAILED")))
+    ]
+    console = Console(record=True, width=120, file=io.StringIO())
+    console.print(comparison_table("title", rows))
+    shown = console.export_text()
+    assert shown.count("0.1234") == 12 and shown.count("+0.5678") == 2 and shown.count("12.34") == 2
+    assert "FINISHED" in shown and "quantized" in shown and "estimated" in shown  # only params may break

@@ -1,0 +1,192 @@
+"""What changes a stage's key, and what does not; and that a stage goes on alike from a file and from memory."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from bnre_exp import UserError
+from bnre_exp.__main__ import compose_config
+from bnre_exp.fingerprint import digest
+from bnre_exp.job import open_store, prepare
+from bnre_exp.pipeline import run
+from bnre_exp.report.summary import Summary
+from bnre_exp.tracking import open_run
+
+NET = """
+import functools, torch
+from torch import nn
+class Net(nn.Module):
+    def __init__(self, act="relu", hidden=0.0):
+        super().__init__()
+        self.conv, self.bn, self.head = nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.Linear(8, 10)
+        self.act = act
+        self.register_buffer("seen", torch.full((8,), hidden), persistent=False)
+    def forward(self, x):
+        x = self.bn(self.conv(x))
+        x = torch.relu(x) if self.act == "relu" else torch.nn.functional.silu(x)
+        return self.head(x.mean((2, 3)) + self.seen)
+partial = functools.partial(Net, act="relu")
+def silu():
+    return Net("silu")
+class Shown(Net):
+    def extra_repr(self):
+        return f"f={self.forward.__func__} {object()}"
+class Extra(Net):
+    def get_extra_state(self):
+        return {"a": 1}
+    def set_extra_state(self, state):
+        pass
+class Random(torch.utils.data.Dataset):
+    def __init__(self, train, root=None, shift=0):
+        from bnre_exp.data import digits
+        self.base, self.shift = digits(train), shift
+        self.noise = torch.randint(0, 50, (1, 8, 8))
+    def __len__(self):
+        return 128
+    def __getitem__(self, i):
+        image, label = self.base[i]
+        return ((image + self.noise + self.shift + torch.randint(0, 50, ())).clamp(0, 255)).to(torch.uint8), label
+"""
+SMALL = [
+    "model=custom", "model._target_=plannet.Net", "dataset.train_limit=128", "dataset.test_limit=64",
+    "dataset.batch_size=32", "train.epochs=2", "qat.epochs=1", "quant.calib_batches=1", "reest.num_batches=2",
+    "tracking.enabled=false", "runtime.threads=1",
+]  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "plannet.py").write_text(NET)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    threads = torch.get_num_threads()
+    yield tmp_path
+    sys.modules.pop("plannet", None)
+    torch.set_num_threads(threads)
+
+
+def keys(folder: Path, *overrides: str) -> dict[str, str]:
+    config = compose_config([*SMALL, f"runtime.output_dir={folder}", *overrides])
+    console = Console(file=io.StringIO())
+    about = {"params": {}, "tags": {}, "output_dir": folder, "experiment": "t", "run_name": "t", "enabled": False}
+    with open_run(folder / digest(overrides), **about) as log, open_store(config, 0) as store:
+        job = prepare(config, folder / "run", log, console, store, Summary("t"))
+        return {planned.stage: digest(planned.depends) for planned in job.planned}
+
+
+EVERYTHING = ["fp32", "ptq", "qat", "reest", "fold", "export"]
+
+
+@pytest.mark.parametrize(
+    ("override", "first"),
+    [
+        ("+model.kwargs.act=silu", "fp32"),
+        ("model._target_=plannet.silu", "fp32"),
+        ("+model.kwargs.hidden=0.5", "fp32"),
+        ("seed=1", "fp32"),
+        ("dataset.augment=true", "fp32"),
+        ("dataset.batch_size=16", "fp32"),
+        ("dataset.mean=[0.1]", "fp32"),
+        ("train.epochs=3", "fp32"),
+        ("train.lr=0.1", "fp32"),
+        ("runtime.threads=2", "fp32"),
+        ("runtime.precision=bfloat16", "fp32"),
+        ("quant.weight_bits=3", "ptq"),
+        ("model.leaf_modules=[head]", "ptq"),
+        ("quant.overrides=[{pattern: conv, weight_bits: 8}]", "ptq"),
+        ("qat.lr=0.1", "qat"),
+        ("reest.num_batches=3", "reest"),
+        ("fold.bias_bits=null", "fold"),
+        ("quant.percentile=99", None),
+        ("reest.momentum=0.5", None),
+        ("runtime.workers=1", None),
+        ("fp32.min_top1=0.01", None),
+        ("tracking.run_name=other", None),
+        ("store.max_gb=1", None),
+        ("objective=fold/top1", None),
+    ],
+)
+def test_a_setting_changes_the_stages_it_can_change_and_no_others(folder, override, first):
+    before, after = keys(folder), keys(folder, override)
+    changed = [stage for stage in EVERYTHING if before[stage] != after[stage]]
+    assert changed == (EVERYTHING[EVERYTHING.index(first) :] if first else [])
+
+
+def test_the_same_in_another_process_folder_and_order(folder):
+    shown = [keys(folder, "model._target_=plannet.Shown") for _ in range(2)]
+    assert shown[0] == shown[1]  # addresses of objects are no part of a structure
+    assert keys(folder, "train.epochs=2", "seed=0") == keys(folder, "seed=0")
+    assert keys(folder, "train.epochs=0", "train.lr=0.3") == keys(folder, "train.epochs=0")
+
+
+def test_torchs_global_settings_count(folder):
+    before = keys(folder)
+    torch.backends.mkldnn.enabled = False
+    try:
+        assert keys(folder)["fp32"] != before["fp32"]
+    finally:
+        torch.backends.mkldnn.enabled = True
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert keys(folder)["fp32"] != before["fp32"]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_code_behind_a_partial_counts_and_an_edit_is_seen_by_new_processes_only(folder, caplog):
+    before = keys(folder, "model._target_=plannet.partial")
+    (folder / "plannet.py").write_text(NET + "\nx = 1\n")
+    assert keys(folder, "model._target_=plannet.partial") == before  # this process runs what it imported
+    assert "has changed since it was imported" in caplog.text
+    from bnre_exp import fingerprint
+
+    fingerprint._first_sha256.cache_clear()  # as a new process would
+    assert keys(folder, "model._target_=plannet.partial")["fp32"] != before["fp32"]
+
+
+def test_a_state_that_no_file_can_hold_is_told_before_any_work(folder):
+    with pytest.raises(UserError, match="keeps '_extra_state', a dict"):
+        keys(folder, "model._target_=plannet.Extra")
+
+
+def results(folder: Path, name: str, *overrides: str):
+    config = compose_config([*SMALL, f"runtime.output_dir={folder}", *overrides])
+    found = run(config, run_dir=folder / name, console=Console(file=io.StringIO()))
+    metrics = {key: value for key, value in found.metrics.items() if "seconds" not in key}
+    files = {path.name: path.read_bytes() for path in (folder / name / "folded").iterdir()}
+    return metrics, files, (folder / name / "layers.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("qat.epochs=0",),
+        ("dataset._target_=plannet.Random", "dataset.in_memory=false"),
+        ("dataset._target_=plannet.Random", "qat.epochs=0"),
+    ],
+    ids=["QAT", "PTQ", "random items", "random data in memory"],
+)
+def test_a_stage_goes_on_alike_from_the_store_and_from_memory(folder, overrides):
+    whole = results(folder, "off", "store.mode=off", *overrides)
+    assert results(folder, "computed", *overrides) == whole
+    assert results(folder, "reused", *overrides) == whole
+    for stage in ("export", "fold", "reest", "qat", "ptq"):  # ever more is lost, and computed from what is left
+        for entry in (folder / "store" / "entries").glob(f"{stage}-*"):
+            (entry / "result.json").unlink()
+        assert results(folder, f"without-{stage}", *overrides) == whole
+
+
+def test_what_was_computed_from_another_network_is_not_taken(folder):
+    whole = results(folder, "computed")
+    (entry,) = (folder / "store" / "entries").glob("fp32-*")
+    (entry / "result.json").unlink()
+    assert results(folder, "again") == whole  # the same bits again, so that all that follows is reused
+    record = json.loads((next((folder / "store" / "entries").glob("ptq-*")) / "entry.json").read_text())
+    assert record["upstream"] == json.loads((entry / "entry.json").read_text())["files"]["state.safetensors"]["sha256"]
