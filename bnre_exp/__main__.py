@@ -13,7 +13,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -29,6 +29,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
+from rich.text import Text
 
 from bnre_exp import runs
 from bnre_exp.config import Config, RuntimeConfig, TrackingConfig
@@ -122,23 +123,31 @@ def _job(composed: DictConfig) -> Optional[float]:
     run_dir = Path(info.runtime.output_dir)
     overrides = [str(text) for text in OmegaConf.to_container(info.overrides.task, resolve=False) or []]
     is_multirun = info.mode is RunMode.MULTIRUN
-    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    console = _console()
     if is_multirun and _is_apart(info):  # jobs share a terminal: whose line is it?
-        console = Console(file=PrefixedLines(sys.stdout, f"[{info.job.num}] "), width=PLAIN_WIDTH)  # type: ignore[arg-type]
+        console = _console(PrefixedLines(sys.stdout, f"[{info.job.num}] "))
     label = f"{info.job.num}: {' '.join(overrides)}" if is_multirun else " ".join(overrides)
     try:
         with _sigterm_raises():
             if is_multirun:
-                console.rule(f"job {label}")
+                console.rule(Text(f"job {label}"))
             return _claimed(composed, info, run_dir, overrides, label, console)
     except BaseException as error:
         _tell(error, run_dir)
         if not is_multirun:
             raise SystemExit(exit_status(error)) from None
+        record = runs.read_record(run_dir)
+        if _is_plain(info) and isinstance(error, Exception) and record and record.status == runs.FAILED:
+            return None  # its record says so; Hydra goes on, also with batches that follow
         if _is_apart(info) and isinstance(error, (Exception, KeyboardInterrupt)):
             raise JobFailed(explain_failure(error, None).splitlines()[-1]) from None
         error.__dict__["is_told"] = True
         raise  # Hydra goes on with the next job, unless this one was interrupted
+
+
+def _console(file: Any = None) -> Console:
+    """Paths and overrides may hold brackets, which are no markup."""
+    return Console(file=file, width=None if file is None and sys.stdout.isatty() else PLAIN_WIDTH, markup=False)
 
 
 def _is_apart(info: DictConfig) -> bool:
@@ -150,6 +159,8 @@ def _claimed(
     composed: DictConfig, info: DictConfig, run_dir: Path, overrides: Sequence[str], label: str, console: Console
 ) -> Optional[float]:
     """Run the job as the one that holds its folder; a job of a sweep that is continued may be finished already."""
+    from bnre_exp.sweep import make_room
+
     identity, sweep = _identity(composed), Path(info.sweep.dir) if info.mode is RunMode.MULTIRUN else None
 
     def wait() -> None:
@@ -162,7 +173,7 @@ def _claimed(
             console.print(f"  finished already: {run_dir}", highlight=False)
             return _objective(last_metrics(read_records(run_dir)), info, str(composed.objective))
         if before is not None and (before.identity != identity or before.status in (runs.FINISHED, runs.FAILED)):
-            runs.set_aside(run_dir)  # another run's, in a folder that the user chose, or one that failed
+            make_room(run_dir)  # another run's, in a folder that the user chose, or one that failed
         with runs.recorded(run_dir, identity, label) as record:
             try:
                 config = typed(composed)
@@ -194,10 +205,12 @@ def _identity(composed: DictConfig) -> str:
     """Of a configuration, without Hydra's own part, and of the code that it runs."""
     from bnre_exp.plan import code_identity
 
-    code = ""
-    with suppress(Exception):  # a mistake, which is told where it matters
-        code = code_identity(typed(composed))
-    return digest([{key: value for key, value in _container(composed).items() if key != "hydra"}, code])
+    own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    try:
+        code = code_identity(typed(own))
+    except UserError:  # a mistake, which is told where it matters
+        code = ""
+    return digest([_container(own), code])
 
 
 def _container(composed: DictConfig) -> dict[str, Any]:
@@ -223,7 +236,11 @@ def _threads() -> Optional[int]:
     given, beside = os.environ.get("SLURM_CPUS_PER_TASK", ""), int(os.environ.get(JOBS_AT_ONCE, "1"))
     if given.isdigit() and int(given) > 0:
         return int(given)
-    return max(1, len(os.sched_getaffinity(0)) // beside) if beside > 1 else None
+    return max(1, _cores() // beside) if beside > 1 else None
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _tell(error: BaseException, run_dir: Optional[Path]) -> None:
@@ -273,13 +290,19 @@ class _Ahead:
 
 def _look_ahead(arguments: Any) -> Optional[_Ahead]:
     """Compose as Hydra will, to find the folder to go on with; None where Hydra itself should say what is wrong."""
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
+    main_folder = os.path.abspath(arguments.config_path or str(config_folder()))
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=main_folder):
         written = OverridesParser.create().parse_overrides(list(arguments.overrides))
         fixed = [override.input_line for override in written if not override.is_sweep_override()]
         if arguments.config_dir:
             fixed.append(f"hydra.searchpath=['file://{os.path.abspath(arguments.config_dir)}']")
         name = arguments.config_name or "config"
-        composed = hydra.compose(name, overrides=[str(o) for o in fixed], return_hydra_config=True)
+        try:
+            composed = hydra.compose(name, overrides=[str(o) for o in fixed], return_hydra_config=True)
+        except MissingConfigException:
+            if arguments.config_name or arguments.config_path:  # Hydra may know where it is
+                return None
+            raise
     is_multirun = bool(arguments.multirun) or composed.hydra.mode is RunMode.MULTIRUN
     if not is_multirun and len(fixed) != len(written):
         return None
@@ -289,7 +312,7 @@ def _look_ahead(arguments: Any) -> Optional[_Ahead]:
         swept = [o for o in written if not o.key_or_group.startswith(("hydra/launcher", "hydra.launcher"))]
         typed_in = sorted(str(o.input_line) for o in swept)
         identity = digest([identity, typed_in, _container(composed.hydra.sweeper)])
-    may_go_on = not is_multirun or _is_plain(composed.hydra)
+    may_go_on = (not is_multirun or _is_plain(composed.hydra)) and not _chosen_folder(arguments)
     parent = output / ("multirun" if is_multirun else "runs")
     folder = runs.find_unfinished(parent, identity) if may_go_on else None
     _close_dead(output, folder)
@@ -309,9 +332,14 @@ def _jobs_at_once(info: DictConfig, written: Sequence[Any]) -> int:
         jobs = math.prod(len(list(o.sweep_string_iterator())) for o in swept.values() if o.is_discrete_sweep())
         jobs = min(jobs, int(sweeper.get("max_batch_size") or jobs))
     if target.endswith("JoblibLauncher"):
-        cores, wanted = len(os.sched_getaffinity(0)), int(info.launcher.get("n_jobs") or 1)
+        cores, wanted = _cores(), int(info.launcher.get("n_jobs") or 1)
         jobs = min(jobs, wanted if wanted > 0 else max(1, cores + 1 + wanted))
     return max(1, jobs)
+
+
+def _chosen_folder(arguments: Any) -> bool:
+    """Whether the user says where the job or sweep goes."""
+    return any(str(o).lstrip("+").startswith(("hydra.run.dir=", "hydra.sweep.dir=")) for o in arguments.overrides)
 
 
 def _section(composed: DictConfig, name: str, kind: Any) -> Any:
@@ -335,19 +363,18 @@ def _close_dead(output: Path, spared: Optional[Path]) -> None:
 def _launch(arguments: Any) -> None:
     """Hand over to Hydra, with the folder chosen: a job, or a sweep inside its own run."""
     ahead = _look_ahead(arguments)
-    chosen = [o.partition("=")[0] for o in arguments.overrides if o.startswith(("hydra.run.dir=", "hydra.sweep.dir="))]
     if ahead is None or (ahead.folder is None and not ahead.is_multirun):
         _job()
         return
-    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    console = _console()
     if ahead.folder is not None:
         console.print(f"Going on with what was interrupted: {ahead.folder}", highlight=False, soft_wrap=True)
     if not ahead.is_multirun:
-        sys.argv += [] if chosen else [_quoted("hydra.run.dir", ahead.folder)]
+        sys.argv += [_quoted("hydra.run.dir", ahead.folder)]
         _job()
         return
     folder = Path(str(ahead.composed.hydra.sweep.dir)).absolute() if ahead.folder is None else ahead.folder
-    sys.argv += [] if chosen else [_quoted("hydra.sweep.dir", folder)]
+    sys.argv += [] if _chosen_folder(arguments) else [_quoted("hydra.sweep.dir", folder)]
     _sweep(ahead, folder, console)
 
 
@@ -357,7 +384,7 @@ def _quoted(name: str, folder: Optional[Path]) -> str:
 
 
 def _sweep(ahead: _Ahead, folder: Path, console: Console) -> None:
-    from bnre_exp.sweep import SweepPlan, run_sweep
+    from bnre_exp.sweep import SweepPlan, make_room, run_sweep
 
     experiment = ahead.composed.hydra.runtime.choices.get("experiment")
     swept = [o for o in ahead.overrides if OverridesParser.create().parse_override(o).is_sweep_override()]
@@ -367,7 +394,7 @@ def _sweep(ahead: _Ahead, folder: Path, console: Console) -> None:
     with runs.claim(folder):
         before = runs.read_record(folder)
         if before is not None and (before.identity != ahead.identity or before.status in (runs.FINISHED, runs.FAILED)):
-            runs.set_aside(folder)  # another sweep's, in a folder that the user chose
+            make_room(folder)  # another sweep's, in a folder that the user chose
         with runs.recorded(folder, ahead.identity, label) as record:
             try:
                 run_sweep(plan, _job, console)

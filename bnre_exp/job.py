@@ -17,7 +17,7 @@ from bnre_exp.data import Loaders, Preprocessing, build_loaders, check_labels, r
 from bnre_exp.errors import UserError
 from bnre_exp.models import build_model, check_head
 from bnre_exp.plan import Planned, plan
-from bnre_exp.provenance import compare_link, ui_command
+from bnre_exp.provenance import compare_link, ui_address, ui_command
 from bnre_exp.quantsim.insert import quantize
 from bnre_exp.report.console import ConsoleProgress
 from bnre_exp.report.layers import layers_markdown
@@ -173,11 +173,10 @@ def _log_inputs(log: RunLog, config: Config, loaders: Loaders, preprocessing: Pr
 def leave_report(job: Job) -> None:
     """The report of a whole run, or of what is finished when a stage fails."""
     summary, log = job.results.summary, job.log
-    log.connect()
     summary.places[RUN_FOLDER] = str(job.run_dir)
     if log.uri is not None and log.experiment_id is not None:
         summary.places["MLflow"] = ui_command(log.uri)
-        summary.places["  then open"] = compare_link(log.experiment_id)
+        summary.places["  then open"] = compare_link(log.experiment_id, ui_address(log.uri))
     if log.undelivered:
         job.exceptions("note", [("MLflow", f"{log.undelivered} records are not there yet: scripts/sync_mlflow")])
     path = job.run_dir / "report.md"

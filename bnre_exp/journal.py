@@ -7,6 +7,7 @@ One JSON object a line, each with ``time`` (seconds since 1970) and one of ``run
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
@@ -15,6 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Optional
+
+logger = logging.getLogger(__name__)
 
 NAME = "metrics.jsonl"
 LOGGED_ONCE = ("run", "params", "metrics", "tags", "dataset")  # a record like one that is there adds nothing
@@ -30,9 +33,13 @@ class Journal:
         self._file: IO[bytes] = open(path, "ab", buffering=0)  # noqa: SIM115
         self.folder = folder
         content = path.read_bytes() if path.is_file() else b""
-        self.records, whole = _parse(content)
-        if whole < len(content):  # killed in the middle of a line
-            self._file.truncate(whole)
+        self.records, damaged = _parse(content)
+        if content and not content.endswith(b"\n"):  # killed in the middle of a line
+            self._file.truncate(content.rfind(b"\n") + 1)
+        if damaged:
+            copy = folder / f"{NAME}.damaged"
+            copy.write_bytes(content)
+            logger.warning("%d lines of %s are damaged and left out; %s is a copy.", damaged, path, copy)
         self._known = {_content(record) for record in self.records}
 
     def __enter__(self) -> Journal:
@@ -64,7 +71,7 @@ class Journal:
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run's folder, none if there are none; what follows a line that is cut short is left out."""
+    """The records of a run's folder, none if there are none; lines that are damaged or cut short are left out."""
     try:
         return _parse((folder / NAME).read_bytes())[0]
     except OSError:
@@ -72,19 +79,19 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
 
 
 def _parse(content: bytes) -> tuple[list[dict[str, Any]], int]:
-    """The records, and how many bytes they take."""
+    """The records, and how many whole lines hold none."""
     records: list[dict[str, Any]] = []
-    whole = 0
+    damaged = 0
     for line in content.splitlines(keepends=True):
         try:
-            record = json.loads(line)
+            record = json.loads(line) if line.endswith(b"\n") else None
         except ValueError:
-            break
-        if not line.endswith(b"\n") or not isinstance(record, dict):
-            break
-        records.append(record)
-        whole += len(line)
-    return records, whole
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+        else:
+            damaged += line.endswith(b"\n")
+    return records, damaged
 
 
 def last_metrics(records: list[dict[str, Any]]) -> dict[str, float]:

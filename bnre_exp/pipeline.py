@@ -71,7 +71,7 @@ def run(
         ) as log,
         open_store(config, time.time() if since is None else since) as store,
     ):
-        console.print(f"[bold]{name}[/bold]", highlight=False)
+        console.print(name, style="bold", highlight=False, markup=False)
         job = prepare(config, run_dir, log, console, store, Summary(name))
         try:
             _run_stages(job)
@@ -109,6 +109,7 @@ def _run_stages(job: Job) -> None:
             folded = _stage(job, planned, passing)
         if planned.stage == "fp32":
             _keep_fp32(job, passing)
+    job.log.connect()
 
 
 def _stage(job: Job, planned: Planned, passing: Passing) -> Optional[nn.Module]:

@@ -36,6 +36,11 @@ def git_tags(folder: Path) -> dict[str, str]:
     return {"git.commit": commit, "git.dirty": str(bool(changes)).lower(), "mlflow.source.git.commit": commit}
 
 
+def ui_address(uri: str) -> str:
+    """Where MLflow's UI on a store is: at the server, or where :func:`ui_command` starts it."""
+    return uri.rstrip("/") if uri.startswith("http") else UI_ADDRESS
+
+
 def ui_command(uri: str) -> str:
     """The command that opens MLflow on a store, or says where a server is."""
     if uri.startswith("http"):

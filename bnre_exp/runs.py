@@ -6,6 +6,8 @@ system's, so it tells on any host, and however a process died, whether a run is 
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import time
@@ -47,7 +49,10 @@ def read_record(folder: Path) -> Optional[RunRecord]:
 def write_record(folder: Path, record: RunRecord) -> None:
     """Replace the record of a folder, in one step."""
     new = folder / f".{RECORD}.new"
-    new.write_text(json.dumps(asdict(record), indent=1))
+    with open(new, "w") as file:
+        file.write(json.dumps(asdict(record), indent=1))
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(new, folder / RECORD)
 
 
@@ -83,23 +88,41 @@ def recorded(folder: Path, identity: str, label: str) -> Iterator[RunRecord]:
 
 
 def set_aside(folder: Path) -> None:
-    """Make room for another run in a folder that holds one: what that one logged is kept under another name."""
+    """Make room for another run in a folder that holds one: what that one logged goes to a folder ``earlier-N``."""
+    earlier = folder / f"earlier-{len(list(folder.glob('earlier-*'))) + 1}"
+    earlier.mkdir()
     for name in ("metrics.jsonl", "mlflow.json", RECORD):
-        number = len(list(folder.glob(f"{name}.*")))
         with suppress(FileNotFoundError):
-            os.replace(folder / name, folder / f"{name}.{number + 1}")
+            os.replace(folder / name, earlier / name)
 
 
-def is_alive(folder: Path) -> bool:
-    """Whether the process that runs there lives."""
-    if not (folder / LOCK).exists():
-        return False
+@contextmanager
+def held_if_dead(folder: Path) -> Iterator[bool]:
+    """True if no process runs in a folder; then none can begin to while the block lasts."""
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        return True
-    lock.release()
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def is_alive(folder: Path) -> bool:
+    """Whether the process that runs there lives. Any number may look at once, none of them being taken for it."""
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK)
+    finally:
+        os.close(descriptor)
     return False
 
 

@@ -136,7 +136,7 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock, holder = FileLock(path, poll_interval=POLL), path.with_suffix(".json")
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=0.5)  # one that makes room holds it for a moment
         except Timeout:
             on_wait(_who_holds(holder))
             lock.acquire()
@@ -145,6 +145,8 @@ class Store:
                 holder.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}))
             yield
         finally:
+            with suppress(OSError):
+                holder.unlink()
             lock.release()
 
     def _is_too_old(self, entry: Entry) -> bool:
@@ -205,6 +207,7 @@ class Store:
         entry = _read(target)
         if entry is not None:
             self._pin(entry)
+        with suppress(OSError):  # housekeeping never ends a job
             self.evict()
         return entry
 
@@ -232,17 +235,21 @@ class Store:
         return sorted((entry for entry in found if entry is not None), key=lambda entry: entry.used)
 
     def evict(self, max_bytes: Optional[float] = None, older_than: float = 0.0) -> list[Entry]:
-        """Remove least recently used entries until the store fits ``max_bytes`` (default: its own limit), and all last
-        used before ``older_than`` (seconds since 1970). What a running job uses stays. Returns the removed entries."""
-        limit = self.max_bytes if max_bytes is None else max_bytes
-        entries, removed = self.entries(), []
-        total = sum(entry.size for entry in entries) + _size(self.folder / "partial")
-        total -= self._sweep_partial(total > limit, older_than)
+        """Remove what was used least recently, results and unfinished work, until the store fits ``max_bytes``
+        (default: its own limit), and all last used before ``older_than`` (seconds since 1970). What a running job uses
+        stays. Returns the removed results."""
+        limit, removed = self.max_bytes if max_bytes is None else max_bytes, []
+        found: list[tuple[float, Path, int, Optional[Entry]]] = []
+        found += [(entry.used, entry.folder, entry.size, entry) for entry in self.entries()]
+        partial = self.folder / "partial"
+        for folder in partial.iterdir() if partial.is_dir() else []:
+            found.append((_newest(folder), folder, _size(folder), None))
+        total = sum(size for _, _, size, _ in found)
+        for used, folder, size, entry in sorted(found, key=lambda item: item[0]):
+            if (total > limit or used < older_than) and self._remove_unless_used(folder):
+                total -= size
+                removed += [entry] if entry is not None else []
         self._sweep_tmp()
-        for entry in entries:
-            if (total > limit or entry.used < older_than) and self._remove_unless_used(entry):
-                total -= entry.size
-                removed.append(entry)
         return removed
 
     def remove_damaged(self) -> int:
@@ -252,34 +259,19 @@ class Store:
         shutil.rmtree(folder, ignore_errors=True)
         return count
 
-    def _remove_unless_used(self, entry: Entry) -> bool:
-        lock = FileLock(self.folder / "locks" / f"{entry.folder.name}.lock")
+    def _remove_unless_used(self, folder: Path) -> bool:
+        lock = FileLock(self.folder / "locks" / f"{folder.name}.lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:
             return False
         try:
-            if _is_pinned(self.folder / "pins" / entry.folder.name):
+            if folder.parent.name == "entries" and _is_pinned(self.folder / "pins" / folder.name):
                 return False
-            self._remove(entry.folder)
+            self._remove(folder)
             return True
         finally:
             lock.release()
-
-    def _sweep_partial(self, is_full: bool, older_than: float) -> int:
-        """Remove unfinished work that nobody is at: all of it if the store is full. Returns the bytes freed."""
-        freed, folder = 0, self.folder / "partial"
-        for partial in folder.iterdir() if folder.is_dir() else []:
-            lock = FileLock(self.folder / "locks" / f"{partial.name}.lock")
-            if not is_full and partial.stat().st_mtime >= older_than:
-                continue
-            with suppress(Timeout, OSError):
-                lock.acquire(timeout=0)
-                size = _size(partial)
-                self._remove(partial)
-                freed += size
-                lock.release()
-        return freed
 
     def _sweep_tmp(self) -> None:
         folder = self.folder / "tmp"
@@ -346,14 +338,18 @@ def _is_pinned(folder: Path) -> bool:
 
 def _newest(folder: Path) -> float:
     """When the newest file in a folder was written; now, if there is none."""
-    return max((path.stat().st_mtime for path in folder.rglob("*")), default=time.time())
+    times = []
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            times.append(path.stat().st_mtime)
+    return max(times, default=time.time())
 
 
 def _size(folder: Path) -> int:
     total = 0
-    for path in folder.rglob("*") if folder.is_dir() else []:
+    for path in folder.rglob("*"):
         with suppress(OSError):
-            total += path.stat().st_size
+            total += path.stat().st_size if path.is_file() else 0
     return total
 
 

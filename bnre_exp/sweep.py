@@ -16,7 +16,7 @@ from rich.text import Text
 from bnre_exp.config import RuntimeConfig, TrackingConfig
 from bnre_exp.errors import SweepFailed, UserError
 from bnre_exp.journal import last_metrics, read_records
-from bnre_exp.provenance import compare_link, git_tags, ui_command
+from bnre_exp.provenance import compare_link, git_tags, ui_address, ui_command
 from bnre_exp.report.comparison import (
     RunRow,
     comparison_csv,
@@ -26,8 +26,19 @@ from bnre_exp.report.comparison import (
     measured,
 )
 from bnre_exp.report.plots import save_plots
-from bnre_exp.runs import FAILED, FINISHED, KILLED, RUNNING, RunRecord, is_alive, read_record, write_record
-from bnre_exp.tracking import RunLog, end_run, open_run
+from bnre_exp.runs import (
+    FAILED,
+    FINISHED,
+    KILLED,
+    RUNNING,
+    RunRecord,
+    held_if_dead,
+    is_alive,
+    read_record,
+    set_aside,
+    write_record,
+)
+from bnre_exp.tracking import RunLog, end_run, open_run, sync
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +83,11 @@ def run_sweep(plan: SweepPlan, launch: Callable[[], None], console: Console) -> 
 
 
 def job_folders(folder: Path) -> list[Path]:
-    """The folders of a sweep's jobs that have started, by number."""
-    found = [path for path in folder.iterdir() if read_record(path) is not None]
+    """The folders of a sweep's jobs that have started, by number; not those that an earlier sweep left there."""
+    sweep = read_record(folder)
+    since = sweep.started if sweep is not None else 0.0
+    records = {path: read_record(path) for path in folder.iterdir()}
+    found = [path for path, record in records.items() if record is not None and record.started >= since]
     return sorted(found, key=lambda path: (not path.name.isdigit(), int(path.name) if path.name.isdigit() else 0))
 
 
@@ -95,11 +109,19 @@ def close_dead_jobs(folder: Path) -> None:
 
 def close_if_dead(folder: Path) -> None:
     """Close one run, if it is RUNNING by its record and its process is dead."""
-    record = read_record(folder)
-    if record is not None and record.status == RUNNING and not is_alive(folder):
-        record.status = KILLED
-        write_record(folder, record)
-        end_run(folder, KILLED)
+    with held_if_dead(folder) as is_held:
+        record = read_record(folder)
+        if is_held and record is not None and record.status == RUNNING:
+            record.status = KILLED
+            write_record(folder, record)
+            end_run(folder, KILLED)
+
+
+def make_room(folder: Path) -> None:
+    """Set aside what another run left in a folder; what MLflow lacks of it is delivered first, or by sync_mlflow."""
+    with suppress(UserError):
+        sync(folder)
+    set_aside(folder)
 
 
 def job_rows(folder: Path) -> list[RunRow]:
@@ -130,8 +152,8 @@ def _leave_comparison(plan: SweepPlan, log: RunLog, console: Console) -> None:
         return
     try:
         files = leave_comparison(plan.label, rows, plan.folder)
-    except OSError as error:
-        logger.warning("The comparison of the sweep cannot be written: %s", error)
+    except Exception as error:  # the jobs are what counts
+        logger.warning("The comparison of the sweep cannot be made: %s", error, exc_info=not isinstance(error, OSError))
         return
     for path in files:
         log.artifact(path)
@@ -146,7 +168,9 @@ def _leave_comparison(plan: SweepPlan, log: RunLog, console: Console) -> None:
     if log.uri is not None and log.experiment_id is not None:
         places["MLflow"] = ui_command(log.uri)
         shown = [metric for metric, _ in measured(rows) if metric != "fp32/top1"]
-        places["  then open"] = compare_link(log.experiment_id, view=log.view(differing_params(rows), shown))
+        places["  then open"] = compare_link(
+            log.experiment_id, ui_address(log.uri), view=log.view(differing_params(rows), shown)
+        )
     if log.undelivered:
         places["not in MLflow yet"] = f"{log.undelivered} records of the sweep's own run: scripts/sync_mlflow"
     for what, place in places.items():

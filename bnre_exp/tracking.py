@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import socket
 import sqlite3
 import time
@@ -210,7 +211,7 @@ def undelivered(run_dir: Path) -> int:
     records = read_records(run_dir)
     if "uri" not in (records[0].get("run", {}) if records else {}):
         return 0
-    return len(records) - int(_read_note(run_dir).get("count", 0))
+    return max(0, len(records) - int(_read_note(run_dir).get("count", 0)))
 
 
 def read_runs(uri: str, experiment: str, filter_string: str = "") -> list[Mapping[str, Any]]:
@@ -275,7 +276,7 @@ class Delivery:
     @property
     def pending(self) -> int:
         """Records that MLflow does not have yet."""
-        return len(self._journal.records) - int(self._note.get("count", 0))
+        return max(0, len(self._journal.records) - int(self._note.get("count", 0)))
 
     def open(self) -> None:
         """The first delivery. Raises ``UserError`` if the store is no server and does not work."""
@@ -298,7 +299,7 @@ class Delivery:
             self.problem = None
         except Exception as error:
             already, self.problem = self.problem, _first_line(error)
-            if is_first and (isinstance(error, UserError) or not self.uri.startswith("http")):
+            if is_first and (isinstance(error, UserError) or not (self.uri.startswith("http") or _is_busy(error))):
                 raise UserError(
                     f"MLflow cannot be opened at {self.uri}: {_first_line(error)}\nCorrect tracking.uri, or run "
                     "without MLflow: tracking.enabled=false (metrics then are in metrics.jsonl only)."
@@ -328,8 +329,8 @@ class Delivery:
         _check_reachable(self.uri, is_open=self._client is not None)
         with _turn(self.uri):
             client = self._connect()
-            if not self._is_checked and "run_id" in self._note and not _exists(client, self._note["run_id"]):
-                self._note.clear()  # the store is another one now: everything goes there again
+            if not self._is_checked:
+                _forget_if_gone(client, self._note)
             _ensure_run(client, self.folder, self.about, self._note)
             self._is_checked = True
             for record in self._journal.records[int(self._note["count"]) :]:
@@ -341,6 +342,7 @@ class Delivery:
                         _write_note(self.folder, self._note)
                     if _code(error) not in REFUSED:
                         raise
+                    _forget_if_gone(client, self._note)  # deleted in the UI: no record is refused for itself
                     logger.warning("MLflow refuses a record of %s: %s", self.folder, _first_line(error))
                 self._note["count"] += 1
                 _write_note(self.folder, self._note)
@@ -368,35 +370,36 @@ def _ensure_run(client: Any, folder: Path, about: Mapping[str, Any], note: dict[
     if about.get("parent"):
         tags["mlflow.parentRunId"] = _parent_run(client, folder / about["parent"])
     experiment = _experiment(client, about["experiment"], about["uri"], about["artifacts"])
-    if note.get("attempted"):  # the answer may have been lost
-        found = client.search_runs([experiment], f"tags.`{UID}` = '{about['uid']}'", max_results=1)
-        run = found[0] if found else None
-    else:
-        _write_note(folder, {"attempted": True})
-        run = None
-    if run is None:
-        run = client.create_run(experiment, run_name=about["name"], tags=tags)
+    # It may be there: an answer can be lost, and so can the note.
+    found = client.search_runs([experiment], f"tags.`{UID}` = '{about['uid']}'", max_results=1)
+    run = found[0] if found else client.create_run(experiment, run_name=about["name"], tags=tags)
     note.update({"experiment_id": experiment, "run_id": run.info.run_id, "count": 0})
     _write_note(folder, note)
 
 
-def _exists(client: Any, run_id: str) -> bool:
+def _forget_if_gone(client: Any, note: dict[str, Any]) -> None:
+    """Forget a run that MLflow does not know, whose store is another one now: everything goes there again. Raises
+    ``UserError`` for one that was deleted, as in the UI."""
     from mlflow.exceptions import MlflowException
 
+    if "run_id" not in note:
+        return
     try:
-        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
+        run = client.get_run(note["run_id"])
     except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return False
-        raise
+        if _code(error) != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        note.clear()
+        return
+    if run.info.lifecycle_stage != "active":
+        raise UserError(f"the run {note['run_id']} was deleted in MLflow; restore it there to have the rest of it.")
 
 
 def _parent_run(client: Any, folder: Path) -> str:
-    note = _read_note(folder)
-    if "run_id" not in note:
-        with FileLock(folder / "mlflow.lock", timeout=PATIENCE):
-            note = _read_note(folder)
-            _ensure_run(client, folder, read_records(folder)[0]["run"], note)
+    with FileLock(folder / "mlflow.lock", timeout=PATIENCE):
+        note = _read_note(folder)
+        _forget_if_gone(client, note)
+        _ensure_run(client, folder, read_records(folder)[0]["run"], note)
     return str(note["run_id"])
 
 
@@ -469,6 +472,11 @@ def _send_model(client: Any, folder: Path, note: Mapping[str, Any], known: Mappi
     client.log_batch(run, metrics=batch)
 
 
+def _is_busy(error: Exception) -> bool:
+    """Whether another process has the store for the moment."""
+    return isinstance(error, Timeout) or any(word in str(error).lower() for word in ("database is locked", "busy"))
+
+
 def _code(error: Exception) -> Optional[str]:
     return getattr(error, "error_code", None)
 
@@ -490,7 +498,7 @@ def _check_reachable(uri: str, is_open: bool) -> None:
     database = _database_of(uri)
     if database is not None and (is_open or database.exists()):
         _probe(database, PATIENCE)
-    if uri.startswith("http"):
+    if uri.startswith("http:"):  # https may need settings that MLflow has
         try:
             with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=PATIENCE):
                 pass
@@ -513,7 +521,8 @@ def _client(uri: str) -> Any:
     if uri.startswith("http"):  # the defaults keep a run waiting for minutes
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(int(PATIENCE)))
-    from mlflow import MlflowClient
+    with _signals_wait():
+        from mlflow import MlflowClient
 
     for noisy in ("mlflow", "alembic"):  # what matters of their errors is in ours, without stack traces
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
@@ -527,6 +536,16 @@ def _client(uri: str) -> Any:
             with closing(sqlite3.connect(database, timeout=30)) as connection:
                 connection.execute("PRAGMA journal_mode=WAL")
         return client
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """A signal in the middle of an import would leave half a library for the rest of the process."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _probe(database: Path, timeout: float) -> None:

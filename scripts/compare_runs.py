@@ -57,6 +57,11 @@ def main(arguments: Sequence[str]) -> int:
         "--to", type=Path, default=output / "comparison", help="folder of the files; default: %(default)s"
     )
     given = parser.parse_args(arguments)
+    database = Path(given.uri.removeprefix("sqlite:///"))
+    by_folder = given.sweep and Path(given.sweep).is_dir()
+    if given.uri.startswith("sqlite:///") and not database.exists() and not by_folder:
+        sys.stderr.write(f"Error: there is no {database.absolute()}. Run this where the runs were, or name --uri.\n")
+        return 2
     try:
         title, rows = choose(given.sweep, given.filter, given.uri, given.experiment)
     except UserError as error:

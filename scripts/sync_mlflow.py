@@ -14,14 +14,13 @@ from rich.progress import track
 
 from bnre_exp.errors import UserError
 from bnre_exp.journal import NAME
-from bnre_exp.runs import is_alive
+from bnre_exp.runs import held_if_dead
 from bnre_exp.tracking import sync, undelivered
 
 
 def waiting(output: Path) -> list[Path]:
     """Folders of runs that MLflow does not have whole, sweeps before their jobs."""
-    folders = {path.parent for pattern in ("*/*", "*/*/*") for path in output.glob(f"{pattern}/{NAME}")}
-    return [folder for folder in sorted(folders) if undelivered(folder)]
+    return [path.parent for path in sorted(output.rglob(NAME)) if undelivered(path.parent)]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -31,24 +30,28 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     if not given.output.is_dir():
         parser.error(f"there is no folder {given.output.absolute()}")
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "120")  # a checkpoint may take its time
+    console = Console(width=None if sys.stdout.isatty() else 140, markup=False)
+    if not any(given.output.rglob(NAME)):
+        parser.error(f"there are no runs in {given.output.absolute()}")
     folders = waiting(given.output)
     if not folders:
         console.print(f"MLflow has everything of the runs in {given.output}.")
         return 0
     sent = failed = 0
     for folder in track(folders, "delivering", console=console, disable=not console.is_terminal):
-        if is_alive(folder):
-            console.print(f"{folder}: still running, and delivers by itself", soft_wrap=True)
-            continue
-        try:
-            records, left = sync(folder)
-        except UserError as error:
-            console.print(f"{folder}: {undelivered(folder)} records are not delivered: {error}", soft_wrap=True)
-            failed += 1
-            continue
-        sent += records
-        console.print(f"{folder}: {records} records delivered" + (f", {left} left" if left else ""), soft_wrap=True)
+        with held_if_dead(folder) as is_held:
+            if not is_held:
+                console.print(f"{folder}: still running, and delivers by itself", soft_wrap=True)
+                continue
+            try:
+                records, left = sync(folder)
+            except UserError as error:
+                console.print(f"{folder}: {undelivered(folder)} records are not delivered: {error}", soft_wrap=True)
+                failed += 1
+                continue
+            sent += records
+            console.print(f"{folder}: {records} records delivered" + (f", {left} left" if left else ""), soft_wrap=True)
     console.print(f"{sent} records of {len(folders)} runs delivered; {failed} runs could not be.")
     return 1 if failed else 0
 

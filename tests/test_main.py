@@ -210,6 +210,49 @@ def test_a_mistyped_key_stops_a_multirun_before_its_first_job(job: Job, monkeypa
     assert job.configs == []
 
 
+def test_what_is_looked_for_is_what_a_job_leaves(job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The identity by which an interrupted job is found is the one that the job itself writes."""
+    job.action = raising(KeyboardInterrupt())
+    for _ in range(2):
+        assert call(monkeypatch, "quant=w3", "seed=7") == 130
+    assert call(monkeypatch, "quant=w3", "seed=8") == 130
+    assert [folder == job.folders[0] for folder in job.folders] == [True, True, False]
+    for _ in range(2):
+        assert call(monkeypatch, "-m", "quant=w3,w4", "seed=7") == 130
+    assert job.folders[3] == job.folders[4] and job.folders[3].parent.parent.name == "multirun"
+    job.action = lambda config: None
+    assert call(monkeypatch, "-m", "quant=w3,w4", "seed=7") == 0
+    assert [folder.name for folder in job.folders[5:]] == ["0", "1"] and job.folders[5] == job.folders[3]
+    assert call(monkeypatch, "-m", "quant=w3,w4", "seed=7") == 0  # finished: this is a new one
+    assert job.folders[7].parent != job.folders[5].parent
+
+
+def test_a_failed_job_does_not_stop_the_batches_that_follow(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    job.action = lambda config: raising(UserError("no"))(config) if config.seed == 1 else None
+    assert call(monkeypatch, "-m", "seed=1,2,3", "hydra.sweeper.max_batch_size=1") == 2
+    assert [config.seed for config in job.configs] == [1, 2, 3]
+
+
+def test_a_folder_that_the_user_names_is_used_and_what_was_in_it_is_kept(
+    job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "a[/b] = 'c', d"
+    quoted = str(place).replace("'", "\\'")
+    for seed in (1, 2):
+        text = f'{{"seed": {seed}}}\n'
+        job.action = lambda config, text=text: (job.folders[-1] / "metrics.jsonl").write_text(text) and None
+        assert call(monkeypatch, f"hydra.run.dir='{quoted}'", f"seed={seed}") == 0, capsys.readouterr().err
+    assert job.folders == [place, place] and (place / "metrics.jsonl").read_text() == '{"seed": 2}\n'
+    assert (place / "earlier-1" / "metrics.jsonl").read_text() == '{"seed": 1}\n'
+
+
+def test_brackets_in_what_is_typed_are_no_markup(
+    job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "-m", "tracking.run_name='[/x] [bold]'", "seed=1,2") == 0
+    assert "[/x] [bold]" in capsys.readouterr().out
+
+
 # --- Hydra's own flags
 
 

@@ -195,6 +195,62 @@ def test_a_journal_cut_in_the_middle_of_a_line_goes_on(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes().count(b"\n") == 3
 
 
+def test_damaged_lines_are_left_out_and_nothing_else_is_lost(tmp_path, caplog):
+    with Journal(tmp_path) as journal:
+        for step in range(4):
+            journal.add("metrics", {"a": 1.0}, step=step)
+    lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_bytes(b"\x00" + b"".join(lines[:2]) + b"{]\n" + b"".join(lines[2:]))
+    with Journal(tmp_path) as journal:
+        assert [record["step"] for record in journal.records] == [1, 2, 3]
+        journal.add("metrics", {"a": 1.0}, step=4)
+    assert "2 lines" in caplog.text and (tmp_path / "metrics.jsonl.damaged").exists()
+    assert [record["step"] for record in read_records(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_lost_note_makes_no_second_run(tmp_path):
+    with start(tmp_path, sqlite(tmp_path)) as log:
+        work(log, range(2))
+    (log.run_dir / "mlflow.json").write_text("")
+    with start(tmp_path, sqlite(tmp_path)) as log:
+        work(log, range(3))
+    (run,) = read_runs(sqlite(tmp_path), "tests")
+    assert history(sqlite(tmp_path), run["id"]) == [(n, 1 / (n + 1)) for n in range(3)]
+
+
+def test_a_run_deleted_in_the_ui_keeps_its_records(tmp_path, caplog):
+    from mlflow import MlflowClient
+
+    with start(tmp_path, sqlite(tmp_path)) as log:
+        work(log, range(2))
+        MlflowClient(sqlite(tmp_path)).delete_run(log.run_id)
+        work(log, range(2, 5))
+    assert log.undelivered == 4 and caplog.text.count("was deleted in MLflow") == 1
+    with pytest.raises(UserError, match="restore it"):
+        sync(log.run_dir)
+    MlflowClient(sqlite(tmp_path)).restore_run(log.run_id)
+    assert sync(log.run_dir) == (4, 0)
+    assert history(sqlite(tmp_path), log.run_id) == [(n, 1 / (n + 1)) for n in range(5)]
+
+
+def test_a_store_that_is_busy_at_the_start_is_no_mistake(tmp_path, monkeypatch):
+    import sqlite3
+
+    with start(tmp_path, sqlite(tmp_path), "first"):
+        pass
+    monkeypatch.setattr(tracking, "PATIENCE", 0.1)
+    monkeypatch.setattr(tracking, "PAUSE", 0.0)
+    other = sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with start(tmp_path, sqlite(tmp_path), "second") as log:
+        assert log.run_id is None
+        other.execute("ROLLBACK")
+        other.close()
+        work(log, range(2))
+        assert log.undelivered == 0
+    assert [run["name"] for run in read_runs(sqlite(tmp_path), "tests")] == ["first", "second"]
+
+
 def test_without_mlflow_there_is_nothing_to_deliver(tmp_path):
     with open_run(
         tmp_path / "runs" / "a", params={}, tags={}, output_dir=tmp_path, experiment="t", run_name="a", enabled=False

@@ -20,11 +20,13 @@ from bnre_exp.runs import (
     claim,
     find_abandoned,
     find_unfinished,
+    held_if_dead,
     is_alive,
     read_record,
     recorded,
     set_aside,
 )
+from bnre_exp.sweep import close_if_dead
 
 PROGRAM = """
 import sys, time
@@ -97,7 +99,38 @@ def test_what_another_run_left_is_kept_under_another_name(tmp_path):
         (tmp_path / "metrics.jsonl").write_text(text)
         set_aside(tmp_path)
     assert not (tmp_path / "metrics.jsonl").exists()
-    assert sorted(path.read_text() for path in tmp_path.glob("metrics.jsonl.*")) == ["first", "second"]
+    assert [(tmp_path / f"earlier-{n}" / "metrics.jsonl").read_text() for n in (1, 2)] == ["first", "second"]
+
+
+def test_many_may_look_at_once_and_none_is_taken_for_the_run(tmp_path):
+    leave(tmp_path / "dead", RUNNING)
+    seen: list[bool] = []
+
+    def look() -> None:
+        seen.extend(is_alive(tmp_path / "dead") for _ in range(300))
+
+    lookers = [threading.Thread(target=look) for _ in range(4)]
+    for looker in lookers:
+        looker.start()
+    for looker in lookers:
+        looker.join()
+    assert seen == [False] * 1200
+
+
+def test_a_dead_run_is_closed_by_one_who_holds_it(tmp_path, process):
+    live = tmp_path / "runs" / "live"
+    with held_if_dead(live) as is_held:
+        assert not is_held
+    close_if_dead(live)
+    assert read_record(live).status == RUNNING
+    process.kill()
+    process.wait()
+    with held_if_dead(live) as is_held:
+        assert is_held and is_alive(live)
+        close_if_dead(live)
+        assert read_record(live).status == RUNNING  # somebody is at it
+    close_if_dead(live)
+    assert read_record(live).status == KILLED
 
 
 MOUNTS = """\
