@@ -52,14 +52,43 @@ class SeededBatches(Sampler[BatchKey]):
             yield order[number * self.batch_size : (number + 1) * self.batch_size].tolist(), seed
 
 
+class PreparedImages:
+    """Images ``[N, C, H, W]`` (uint8), resized and cropped the first time that all of them are asked for."""
+
+    def __init__(self, raw: Tensor, preprocessing: Preprocessing, is_done: bool = False) -> None:
+        self._raw, self._preprocessing = raw, preprocessing
+        self._prepared: Tensor | None = raw if is_done else None
+
+    def all(self) -> Tensor:
+        """Every image, ``[N, C, S, S]``; shared, never to be written to."""
+        if self._prepared is None:
+            self._prepared = resize_and_crop(self._raw, self._preprocessing).contiguous()
+        return self._prepared
+
+    def some(self, positions: Tensor) -> Tensor:
+        """The images at ``positions`` alone."""
+        if self._prepared is not None:
+            return self._prepared[positions]
+        return resize_and_crop(self._raw[positions], self._preprocessing)
+
+
 class MemoryView(Dataset[Batch]):
-    """Prepared images ``[N, C, S, S]`` (uint8, shared, never written to) at ``positions``, as normalised batches."""
+    """Images in memory at ``positions``, as normalised batches."""
 
     def __init__(
-        self, images: Tensor, labels: Tensor, positions: Tensor, preprocessing: Preprocessing, augment: bool
+        self, images: PreparedImages, labels: Tensor, positions: Tensor, preprocessing: Preprocessing, augment: bool
     ) -> None:
-        self.images, self.labels, self.positions = images, labels, positions
+        self.prepared, self.labels, self.positions = images, labels, positions
         self.preprocessing, self.augment = preprocessing, augment
+
+    @property
+    def images(self) -> Tensor:
+        """All prepared images, ``[N, C, S, S]`` (uint8, shared, never written to)."""
+        return self.prepared.all()
+
+    def look(self, count: int) -> Tensor:
+        """The first ``count`` images, not augmented, normalised, without the others being prepared."""
+        return normalise(self.prepared.some(self.positions[:count]), self.preprocessing)
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -81,6 +110,10 @@ class ItemView(Dataset[Batch]):
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def look(self, count: int) -> Tensor:
+        """The first ``count`` images as the view gives them."""
+        return self.__getitems__((list(range(count)), 0))[0]
 
     def __getitems__(self, key: BatchKey) -> Batch:
         images, labels = [], []

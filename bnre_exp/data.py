@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from bnre_exp.batches import Batch, SeededBatches
+from bnre_exp.batches import Batch, MemoryView, SeededBatches
 from bnre_exp.datasets import ImageTensors, cifar10, cifar100, digits, fashion_mnist, image_folder, imagenet
 from bnre_exp.errors import UserError
 from bnre_exp.fingerprint import digest, tensors_digest
@@ -74,7 +74,7 @@ class Loaders:
     def example(self) -> Tensor:
         """Two training images ``[2, C, H, W]``, not augmented; always the same for the same build."""
         dataset: Any = self.calibration.dataset
-        images: Tensor = dataset.__getitems__(([0, 1], 0))[0]
+        images: Tensor = dataset.look(2)
         return images
 
 
@@ -164,6 +164,8 @@ def check_labels(loaders: Loaders, num_classes: int) -> None:
 def _loader(
     view: Any, role: str, batch_size: int, shuffle: bool, seed: int, workers: int, pin_memory: bool
 ) -> DataLoader[Batch]:
+    if workers and isinstance(view, MemoryView):
+        view.prepared.all()  # once, and not in every process
     stream = stream_seed(seed, role)
     batches: Any = SeededBatches(len(view), batch_size, shuffle=shuffle, drop_last=shuffle, seed=stream)
     return DataLoader(

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnre_exp.batches import ItemView, MemoryView, own_random_state, read_item
+from bnre_exp.batches import ItemView, MemoryView, PreparedImages, own_random_state, read_item
 from bnre_exp.datasets import ImageTensors
 from bnre_exp.errors import UserError
 from bnre_exp.fingerprint import file_sha256
@@ -39,7 +39,7 @@ class Split:
     """One split: which images of the source are used, their classes, and a digest of their contents.
 
     ``indices``: ``[N]`` into the source, ascending. ``labels``: int64 ``[N]``, or fewer where the source does not
-    list them and they were sampled. ``images``: uint8 ``[N, C, S, S]`` if in memory, else None and ``source`` is read.
+    list them and they were sampled. ``images``: if in memory, else None and ``source`` is read.
     ``notes``: what the digest does not cover.
     """
 
@@ -47,7 +47,7 @@ class Split:
     labels: Tensor
     digest: str
     source: Any = None
-    images: Tensor | None = None
+    images: PreparedImages | None = None
     notes: tuple[str, ...] = ()
 
     def view(self, positions: Tensor, preprocessing: Preprocessing, augment: bool) -> MemoryView | ItemView:
@@ -58,11 +58,11 @@ class Split:
 
 
 def memory_split(source: Any, indices: Tensor, preprocessing: Preprocessing, progress: Progress, name: str) -> Split:
-    """Read, resize and crop images ``indices`` once; the digest is that of the resulting pixels and the classes."""
+    """Read images ``indices`` once; the digest is that of pixels, classes and how they are resized and cropped."""
     if isinstance(source, ImageTensors):
         everything = len(indices) == len(source)
-        raw = source.images if everything else source.images[indices]
-        images, labels = resize_and_crop(raw, preprocessing).contiguous(), source.labels[indices]
+        images, labels = source.images if everything else source.images[indices], source.labels[indices]
+        prepared = PreparedImages(images, preprocessing)
     else:
         pixels, classes = [], []
         for index in progress(indices.tolist(), f"reading {name} images", len(indices)):
@@ -71,7 +71,10 @@ def memory_split(source: Any, indices: Tensor, preprocessing: Preprocessing, pro
             classes.append(label)
         channels = max(image.shape[0] for image in pixels)
         images, labels = torch.stack([as_channels(image, channels) for image in pixels]), torch.tensor(classes)
-    return Split(indices, labels, _digest([str(tuple(images.shape)), images.numpy(), labels.numpy()]), images=images)
+        prepared = PreparedImages(images, preprocessing, is_done=True)
+    geometry = [preprocessing.resize_size, preprocessing.image_size, preprocessing.interpolation]
+    parts = [str([*images.shape, *geometry]), images.numpy(), labels.numpy()]
+    return Split(indices, labels, _digest(parts), images=prepared)
 
 
 def item_split(source: Any, indices: Tensor, digests_folder: Path | None, progress: Progress, name: str) -> Split:
@@ -177,7 +180,7 @@ def load_split(
         return item_split(source, indices, digests_folder, progress, name)
     with own_random_state(0):
         split = memory_split(source, indices, preprocessing, progress, name)
-    logger.info("%d %s images in memory, %.0f MB", len(indices), name, split.images.numel() / 1e6)  # type: ignore[union-attr]
+    logger.info("%d %s images in memory", len(indices), name)
     _PREPARED[key] = split
     if len(_PREPARED) > _PREPARED_MAX:
         _PREPARED.popitem(last=False)

@@ -531,11 +531,26 @@ def _client(uri: str) -> Any:
         return MlflowClient(uri)
     database.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{database}.lock"):  # migrations race otherwise
+        if not database.exists():
+            _make_database(database, MlflowClient)
         client = MlflowClient(uri)
         if not is_on_network(database.parent):  # write-ahead needs memory that processes share
             with closing(sqlite3.connect(database, timeout=30)) as connection:
                 connection.execute("PRAGMA journal_mode=WAL")
         return client
+
+
+def _make_database(database: Path, client_class: Any) -> None:
+    """MLflow makes its tables step by step: killed in between, it leaves a database that nothing can open again."""
+    new = database.with_name(f".{database.name}.{uuid.uuid4().hex}")
+    try:
+        made = client_class(f"sqlite:///{new}")
+        with suppress(AttributeError):
+            made._tracking_client.store.engine.dispose()
+        os.replace(new, database)
+    finally:
+        for left in database.parent.glob(f".{database.name}.*"):  # of this one, and of any that was killed
+            left.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -187,12 +187,18 @@ def test_eight_processes_at_once_on_a_fresh_store_and_a_fresh_database(folder):
 
 @pytest.mark.slow
 def test_ctrl_c_closes_the_sweep_and_its_job(folder):
-    process = command(*SWEEP, "qat.epochs=500", start_new_session=True)
+    process = command(
+        *SWEEP, "qat.epochs=500", start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell has it ignored
+    )  # fmt: skip
     for line in process.stdout:
         if "qat epoch 1/500" in line:
             break
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    try:
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130 and errors.count("Interrupted") == 1 and "Traceback" not in errors
     assert sorted(run["status"] for run in runs_of(folder / "out")) == ["KILLED", "KILLED"]
     (sweep,) = (folder / "out" / "multirun").iterdir()

@@ -196,6 +196,16 @@ def test_processes_at_once_on_a_fresh_store_all_get_their_run(tmp_path):
     assert all(run.info.status == "FINISHED" and run.data.metrics == {"x": 19.0} for run in runs)
 
 
+def test_a_database_that_was_killed_while_it_was_made_is_made_anew(tmp_path):
+    left = tmp_path / ".mlflow.db.0123"
+    with sqlite3.connect(left) as connection:
+        connection.execute("CREATE TABLE datasets (x)")
+    with start(tmp_path) as log:
+        log.metrics({"fp32/top1": 0.5})
+    assert client(tmp_path).get_run(log.run_id).data.metrics == {"fp32/top1": 0.5} and log.undelivered == 0
+    assert not list(tmp_path.glob(".mlflow.db*"))
+
+
 def test_git_tags(tmp_path):
     assert git_tags(tmp_path) == {}
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.example"]

@@ -30,7 +30,7 @@ class SnapshotFolder:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.resumed = folder, False
+        self.folder, self.resumed, self._is_told = folder, False, False
 
     def load(self) -> Optional[Snapshot]:
         """The newest snapshot that is whole, or None."""
@@ -61,7 +61,9 @@ class SnapshotFolder:
                     path.unlink(missing_ok=True)
         except (OSError, SafetensorError) as error:
             new.unlink(missing_ok=True)
-            logger.warning("The state of the training cannot be kept in %s (%s); it goes on.", self.folder, error)
+            if not self._is_told:
+                logger.warning("The state of the training cannot be kept in %s (%s); it goes on.", self.folder, error)
+            self._is_told = True
 
     def _files(self) -> list[Path]:
         return list(self.folder.glob("snapshot-*.safetensors"))

@@ -88,7 +88,7 @@ def test_tables_have_a_cell_for_every_row():
     columns = layers_columns(rows)
     assert {len(cells) for cells in columns.values()} == {len(rows)}
     assert columns["weight"][1] == "8 bits, per tensor" and columns["output"][0] == "8 bits, with zero point"
-    page = layers_markdown("a run", rows)
+    page = layers_markdown("a run", columns)
     assert page.count("\n") == len(rows) + 4 and "| 0 | Conv2d | 8 bits, per tensor | 1 folded into 0 | 2 |" in page
 
 
