@@ -421,7 +421,7 @@ def _refuse_removals(arguments: Sequence[str]) -> None:
             name = argument[1:].partition("=")[0]
             raise UserError(
                 f"{argument}: it cannot be removed from the configuration; choose another value, such as {name}=off "
-                "for the groups that have it (qat, reest, tracking, train)."
+                "for the groups that have it (qat, reest, store, tracking, train)."
             )
 
 

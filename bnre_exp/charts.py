@@ -12,7 +12,8 @@ def charts(parent: str, params: Sequence[str], metrics: Sequence[str]) -> dict[s
     """The state of a view of the runs nested in the run ``parent``: parallel coordinates of ``params`` and ``metrics``,
     top-1 against size, and a bar chart for each metric."""
     sections = [("all", "What differs, and what it does"), ("each", "Metrics")]
-    drawn = [_chart("PARALLEL", "parallel", "all", selectedParams=list(params), selectedMetrics=list(metrics))]
+    ends = [name for name in metrics if name in ("reest/top1", "fold/top1")] or list(metrics)  # more is not legible
+    drawn = [_chart("PARALLEL", "parallel", "all", selectedParams=list(params), selectedMetrics=ends)]
     if {"fold/megabytes", "fold/top1"} <= set(metrics):
         x, y = ({"key": key, "type": "METRIC"} for key in ("fold/megabytes", "fold/top1"))
         drawn.append(_chart("SCATTER", "size", "all", xaxis=x, yaxis=y))
