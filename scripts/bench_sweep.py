@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """What a sweep over re-estimation batches costs, with the stage store and without: scripts/bench_sweep.py FOLDER.
 
 MobileNetV2 on Fashion-MNIST, 4 FP32 epochs and 1 QAT epoch, ten values of reest.num_batches. The time with the store is

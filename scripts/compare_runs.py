@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Compare runs: what differs between them, their accuracy stage by stage, and plots. With neither --sweep nor --filter,
 the newest sweep is compared, or all runs if there is none. Table and plots also go to files."""
 
