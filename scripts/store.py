@@ -32,7 +32,8 @@ def differences(entries: Sequence[Entry]) -> dict[str, str]:
         differing = [name for name in names if len({typed(entry.config.get(name)) for entry in members}) > 1]
         for entry in members:
             shown = [_identity(entry.config)]
-            shown += [f"{n}={typed(entry.config.get(n))}" for n in differing if n not in IDENTIFYING]
+            own = [name for name in differing if name in entry.config and name not in IDENTIFYING]
+            shown += [f"{name}={typed(entry.config[name])}" for name in own]
             texts[entry.folder.name] = " ".join(shown)
     return texts
 
