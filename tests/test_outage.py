@@ -15,10 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from bnre_exp import tracking
 from bnre_exp.errors import UserError
 from bnre_exp.journal import Journal, last_metrics, read_records
-from bnre_exp.tracking import end_run, open_run, read_runs, sync, undelivered
+from bnre_exp.tracking import delivery, end_run, open_run, read_runs, stores, sync, undelivered
 from scripts import sync_mlflow
 
 
@@ -106,7 +105,7 @@ def test_a_server_that_dies_and_comes_back_has_everything_once(tmp_path, caplog)
 
 
 def test_a_server_that_accepts_and_stays_silent_costs_seconds(tmp_path, monkeypatch):
-    monkeypatch.setattr(tracking, "PATIENCE", 0.5)
+    monkeypatch.setattr(stores, "PATIENCE", 0.5)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -238,8 +237,8 @@ def test_a_store_that_is_busy_at_the_start_is_no_mistake(tmp_path, monkeypatch):
 
     with start(tmp_path, sqlite(tmp_path), "first"):
         pass
-    monkeypatch.setattr(tracking, "PATIENCE", 0.1)
-    monkeypatch.setattr(tracking, "PAUSE", 0.0)
+    monkeypatch.setattr(stores, "PATIENCE", 0.1)
+    monkeypatch.setattr(delivery, "PAUSE", 0.0)
     other = sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     with start(tmp_path, sqlite(tmp_path), "second") as log:

@@ -248,7 +248,7 @@ def test_a_disk_that_is_full_at_the_end_fails_the_run(output_dir):
 
 
 def test_a_store_that_another_program_locks_is_not_waited_for(output_dir, monkeypatch):
-    monkeypatch.setattr("bnre_exp.tracking.PATIENCE", 0.1)
+    monkeypatch.setattr("bnre_exp.tracking.stores.PATIENCE", 0.1)
     with start(output_dir) as log:
         other = sqlite3.connect(output_dir / "mlflow.db", isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
