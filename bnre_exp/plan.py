@@ -11,8 +11,8 @@ import torch
 
 from bnre_exp.config import Config, RangeEstimator, ReestMethod, flatten
 from bnre_exp.fingerprint import PACKAGE, code_digest, digest, environment, tensors_digest, users_code
+from bnre_exp.stages.snapshot import hidden_buffers
 from bnre_exp.steps.fp32 import epochs_of
-from bnre_exp.steps.network import hidden_buffers
 from bnre_exp.steps.setting import Setting
 from bnre_exp.targets import resolve_target
 

@@ -37,7 +37,7 @@ ALLOWED = {
     "tracking": {"errors", "filesystems", "journal", "provenance", "typed_text"},
     **{name: DATA_AND_MODELS | LEAVES for name in DATA_AND_MODELS},
     "steps": {"config", "quantsim", "stages", "export", "report"} | DATA_AND_MODELS | LEAVES,
-    "plan": {"config", "steps"} | DATA_AND_MODELS | LEAVES,
+    "plan": {"config", "stages", "steps"} | DATA_AND_MODELS | LEAVES,
     "job": {"config", "plan", "quantsim", "report", "provenance", "stages", "steps", "store", "tracking"}
     | DATA_AND_MODELS
     | LEAVES,

@@ -124,6 +124,21 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
+def hidden_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that the state dict leaves out."""
+    state = model.state_dict()
+    return {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if name not in state}
+
+
+def restore_hidden_buffers(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Put back buffers that the state dict leaves out, in place. They are mostly caches that follow the input, so one
+    of another shape or dtype is left as it is."""
+    for name, buffer in hidden_buffers(model).items():
+        value = saved.get(name)
+        if value is not None and value.shape == buffer.shape and value.dtype == buffer.dtype:
+            buffer.copy_(value)
+
+
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
     state = model.state_dict()
     for name, value in state.items():
@@ -132,8 +147,8 @@ def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
                 f"The network keeps {name!r}, a {type(value).__name__}, in its state dict; only dense tensors can be "
                 "put back when a training is resumed. Train it without snapshots."
             )
-    buffers = {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if name not in state}
-    return {**{MODEL + name: value for name, value in state.items()}, **{BUFFER + n: b for n, b in buffers.items()}}
+    hidden = {BUFFER + name: buffer for name, buffer in hidden_buffers(model).items()}
+    return {**{MODEL + name: value for name, value in state.items()}, **hidden}
 
 
 def _restore_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -141,11 +156,8 @@ def _restore_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name in state:
         state[name] = tensors[MODEL + name]
     model.load_state_dict(state)
-    for name, buffer in model.named_buffers(remove_duplicate=False):
-        saved = tensors.get(BUFFER + name)
-        # Not persistent: mostly caches that follow the input, so that another shape says nothing.
-        if saved is not None and saved.shape == buffer.shape and saved.dtype == buffer.dtype:
-            buffer.copy_(saved)
+    hidden = {name.removeprefix(BUFFER): value for name, value in tensors.items() if name.startswith(BUFFER)}
+    restore_hidden_buffers(model, hidden)
 
 
 def _trained_names(training: Training) -> dict[Tensor, str]:

@@ -13,15 +13,10 @@ from torch import Tensor, fx, nn
 
 from bnre_exp.errors import UserError
 from bnre_exp.quantsim.insert import rebuild_sim
+from bnre_exp.stages.snapshot import hidden_buffers, restore_hidden_buffers
 from bnre_exp.steps.setting import Setting, scheme
 
 STATE, HIDDEN = "state.safetensors", "buffers.safetensors"
-
-
-def hidden_buffers(network: nn.Module) -> dict[str, Tensor]:
-    """Buffers that the state dict leaves out."""
-    state = network.state_dict()
-    return {name: buffer for name, buffer in network.named_buffers(remove_duplicate=False) if name not in state}
 
 
 def check_storable(network: nn.Module) -> None:
@@ -79,10 +74,7 @@ class Passing:
             if missing or unexpected:
                 raise UserError(f"{self.folder}: the stored network does not fit; run again with store.mode=refresh.")
             saved = load_file(self.folder / HIDDEN) if (self.folder / HIDDEN).exists() else {}
-            for name, buffer in hidden_buffers(self._network).items():
-                # Mostly caches that follow the input, so that another shape says nothing.
-                if name in saved and saved[name].shape == buffer.shape and saved[name].dtype == buffer.dtype:
-                    buffer.copy_(saved[name])
+            restore_hidden_buffers(self._network, saved)
         return self._network
 
     def _rebuilt(self) -> fx.GraphModule:

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Optional
@@ -54,7 +54,7 @@ class Delivery:
     @property
     def pending(self) -> int:
         """Records that MLflow does not have yet."""
-        return max(0, len(self._journal.records) - int(self._note.get("count", 0)))
+        return missing(self._journal.records, self._note)
 
     def open(self) -> None:
         """The first delivery. Raises ``UserError`` if the store is no server and does not work."""
@@ -124,6 +124,16 @@ class Delivery:
                     logger.warning("MLflow refuses a record of %s: %s", self.folder, first_line(error))
                 self._note["count"] += 1
                 write_note(self.folder, self._note)
+
+
+def goes_to_mlflow(records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a journal with these records is that of a run with MLflow."""
+    return bool(records) and "uri" in records[0].get("run", {})
+
+
+def missing(records: Sequence[Mapping[str, Any]], note: Mapping[str, Any]) -> int:
+    """How many of the records MLflow does not have yet."""
+    return max(0, len(records) - int(note.get("count", 0)))
 
 
 def read_note(folder: Path) -> dict[str, Any]:

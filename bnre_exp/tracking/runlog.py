@@ -14,7 +14,7 @@ from typing import Any, Optional
 from bnre_exp.errors import UserError
 from bnre_exp.journal import Journal, json_numbers, read_records
 from bnre_exp.provenance import user_name
-from bnre_exp.tracking.delivery import LONGEST_TAG, Delivery, read_note
+from bnre_exp.tracking.delivery import LONGEST_TAG, Delivery, goes_to_mlflow, missing, read_note
 from bnre_exp.tracking.stores import absolute_uri
 from bnre_exp.typed_text import as_params
 
@@ -143,7 +143,7 @@ def open_run(
             about["parent"] = os.path.relpath(parent, run_dir) if parent is not None else None
         is_new = not journal.records
         journal.add("run", about) if is_new else journal.add("status", "RUNNING", error=None)
-        if enabled and "uri" in journal.records[0].get("run", {}):
+        if enabled and goes_to_mlflow(journal.records):
             delivery = Delivery(journal)
         log = RunLog(journal, delivery)
         if connect:
@@ -164,7 +164,7 @@ def end_run(run_dir: Path, status: str) -> None:
         if not journal.records:
             return
         journal.add("status", status, error="its process ended without a word")
-        if "uri" in journal.records[0].get("run", {}):
+        if goes_to_mlflow(journal.records):
             Delivery(journal).flush(again=True)
 
 
@@ -174,7 +174,7 @@ def sync(run_dir: Path) -> tuple[int, int]:
     Raises ``UserError`` with the reason if the first of those left could not be delivered.
     """
     with Journal(run_dir) as journal:
-        if "uri" not in (journal.records[0].get("run", {}) if journal.records else {}):
+        if not goes_to_mlflow(journal.records):
             return 0, 0
         delivery = Delivery(journal)
         before = delivery.pending
@@ -187,9 +187,7 @@ def sync(run_dir: Path) -> tuple[int, int]:
 def undelivered(run_dir: Path) -> int:
     """Records of a run that MLflow does not have yet; 0 for a run without MLflow."""
     records = read_records(run_dir)
-    if "uri" not in (records[0].get("run", {}) if records else {}):
-        return 0
-    return max(0, len(records) - int(read_note(run_dir).get("count", 0)))
+    return missing(records, read_note(run_dir)) if goes_to_mlflow(records) else 0
 
 
 def _all_tags(run_dir: Path, tags: Mapping[str, str]) -> dict[str, str]:
