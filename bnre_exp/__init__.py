@@ -2,6 +2,8 @@
 
 from bnre_exp.errors import TrainingDivergedError, UserError
 from bnre_exp.export.checkpoint import load_folded, save_folded
+from bnre_exp.export.encodings import export_encodings
+from bnre_exp.export.onnx import export_onnx
 from bnre_exp.quantsim.insert import (
     activation_quantizers,
     bypassed,
@@ -28,6 +30,8 @@ __all__ = [
     "bypassed",
     "calibrate",
     "evaluate",
+    "export_encodings",
+    "export_onnx",
     "fold_batch_norms",
     "list_layers",
     "load_folded",

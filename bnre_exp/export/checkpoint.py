@@ -40,7 +40,7 @@ def save_folded(folded: fx.GraphModule, path: Union[str, os.PathLike[str]]) -> t
     check_replaceable(target)
     try:
         document, tensors = _describe(folded)
-        weights, document["tensors"] = encode_tensors(tensors)
+        weights, document["tensors"] = encode_tensors(tensors, _bits(document["modules"]))
     except UserError as error:
         raise UserError(f"The network cannot be saved: {error}.") from error
     write_checkpoint(target, document, weights)
@@ -74,7 +74,7 @@ def load_folded(path: Union[str, os.PathLike[str]], model: Optional[nn.Module] =
 
 
 def _describe(folded: fx.GraphModule) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    _check_folded(folded)
+    check_folded(folded)
     rows = encode_graph(folded.graph)
     leaves = {str(row["target"]): folded.get_submodule(row["target"]) for row in rows if row["op"] == "call_module"}
     modules = {name: _describe_leaf(name, leaf, leaves) for name, leaf in leaves.items()}
@@ -92,7 +92,16 @@ def _describe(folded: fx.GraphModule) -> tuple[dict[str, Any], dict[str, Tensor]
     return document, {**tensors, **attributes}
 
 
-def _check_folded(folded: nn.Module) -> None:
+def _bits(modules: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """How many bits the codes of each weight have, by tensor; biases are the int32 that the target adds."""
+    specs = {
+        f"{name}.parametrizations.weight.original": module["codes"].get("weight") for name, module in modules.items()
+    }
+    return {name: int(spec["bits"]) for name, spec in specs.items() if spec is not None}
+
+
+def check_folded(folded: nn.Module) -> None:
+    """Raise ``UserError`` unless the network is folded and its quantizers are at work."""
     if not isinstance(folded, fx.GraphModule):
         raise UserError(f"expected one that fold_batch_norms() returned, got a {type(folded).__name__}")
     for name, module in folded.named_modules():

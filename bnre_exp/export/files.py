@@ -1,4 +1,4 @@
-"""The two files of a checkpoint: written whole or not at all, read with every byte checked."""
+"""Files, and the two of a checkpoint: written whole or not at all, read with every byte checked."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import json
 import os
 import shutil
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from bnre_exp.errors import UserError
 
-FORMAT, VERSION = "bnre_exp.folded", 1
+FORMAT, VERSION = "bnre_exp.folded", 2
+READABLE = (1, 2)  # 1 had no packed tensors
 NETWORK, WEIGHTS = "network.json", "weights.safetensors"
 
 
@@ -40,6 +42,20 @@ def write_checkpoint(path: Path, document: dict[str, Any], weights: bytes) -> No
         ) from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write one file, and the folder it is in, whole or not at all. Raises ``UserError`` if the disk refuses."""
+    new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new.write_bytes(content)
+        os.replace(new, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
 
 
 def _one_line_an_entry(document: dict[str, Any]) -> str:
@@ -114,9 +130,9 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], bytes]:
         raise UserError(f"{path / NETWORK} is not JSON ({error}): damaged, or not ours. Save it again.") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise UserError(f"{path / NETWORK} was not written by save_folded: its format is not {FORMAT!r}.")
-    if document.get("version") != VERSION:
+    if document.get("version") not in READABLE:
         raise UserError(
-            f"{path / NETWORK} has version {document.get('version')!r}; this bnre_exp reads version {VERSION}. Load it "
+            f"{path / NETWORK} has version {document.get('version')!r}; this bnre_exp reads up to {VERSION}. Load it "
             "with the bnre_exp that wrote it, or save it again."
         )
     if hashlib.sha256(contents[WEIGHTS]).hexdigest() != document.get("weights_sha256"):

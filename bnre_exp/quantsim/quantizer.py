@@ -17,7 +17,10 @@ MIN_SAMPLES = 1024
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """(clamp(round(x / s + z), lo, hi) - z) * s with straight-through gradients.
+    """(clamp(round(x / s) + z, lo, hi) - z) * s with straight-through gradients.
+
+    The zero point is added after rounding, as ONNX's QuantizeLinear does: ties, of which images that were 8-bit
+    integers are full, then fall alike.
 
     The gradient of s is eq. 3 of Esser et al., "Learned step size quantization", ICLR 2020; that of z, which is
     non-zero for clipped values only, follows Bhalgat et al., "LSQ+", CVPR workshops 2020.
@@ -32,7 +35,7 @@ class _FakeQuantize(torch.autograd.Function):
         codes = x / scale
         if zero_point is None:
             return codes.round_().clamp_(low, high).mul_(scale)
-        return codes.add_(zero_point).round_().clamp_(low, high).sub_(zero_point).mul_(scale)
+        return codes.round_().add_(zero_point).clamp_(low, high).sub_(zero_point).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -45,7 +48,8 @@ class _FakeQuantize(torch.autograd.Function):
         grad_x = grad * inside
         grad_scale = grad_zero = None
         if ctx.needs_input_grad[1]:
-            codes = position.round().clamp_(ctx.low, ctx.high)
+            codes = (x / scale).round_() if zero_point is None else (x / scale).round_().add_(zero_point)
+            codes.clamp_(ctx.low, ctx.high)
             zero = 0.0 if zero_point is None else zero_point
             slope = codes.sub_(torch.where(inside, position, zero))
             grad_scale = slope.mul_(grad).sum_to_size(scale.shape) * ctx.gradient_scale
@@ -57,7 +61,7 @@ class _FakeQuantize(torch.autograd.Function):
 def fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Optional[Tensor], quant_min: int, quant_max: int, gradient_scale: float = 1.0
 ) -> Tensor:
-    """Round ``x`` to the grid ``(k - zero_point) * scale``, quant_min <= k <= quant_max, half to even.
+    """Round ``x`` to the grid ``(k - zero_point) * scale``, quant_min <= k <= quant_max, ``x / scale`` half to even.
 
     x: any shape; scale and zero_point broadcast against it. Works in the dtype of ``x`` (half types: in float32). The
     gradients of scale and zero_point are multiplied by ``gradient_scale``.

@@ -95,7 +95,7 @@ def _range_error(values: Tensor, low: float, high: float, bits: int) -> float:
     if high - low <= 0:
         return float("inf")
     scale, zero_point = affine_grid(low, high, bits)
-    codes = (values / scale).add_(zero_point).round_().clamp_(0, 2**bits - 1)
+    codes = (values / scale).round_().add_(zero_point).clamp_(0, 2**bits - 1)
     return float((codes.sub_(zero_point).mul_(scale) - values).square_().mean())
 
 

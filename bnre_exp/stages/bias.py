@@ -16,6 +16,8 @@ from bnre_exp.quantsim.nodes import is_layer, module_of, source_of
 from bnre_exp.quantsim.operations import is_preserving
 from bnre_exp.quantsim.quantizer import ActivationQuantizer, Dequantize, positive
 
+SMALLEST_STEP = 2.0**-126  # the smallest float32 of full precision
+
 
 @dataclass(frozen=True)
 class BiasReport:
@@ -32,7 +34,9 @@ def quantize_biases(folded: fx.GraphModule, bits: int = 32) -> BiasReport:
     """Round every bias to the grid ``s_in * s_w`` with signed codes of ``bits`` bits (8 to 32); in place.
 
     s_in is the scale of the quantizer that the layer's input comes from, s_w the weight scale of the channel. Where
-    |bias| exceeds the grid, the weight scale of that channel is raised until it fits and its codes are rounded again.
+    |bias| exceeds the grid, or leaves the target's int32 sum no room for the largest sum of products of codes, or
+    s_in * s_w is too small for float32, the weight scale of that channel is raised until it fits and its codes are
+    rounded again.
     """
     calls: dict[str, list[fx.Node]] = defaultdict(list)
     for node in folded.graph.nodes:
@@ -43,7 +47,7 @@ def quantize_biases(folded: fx.GraphModule, bits: int = 32) -> BiasReport:
         layer: Any = folded.get_submodule(name)
         if layer.bias is None:
             continue
-        quantizers = [_input_quantizer(node) for node in nodes]
+        quantizers = [input_quantizer(node) for node in nodes]
         if any(q is not None and not q.has_range for q in quantizers):
             raise UserError("quantize_biases: the activations have no ranges yet; run calibrate(sim, loader) first.")
         steps = {None if q is None else float(positive(q.scale)) for q in quantizers}
@@ -55,13 +59,14 @@ def quantize_biases(folded: fx.GraphModule, bits: int = 32) -> BiasReport:
         elif not parametrize.is_parametrized(layer, "weight"):
             kept.append((name, "its weight is not quantized"))
         else:
-            channels = _round_bias(layer, step, bits)
+            channels = _round_bias(layer, step, bits, max(_largest_code(q) for q in quantizers if q is not None))
             rounded.append(name)
             rescaled += [(name, channels)] if channels else []
     return BiasReport(tuple(rounded), tuple(kept), tuple(rescaled))
 
 
-def _input_quantizer(layer: fx.Node) -> Optional[ActivationQuantizer]:
+def input_quantizer(layer: fx.Node) -> Optional[ActivationQuantizer]:
+    """The quantizer whose grid the layer's input is on, also through operations that only move values."""
     source = source_of(layer)
     while isinstance(source, fx.Node) and is_preserving(source):
         source = source_of(source)
@@ -69,12 +74,22 @@ def _input_quantizer(layer: fx.Node) -> Optional[ActivationQuantizer]:
     return module if isinstance(module, ActivationQuantizer) else None
 
 
-def _round_bias(layer: Any, input_scale: float, bits: int) -> int:
-    """Returns how many channels had to be rescaled."""
+def _largest_code(quantizer: ActivationQuantizer) -> int:
+    """The largest magnitude of ``code - zero_point``."""
+    zero_point = int(quantizer.grid_zero_point().detach().round())
+    return max(zero_point, quantizer.quant_max - zero_point)
+
+
+def _round_bias(layer: Any, input_scale: float, bits: int, largest_input: int) -> int:
+    """Returns how many channels had to be rescaled. largest_input: the largest magnitude of an input's code."""
     dequantize: Dequantize = layer.parametrizations.weight[0]
     bias: Tensor = layer.bias.detach().double()
     largest = 2 ** (bits - 1) - 1
-    needed = bias.abs() / largest / input_scale
+    weight_codes = dequantize.layout.rows(layer.parametrizations.weight.original.double())
+    sums = weight_codes.abs().sum(dim=1) * largest_input  # the largest that the products can add up to
+    # Sums of wide codes, which int32 cannot hold even without a bias, are the target's own affair.
+    room = torch.where(sums < 2**30, 2**31 - 1 - sums, float(largest)).clamp(max=largest)
+    needed = torch.maximum(bias.abs() / room, torch.full_like(bias, SMALLEST_STEP)) / input_scale
     needed = needed.amax(dim=0, keepdim=True) if dequantize.scale.numel() == 1 else needed
     channels = _raise_scale(layer, dequantize, needed)
     step = (input_scale * dequantize.scale.double()).to(dequantize.scale.dtype)

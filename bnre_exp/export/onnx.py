@@ -1,0 +1,58 @@
+"""A folded network as an ONNX model with QuantizeLinear and DequantizeLinear."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Union
+
+from torch import Tensor, fx
+
+from bnre_exp.errors import UserError
+from bnre_exp.export.files import write_file
+from bnre_exp.export.plain import Plain, plain_network
+from bnre_exp.export.qdq import insert_qdq
+
+
+def export_onnx(
+    folded: fx.GraphModule,
+    example_input: Union[Tensor, Sequence[Tensor]],
+    path: Union[str, os.PathLike[str]],
+    *,
+    opset: int = 21,
+    int4: bool = True,
+) -> None:
+    """Write a folded network as an ONNX file that integer runtimes take as it is; the network is unchanged.
+
+    Weights are integer initializers (int4 up to 4 bits from opset 21 on unless ``int4`` is False, else int8 or int16),
+    with a scale per channel; biases int32; activations uint8 (uint16 above 8 bits), their codes clipped to the bits
+    they have. The batch size is dynamic.
+
+    example_input: one batch ``[N, ...]`` with N >= 2, or a tuple of inputs. opset: 13 to 23; what needs integers of 9
+    to 16 bits needs 21.
+
+    Raises ``UserError`` if the network is not folded, or holds an operation, bits or scales that ONNX or the opset
+    cannot express, and if the file cannot be written.
+    """
+    target = Path(path)
+    try:
+        write_qdq(plain_network(folded, example_input, opset), target, int4)
+    except UserError as error:
+        raise UserError(f"{target} cannot be exported: {error}.") from error
+
+
+def write_qdq(plain: Plain, path: Path, int4: bool) -> None:
+    """Write ``plain`` with its quantizers in it; ``plain`` is used up."""
+    write_model(insert_qdq(plain, int4), path)
+
+
+def write_model(model: Any, path: Path) -> None:
+    """Check an ``onnx_ir.Model`` and write it, whole or not at all. Raises ``UserError`` if the disk refuses."""
+    import onnx
+    import onnx_ir as ir
+
+    model.producer_name = "bnre_exp"
+    proto = ir.to_proto(model)
+    onnx.checker.check_model(proto, full_check=True)
+    write_file(path, proto.SerializeToString())

@@ -1,0 +1,104 @@
+"""An ONNX model at an older opset, for runtimes that know no newer one.
+
+onnx's own converter goes down for few operations (there is none for Relu from 14 to 13); what the networks here are
+made of mostly gained types and attributes since.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bnre_exp.errors import UserError
+
+REDUCTIONS = ("Max", "Min", "Mean", "Prod", "L1", "L2", "LogSum", "LogSumExp", "SumSquare")  # axes: an input since 18
+
+
+def lower(model: Any, opset: int) -> None:
+    """Bring an ``onnx_ir.Model`` down to ``opset``; in place. A model that is there already stays as it is.
+
+    Raises ``UserError`` naming an operation that the opset does not have, or not with these attributes.
+    """
+    import onnx
+
+    if opset >= model.opset_imports[""]:
+        return
+    for node in list(model.graph):
+        _spell_out(model.graph, node, opset)
+    for node in model.graph:
+        if node.domain == "":
+            _fit(node, opset, model.opset_imports[""])
+    for name in [name for name, value in model.graph.initializers.items() if not value.uses()]:
+        if not model.graph.initializers[name].is_graph_output():
+            del model.graph.initializers[name]
+    model.opset_imports[""] = opset
+    model.ir_version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
+
+
+def _spell_out(graph: Any, node: Any, opset: int) -> None:
+    """HardSwish, which came with 14, by what it is made of."""
+    import onnx_ir as ir
+
+    if node.op_type != "HardSwish" or node.domain != "" or opset >= 14:
+        return
+    gate = ir.node("HardSigmoid", [node.inputs[0]], {"alpha": 1 / 6, "beta": 0.5})
+    product = ir.node("Mul", [node.inputs[0], gate.outputs[0]])
+    replace_node(graph, node, [gate, product])
+
+
+def replace_node(graph: Any, node: Any, new: list[Any]) -> None:
+    """Put nodes in place of one with one output, which the last of them gives under the same name."""
+    import onnx_ir as ir
+
+    old, result = node.outputs[0], new[-1].outputs[0]
+    name, result.shape, result.type = old.name, old.shape, old.type
+    graph.insert_before(node, new)
+    ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    result.name = name
+
+
+def _fit(node: Any, opset: int, present: int) -> None:
+    """Make a node valid by the older definition of its operation."""
+    import onnx
+    import onnx_ir as ir
+
+    try:
+        schema = onnx.defs.get_schema(node.op_type, opset, "")
+    except onnx.defs.SchemaError as error:
+        raise UserError(f"opset {opset} has no {node.op_type}; use a higher opset") from error
+    newer = onnx.defs.get_schema(node.op_type, present, "")
+    if node.op_type.removeprefix("Reduce") in REDUCTIONS and opset < 18 <= present and len(node.inputs) > 1:
+        axes = None if node.inputs[1] is None else ir.convenience.get_const_tensor(node.inputs[1])
+        if axes is None and node.inputs[1] is not None:
+            raise UserError(f"opset {opset} has no {node.op_type} over axes that are computed; use a higher opset")
+        if axes is not None:
+            node.attributes["axes"] = ir.AttrInt64s("axes", [int(axis) for axis in axes.numpy().ravel()])
+        node.resize_inputs(1)
+    given = sum(value is not None for value in node.inputs)
+    if len(node.inputs) > schema.max_input and given <= schema.max_input:
+        node.resize_inputs(schema.max_input)
+    for name in [name for name in node.attributes if name not in schema.attributes]:
+        default = newer.attributes[name].default_value if name in newer.attributes else None
+        is_default = default is not None and onnx.helper.get_attribute_value(default) == _plain_value(
+            node.attributes[name]
+        )
+        if not is_default and not _is_without_effect(node, name):
+            raise UserError(f"opset {opset} has no {node.op_type} with {name}; use a higher opset")
+        del node.attributes[name]
+    if not schema.min_input <= len(node.inputs) <= schema.max_input:
+        raise UserError(f"opset {opset} has no {node.op_type} with {given} inputs; use a higher opset")
+
+
+def _is_without_effect(node: Any, name: str) -> bool:
+    """Reshape: allowzero matters only where the new shape has a zero."""
+    import onnx_ir as ir
+
+    if node.op_type != "Reshape" or name != "allowzero":
+        return False
+    shape = ir.convenience.get_const_tensor(node.inputs[1])
+    return shape is not None and 0 not in shape.numpy()
+
+
+def _plain_value(attribute: Any) -> Any:
+    value = attribute.value
+    return value.encode() if isinstance(value, str) else value

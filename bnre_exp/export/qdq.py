@@ -1,0 +1,132 @@
+"""QuantizeLinear and DequantizeLinear in a plain ONNX model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from bnre_exp.errors import UserError
+from bnre_exp.export.plain import Codes, Grid, Plain
+
+WIDE_OPSET = 21  # (u)int4 and (u)int16 came with it
+
+
+def check_expressible(grids: Sequence[Grid], parameters: Sequence[Codes], opset: int) -> None:
+    """Raise ``UserError`` naming a tensor whose bits the opset has no type for."""
+    wide = [f"{grid.name} ({grid.bits} bits)" for grid in grids if grid.bits > 8]
+    wide += [f"{codes.name} ({codes.bits} bits)" for codes in parameters if codes.bits > 8 and codes.codes.ndim > 1]
+    if wide and opset < WIDE_OPSET:
+        raise UserError(
+            f"opset {opset} has no integers of 9 to 16 bits, which {wide[0]}"
+            f"{f' and {len(wide) - 1} more' if len(wide) > 1 else ''} need; use opset={WIDE_OPSET} or at most 8 bits"
+        )
+
+
+def insert_qdq(plain: Plain, int4: bool) -> Any:
+    """The model with its weights as integers and its activations rounded; an ``onnx_ir.Model``; ``plain`` is used up.
+
+    int4: 4-bit tensors get ONNX's 4-bit types where the opset has them; otherwise, as all below 8 bits, 8-bit types,
+    the codes of activations being clipped to their bits.
+    """
+    opset = plain.model.opset_imports[""]
+    check_expressible(plain.grids, plain.parameters, opset)
+    has_int4 = int4 and opset >= WIDE_OPSET
+    graph = plain.model.graph
+    tensors = {value.name: value for node in graph for value in node.outputs}
+    tensors.update({value.name: value for value in graph.inputs})
+    for codes in plain.parameters:
+        _dequantize(graph, codes, has_int4)
+    for grid in plain.grids:
+        _quantize(graph, tensors[grid.name], grid)
+    graph.sort()
+    return plain.model
+
+
+def _dequantize(graph: Any, codes: Codes, has_int4: bool) -> None:
+    import onnx_ir as ir
+
+    weight = graph.initializers.pop(codes.name)
+    if codes.codes.dtype == np.int32:
+        dtype = ir.DataType.INT32
+    elif codes.bits <= 4 and has_int4:
+        dtype = ir.DataType.INT4
+    else:
+        dtype = ir.DataType.INT8 if codes.bits <= 8 else ir.DataType.INT16
+    integers = _constant(graph, f"{codes.name}_codes", codes.codes, dtype)
+    # A scale along an axis even where there is one channel: the number of axes tells the kind of quantization.
+    scale = codes.scale.astype(np.float32) if codes.axis is not None else codes.scale.astype(np.float32).reshape(())
+    if dtype == ir.DataType.INT4:
+        cast = ir.node("Cast", [integers], {"to": ir.DataType.INT8})
+        graph.insert_before(graph[0], cast)
+        integers = cast.outputs[0]
+    zeros = np.zeros(scale.shape)  # said in full, since ONNX Runtime has QGemm only with zero points
+    inputs = [
+        integers,
+        _constant(graph, f"{codes.name}_scale", scale, ir.DataType.FLOAT),
+        _constant(graph, f"{codes.name}_zero_point", zeros, ir.DataType.INT8 if dtype == ir.DataType.INT4 else dtype),
+    ]
+    attributes = {"axis": codes.axis} if codes.axis is not None else {}
+    node = ir.node("DequantizeLinear", inputs, attributes, name=f"{codes.name}_dequantize")
+    node.outputs[0].shape, node.outputs[0].type = weight.shape, weight.type
+    ir.convenience.replace_all_uses_with(weight, node.outputs[0], replace_graph_outputs=True)
+    node.outputs[0].name = codes.name
+    graph.insert_before(graph[0], node)
+
+
+def _quantize(graph: Any, tensor: Any, grid: Grid) -> None:
+    import onnx_ir as ir
+
+    readers = list(tensor.uses())
+    is_output, name, producer = tensor.is_graph_output(), tensor.name, tensor.producer()
+    if grid.bits <= 8:
+        dtype, kind, capacity = ir.DataType.UINT8, np.uint8, 8
+    else:
+        dtype, kind, capacity = ir.DataType.UINT16, np.uint16, 16
+    scale = _constant(graph, f"{grid.name}_scale", np.float32(grid.scale), ir.DataType.FLOAT)
+    zero = _constant(graph, f"{grid.name}_zero_point", np.asarray(grid.zero_point), dtype)
+    largest, nodes, value = 2**grid.bits - 1, [], tensor
+    if grid.bits < capacity and capacity == 16:  # runtimes clip floats and 8-bit integers, but no 16-bit ones
+        low = np.float32((0 - grid.zero_point) * np.float64(grid.scale))
+        high = np.float32((largest - grid.zero_point) * np.float64(grid.scale))
+        limits = [
+            _constant(graph, f"{grid.name}_{end}", x, ir.DataType.FLOAT) for end, x in (("low", low), ("high", high))
+        ]
+        nodes.append(ir.node("Clip", [value, *limits], name=f"{grid.name}_clip"))
+        value = nodes[-1].outputs[0]
+    nodes.append(ir.node("QuantizeLinear", [value, scale, zero], name=f"{grid.name}_quantize"))
+    value = nodes[-1].outputs[0]
+    value.name = f"{grid.name}_codes"
+    if grid.bits < capacity and kind is np.uint8:
+        limits = [
+            _constant(graph, f"{grid.name}_{end}", np.asarray(x), dtype) for end, x in (("low", 0), ("high", largest))
+        ]
+        nodes.append(ir.node("Clip", [value, *limits], name=f"{grid.name}_clip"))
+        value = nodes[-1].outputs[0]
+        value.name = f"{grid.name}_clipped"
+    nodes.append(ir.node("DequantizeLinear", [value, scale, zero], name=f"{grid.name}_dequantize"))
+    result = nodes[-1].outputs[0]
+    result.name, result.shape, result.type = f"{grid.name}_quantized", tensor.shape, tensor.type
+    for use in readers:
+        use.node.replace_input_with(use.idx, result)
+    if is_output:
+        for index, output in enumerate(graph.outputs):
+            if output is tensor:
+                graph.outputs[index] = result
+        tensor.name, result.name = f"{name}_float", name
+    if producer is None:
+        graph.insert_before(graph[0], nodes)
+    else:
+        graph.insert_after(producer, nodes)
+
+
+def _constant(graph: Any, name: str, array: Any, dtype: Any) -> Any:
+    import onnx_ir as ir
+
+    # A 4-bit type, too, is numbers of 8 bits in numpy.
+    kind = {"INT4": np.int8, "UINT4": np.uint8}.get(dtype.name) or dtype.numpy()
+    tensor = ir.Tensor(np.asarray(array, dtype=kind), dtype=dtype, name=name)
+    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
