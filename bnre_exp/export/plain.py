@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ from bnre_exp.stages.bias import input_quantizer
 
 EXPORTER_OPSET = 18  # the lowest that torch's exporter writes by itself
 OPSETS = (13, 23)  # per-channel DequantizeLinear came with 13
+OUTPUT = "output"  # what a model's only output is called
 DOMAIN = "bnre_exp"  # of the nodes that mark quantized tensors between export and resolution
 
 
@@ -239,12 +241,25 @@ def _resolve(model: Any, marks: _Marks) -> Plain:
             parameters.append(_as_float(model.graph, node, marks.parameters[index]))
         model.graph.remove(node, safe=True)
     _pool_globally(model.graph)
+    if len(model.graph.outputs) == 1 and not model.graph.outputs[0].is_graph_input():
+        _rename(model.graph, model.graph.outputs[0], OUTPUT)
     for name in [name for name, value in model.graph.initializers.items() if not value.uses()]:
         if not model.graph.initializers[name].is_graph_output():
             del model.graph.initializers[name]
     model.opset_imports.pop(DOMAIN, None)
     model.graph.sort()
     return Plain(model, tuple(grids), tuple(parameters))
+
+
+def _rename(graph: Any, value: Any, name: str) -> None:
+    """Call a value ``name``; another that is called so gets a name of its own."""
+    values = [*graph.inputs, *graph.initializers.values(), *(x for node in graph for x in node.outputs)]
+    names = {other.name: other for other in values}
+    other = names.get(name)
+    if other is not None and other is not value:
+        free = next(f"{name}_{i}" for i in itertools.count(1) if f"{name}_{i}" not in names)
+        other.name = free
+    value.name = name
 
 
 def _name_tensor(graph: Any, mark: Any, grid: Grid, taken: set[str]) -> Grid:
@@ -256,14 +271,13 @@ def _name_tensor(graph: Any, mark: Any, grid: Grid, taken: set[str]) -> Grid:
         same = ir.node("Identity", [source])
         graph.insert_before(mark, same)
         source = same.outputs[0]
-    if not source.is_graph_input() and not source.is_graph_output():
-        source.name = grid.name
-    elif source.is_graph_input():
-        grid = replace(grid, name=source.name)
-    else:
+    if source.is_graph_output():
         raise UserError(f"the tensor {source.name} is given out both as it is and quantized")
-    if result.is_graph_output():
-        source.name, grid = result.name, replace(grid, name=result.name)
+    if source.is_graph_input():
+        grid = replace(grid, name=source.name)
+    elif result.is_graph_output() and len(graph.outputs) == 1:
+        grid = replace(grid, name=OUTPUT)
+    _rename(graph, source, grid.name)
     ir.convenience.replace_all_uses_with(result, source, replace_graph_outputs=True)
     return grid
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 
@@ -76,45 +76,76 @@ def _dequantize(graph: Any, codes: Codes, has_int4: bool) -> None:
 
 
 def _quantize(graph: Any, tensor: Any, grid: Grid) -> None:
-    import onnx_ir as ir
-
-    readers = list(tensor.uses())
-    is_output, name, producer = tensor.is_graph_output(), tensor.name, tensor.producer()
-    if grid.bits <= 8:
-        dtype, kind, capacity = ir.DataType.UINT8, np.uint8, 8
+    """Round a tensor for all who read it."""
+    readers, producer, name = list(tensor.uses()), tensor.producer(), tensor.name
+    is_output, shape, kind = tensor.is_graph_output(), tensor.shape, tensor.type
+    low, high = 0, 2**grid.bits - 1
+    if grid.bits <= 8 and not is_output and (limits := _clip_limits(producer, grid)) is not None:
+        # Clipped before rounding or after it is the same, and integer kernels end in rounding.
+        low, high = limits
+        tensor, clip = producer.inputs[0], producer
+        producer = tensor.producer()
+        nodes, result = _rounding(graph, tensor, grid, low, high)
+        _hand_on(graph, readers, result, nodes, producer)
+        graph.remove(clip, safe=True)
     else:
-        dtype, kind, capacity = ir.DataType.UINT16, np.uint16, 16
-    scale = _constant(graph, f"{grid.name}_scale", np.float32(grid.scale), ir.DataType.FLOAT)
-    zero = _constant(graph, f"{grid.name}_zero_point", np.asarray(grid.zero_point), dtype)
-    largest, nodes, value = 2**grid.bits - 1, [], tensor
-    if grid.bits < capacity and capacity == 16:  # runtimes clip floats and 8-bit integers, but no 16-bit ones
-        low = np.float32((0 - grid.zero_point) * np.float64(grid.scale))
-        high = np.float32((largest - grid.zero_point) * np.float64(grid.scale))
-        limits = [
-            _constant(graph, f"{grid.name}_{end}", x, ir.DataType.FLOAT) for end, x in (("low", low), ("high", high))
-        ]
-        nodes.append(ir.node("Clip", [value, *limits], name=f"{grid.name}_clip"))
-        value = nodes[-1].outputs[0]
-    nodes.append(ir.node("QuantizeLinear", [value, scale, zero], name=f"{grid.name}_quantize"))
-    value = nodes[-1].outputs[0]
-    value.name = f"{grid.name}_codes"
-    if grid.bits < capacity and kind is np.uint8:
-        limits = [
-            _constant(graph, f"{grid.name}_{end}", np.asarray(x), dtype) for end, x in (("low", 0), ("high", largest))
-        ]
-        nodes.append(ir.node("Clip", [value, *limits], name=f"{grid.name}_clip"))
-        value = nodes[-1].outputs[0]
-        value.name = f"{grid.name}_clipped"
-    nodes.append(ir.node("DequantizeLinear", [value, scale, zero], name=f"{grid.name}_dequantize"))
-    result = nodes[-1].outputs[0]
-    result.name, result.shape, result.type = f"{grid.name}_quantized", tensor.shape, tensor.type
-    for use in readers:
-        use.node.replace_input_with(use.idx, result)
+        nodes, result = _rounding(graph, tensor, grid, low, high)
+        _hand_on(graph, readers, result, nodes, producer)
+    result.name, result.shape, result.type = f"{grid.name}_quantized", shape, kind
     if is_output:
         for index, output in enumerate(graph.outputs):
             if output is tensor:
                 graph.outputs[index] = result
         tensor.name, result.name = f"{name}_float", name
+
+
+def _clip_limits(node: Any, grid: Grid) -> Optional[tuple[int, int]]:
+    """The codes between which a Clip of known limits leaves a tensor that nothing else reads."""
+    import onnx_ir as ir
+
+    if node is None or node.op_type != "Clip" or node.domain != "" or len(node.inputs) < 3:
+        return None
+    low, high = (ir.convenience.get_const_tensor(value) if value is not None else None for value in node.inputs[1:3])
+    if low is None or high is None:
+        return None
+    ends = (np.rint(np.float32(x.numpy()) / np.float32(grid.scale)) + grid.zero_point for x in (low, high))
+    first, last = (int(np.clip(end, 0, 2**grid.bits - 1)) for end in ends)
+    return first, last
+
+
+def _rounding(graph: Any, tensor: Any, grid: Grid, low: int, high: int) -> tuple[list[Any], Any]:
+    """The nodes that put a tensor on its grid, codes from ``low`` to ``high``, and what the last of them gives."""
+    import onnx_ir as ir
+
+    dtype, capacity = (ir.DataType.UINT8, 255) if grid.bits <= 8 else (ir.DataType.UINT16, 65535)
+    scale = _constant(graph, f"{grid.name}_scale", np.float32(grid.scale), ir.DataType.FLOAT)
+    zero = _constant(graph, f"{grid.name}_zero_point", np.asarray(grid.zero_point), dtype)
+    needs_clip = low > 0 or high < capacity
+    nodes: list[Any] = []
+
+    def add(kind: str, inputs: list[Any], ending: str) -> Any:
+        nodes.append(ir.node(kind, inputs, name=f"{grid.name}_{ending}"))
+        return nodes[-1].outputs[0]
+
+    def limits(kind: Any, ends: tuple[Any, Any]) -> list[Any]:
+        return [_constant(graph, f"{grid.name}_{end}", x, kind) for end, x in zip(("low", "high"), ends)]
+
+    value = tensor
+    if needs_clip and dtype == ir.DataType.UINT16:  # runtimes clip floats and 8-bit integers, but no 16-bit ones
+        ends = ((code - grid.zero_point) * np.float64(grid.scale) for code in (low, high))
+        value = add("Clip", [value, *limits(ir.DataType.FLOAT, tuple(map(np.float32, ends)))], "clip")
+    value = add("QuantizeLinear", [value, scale, zero], "quantize")
+    value.name = f"{grid.name}_codes"
+    if needs_clip and dtype == ir.DataType.UINT8:
+        value = add("Clip", [value, *limits(dtype, (low, high))], "clip")
+        value.name = f"{grid.name}_clipped"
+    return nodes, add("DequantizeLinear", [value, scale, zero], "dequantize")
+
+
+def _hand_on(graph: Any, readers: list[Any], result: Any, nodes: list[Any], producer: Any) -> None:
+    """Put the nodes after the producer, and let the readers read their result."""
+    for use in readers:
+        use.node.replace_input_with(use.idx, result)
     if producer is None:
         graph.insert_before(graph[0], nodes)
     else:

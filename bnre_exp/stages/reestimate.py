@@ -55,7 +55,7 @@ class ReestimationHandle:
         self.remove()
 
 
-class _Estimator:
+class Estimator:
     """Statistics of one BN from the mean and unbiased variance of each of its calls, accumulated in float64."""
 
     def __init__(self, method: str, momentum: float, mean: Tensor, var: Tensor) -> None:
@@ -129,7 +129,7 @@ def reestimate_bn_stats(
     if not bns:
         raise UserError("The model has no batch norm with running statistics (is it folded already?).")
     before = {bn: (bn.running_mean.clone(), bn.running_var.clone()) for bn in bns}
-    estimators = {bn: _Estimator(method, momentum, *before[bn]) for bn in bns}
+    estimators = {bn: Estimator(method, momentum, *before[bn]) for bn in bns}
     count, device = Passes(), device_of(model)
     try:
         cache = cached_weights(model if forward_fn is None else nn.Identity())
@@ -168,7 +168,7 @@ def _write(statistics: dict[Any, Statistics]) -> None:
 
 
 @contextmanager
-def _recording(bns: dict[Any, str], estimators: dict[Any, _Estimator]) -> Iterator[None]:
+def _recording(bns: dict[Any, str], estimators: dict[Any, Estimator]) -> Iterator[None]:
     """BNs in training mode with momentum 1, so that after a call the buffers hold the statistics of that call."""
     with ExitStack() as stack:
         for bn, name in bns.items():
@@ -186,7 +186,7 @@ def _restore(bn: _BatchNorm, momentum: Optional[float], tracked: Optional[Tensor
     bn.momentum, bn.num_batches_tracked, bn.training = momentum, tracked, training
 
 
-def _hooks(name: str, estimator: _Estimator) -> tuple[Any, Any]:
+def _hooks(name: str, estimator: Estimator) -> tuple[Any, Any]:
     def values_per_channel(args: Any, kwargs: Any) -> int:
         x = args[0] if args else kwargs["input"]
         return int(x.numel() // x.shape[1]) if x.shape[1] else 0

@@ -1,0 +1,86 @@
+"""Constants of an ONNX graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
+
+
+@dataclass
+class Constants:
+    """Tensors of a graph that are known: initializers, and outputs of Constant nodes; and who reads which tensor."""
+
+    tensors: dict[str, onnx.TensorProto]
+    readers: dict[str, list[tuple[onnx.NodeProto, int]]]
+
+    def value(self, name: str) -> Optional[np.ndarray]:
+        """The values, None if they are not known."""
+        return numpy_helper.to_array(self.tensors[name]) if name in self.tensors else None
+
+
+def constants_of(graph: onnx.GraphProto) -> Constants:
+    """The constants of the graph itself; those of bodies of If and Loop count as read, not as known."""
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    readers: dict[str, list[tuple[onnx.NodeProto, int]]] = {}
+    for node in all_nodes(graph):
+        for index, name in enumerate(node.input):
+            readers.setdefault(name, []).append((node, index))
+    for node in graph.node:
+        if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
+            for attribute in node.attribute:
+                if attribute.name == "value":
+                    tensors[node.output[0]] = attribute.t
+    return Constants(tensors, readers)
+
+
+def computed_constants(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
+    """Tensors that the graph computes from constants alone, but for what quantizers give; the model is unchanged."""
+    import onnx_ir as ir
+    from onnxscript import optimizer
+
+    copied = ir.from_proto(model)
+    known = set(copied.graph.initializers)
+    try:
+        optimizer.fold_constants(copied, should_fold=lambda node: False if node.op_type in QUANTIZERS else None)
+    except Exception:  # whatever it cannot evaluate stays unknown
+        return {}
+    found = {name: value.const_value for name, value in copied.graph.initializers.items() if name not in known}
+    return {name: ir.to_proto(tensor) for name, tensor in found.items() if tensor is not None}
+
+
+def bn_name(node: onnx.NodeProto) -> str:
+    """What to call a batch norm: the module it came from, where its parameters tell, else its node or output."""
+    module, _, parameter = node.input[3].rpartition(".")
+    if module and parameter in ("running_mean", "moving_mean", "mean"):
+        return str(module)
+    return str(node.name or node.output[0])
+
+
+def all_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """The nodes of a graph and of the graphs inside it."""
+    found = []
+    for node in graph.node:
+        found.append(node)
+        for attribute in node.attribute:
+            for inner in [attribute.g, *attribute.graphs] if attribute.type in (5, 10) else []:
+                found += all_nodes(inner)
+    return found
+
+
+def opset_of(model: onnx.ModelProto) -> int:
+    """The version of ONNX's own operations that a model uses."""
+    return max((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), default=1)
+
+
+def attribute(node: onnx.NodeProto, name: str, default: float) -> float:
+    """A number among a node's attributes."""
+    for item in node.attribute:
+        if item.name == name:
+            return float(onnx.helper.get_attribute_value(item))
+    return default

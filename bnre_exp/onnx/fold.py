@@ -1,0 +1,368 @@
+"""Folding of an ONNX model's batch norms into the layers before them."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Optional
+
+import numpy as np
+import onnx
+import torch
+from onnx import helper, numpy_helper
+
+from bnre_exp.errors import UserError
+from bnre_exp.onnx.constants import Constants, attribute, bn_name, computed_constants, constants_of, opset_of
+from bnre_exp.quantsim.layout import WeightLayout
+
+LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+SMALLEST_SCALE = 1e-30  # as in bnre_exp.stages.fold
+SMALLEST_STEP = 2.0**-126
+DEFAULT_EPSILON = 1e-5  # of BatchNormalization
+
+
+@dataclass(frozen=True)
+class OnnxFoldReport:
+    """What became of every BatchNormalization.
+
+    folded: ``(layer's node, batch norm)``; kept: ``(batch norm, reason)``; notes: ``(layer's node, what changed)``.
+    """
+
+    folded: tuple[tuple[str, str], ...]
+    kept: tuple[tuple[str, str], ...]
+    notes: tuple[tuple[str, str], ...]
+
+
+class _Kept(Exception):
+    """Why a batch norm stays."""
+
+
+@dataclass
+class _Quantized:
+    """A tensor that a DequantizeLinear gives: codes, scale and zero point, the node, and the axis of the scale."""
+
+    node: onnx.NodeProto
+    codes: np.ndarray
+    scale: np.ndarray
+    zero_point: np.ndarray
+    axis: int
+
+
+@dataclass
+class _Graph:
+    """A graph being changed: its constants, who makes what, its opset, the notes for the report."""
+
+    graph: onnx.GraphProto
+    opset: int
+    constants: Constants
+    makers: dict[str, onnx.NodeProto]
+    outputs: set[str]
+    ranks: dict[str, int]
+    notes: list[tuple[str, str]]
+
+    def add_constant(self, name: str, values: np.ndarray) -> str:
+        """A new initializer; returns its name."""
+        while name in self.constants.tensors or name in self.makers or name in self.constants.readers:
+            name += "_"
+        tensor = numpy_helper.from_array(values, name)
+        self.graph.initializer.append(tensor)
+        self.constants.tensors[name] = tensor
+        return name
+
+    def add_node(self, node: onnx.NodeProto, before: onnx.NodeProto) -> None:
+        """Put a node right before another."""
+        index = next(i for i, other in enumerate(self.graph.node) if other is before)
+        self.graph.node.insert(index, node)
+        self.makers.update({name: self.graph.node[index] for name in node.output})
+
+    def quantized(self, name: str) -> Optional[_Quantized]:
+        """The codes behind a tensor, if a DequantizeLinear of constants gives it."""
+        node = self.makers.get(name)
+        if node is None or node.op_type != "DequantizeLinear":
+            return None
+        values = [value for item in node.input if item and (value := self.constants.value(item)) is not None]
+        if len(values) < sum(map(bool, node.input)) or attribute(node, "block_size", 0):
+            raise _Kept("its weight is dequantized in blocks, or from codes that are not constants")
+        codes, scale, *zero = values
+        zero_point = zero[0] if zero else np.zeros(scale.shape, codes.dtype)
+        return _Quantized(node, codes, scale, zero_point, int(attribute(node, "axis", 1)) % max(1, codes.ndim))
+
+
+def fold_batch_norms(model: onnx.ModelProto) -> tuple[onnx.ModelProto, OnnxFoldReport]:
+    """Return a copy of an ONNX model with its batch norms in the layers before them, and a report.
+
+    A floating-point weight is multiplied by gamma / sigma. Of a quantized one (DequantizeLinear) the scale is, which
+    then is one per channel, and the codes change at most their sign, so that nothing is rounded anew but the bias:
+    where weight and input are quantized it becomes int32 at the product of their scales, as integer runtimes need it.
+    What cannot be folded exactly stays, and is named. The model itself is unchanged.
+
+    Raises ``UserError`` if the model has no batch norm.
+    """
+    folded = copy.deepcopy(model)
+    bns = [
+        node for node in folded.graph.node if node.op_type == "BatchNormalization" and node.domain in ("", "ai.onnx")
+    ]
+    if not bns:
+        raise UserError("The model has no BatchNormalization operation: it is folded already, or never had one.")
+    pairs, kept = [], []
+    ranks, computed = _ranks(folded), computed_constants(folded)
+    notes: list[tuple[str, str]] = []
+    for bn in bns:
+        graph = _graph(folded, ranks, computed, notes)
+        label = bn_name(bn)
+        try:
+            layer = _layer_before(graph, bn)
+            name = _name(layer)
+            _fold(graph, layer, bn)
+        except _Kept as reason:
+            kept.append((label, str(reason)))
+        else:
+            pairs.append((name, label))
+    _drop_unused(folded.graph)
+    return folded, OnnxFoldReport(tuple(pairs), tuple(kept), tuple(notes))
+
+
+def _name(layer: onnx.NodeProto) -> str:
+    return str(layer.name or layer.output[0])
+
+
+def _graph(
+    model: onnx.ModelProto,
+    ranks: dict[str, int],
+    computed: dict[str, onnx.TensorProto],
+    notes: list[tuple[str, str]],
+) -> _Graph:
+    graph, constants = model.graph, constants_of(model.graph)
+    constants.tensors = {**computed, **constants.tensors}
+    makers = {name: node for node in graph.node for name in node.output}
+    outputs = {item.name for item in graph.output}
+    return _Graph(graph, opset_of(model), constants, makers, outputs, ranks, notes)
+
+
+def _ranks(model: onnx.ModelProto) -> dict[str, int]:
+    """How many axes each tensor has, where that is known."""
+    graph = model.graph
+    try:
+        known = onnx.shape_inference.infer_shapes(model).graph
+    except Exception:  # shapes decide about MatMul only
+        known = graph
+    infos = [*known.value_info, *known.input, *known.output]
+    return {i.name: len(i.type.tensor_type.shape.dim) for i in infos if i.type.tensor_type.HasField("shape")}
+
+
+def _layer_before(graph: _Graph, bn: onnx.NodeProto) -> onnx.NodeProto:
+    if attribute(bn, "training_mode", 0):
+        raise _Kept("it is in training mode and normalizes each batch by its own statistics")
+    source = graph.makers.get(bn.input[0])
+    if source is None:
+        raise _Kept("it reads an input of the model")
+    if source.op_type == "DequantizeLinear":
+        raise _Kept("a quantizer between the layer and the batch norm")
+    if source.op_type == "Add" and graph.ranks.get(bn.input[0]) == 2:
+        products = [graph.makers.get(name) for name in source.input]
+        if any(node is not None and node.op_type == "MatMul" for node in products):
+            raise _Kept("a MatMul whose bias is added by an operation of its own (onnxoptimizer makes a Gemm of them)")
+    if source.op_type not in LAYERS:
+        raise _Kept(f"no convolution or Gemm directly before it, but a {source.op_type}")
+    readers = {id(node) for node, _ in graph.constants.readers[bn.input[0]]}
+    if len(readers) > 1 or bn.input[0] in graph.outputs:
+        raise _Kept("the layer's output has another consumer")
+    if source.op_type == "MatMul" and graph.ranks.get(bn.input[0]) != 2:
+        raise _Kept("a MatMul whose channels are not, or not known to be, on the axis that is normalized")
+    return source
+
+
+def _fold(graph: _Graph, layer: onnx.NodeProto, bn: onnx.NodeProto) -> None:
+    gamma, beta, mean, var = _parameters(graph, bn)
+    gain = gamma / np.sqrt(var + attribute(bn, "epsilon", DEFAULT_EPSILON))
+    shift = beta - mean * gain
+    weight = graph.quantized(layer.input[1])
+    codes = weight.codes if weight is not None else graph.constants.value(layer.input[1])
+    if codes is None:
+        raise _Kept(f"the weight of the {layer.op_type} is not a constant")
+    layout, axis = _layout(layer, codes.shape)
+    factor = layout.expand(torch.from_numpy(gain)).numpy() if axis is None else _along(gain, codes.ndim, axis)
+    if layer.op_type == "Gemm":
+        shift = shift / (attribute(layer, "beta", 1.0) or 1.0)
+    bias = _old_bias(graph, layer, len(gain)) * gain + shift
+    name = str(bn.output[0])
+    if weight is None:
+        values = (codes.astype(np.float64) * factor).astype(codes.dtype)
+        new_weight, step = graph.add_constant(f"{name}_weight", values), None
+    else:
+        new_weight, scale = _fold_codes(graph, layer, name, weight, gain, factor, axis)
+        step = _bias_step(graph, layer, scale)
+    # Nothing can fail from here on.
+    new_bias = _new_bias(graph, layer, name, bias, step, codes.dtype if weight is None else weight.scale.dtype)
+    layer.input[1] = new_weight
+    _set_output(graph, layer, bn, new_bias)
+
+
+def _parameters(graph: _Graph, bn: onnx.NodeProto) -> list[np.ndarray]:
+    found = []
+    for name in bn.input[1:5]:
+        value = graph.constants.value(name)
+        behind = graph.quantized(name) if value is None else None
+        if behind is not None:
+            value = _dequantized(behind)
+        if value is None:
+            raise _Kept("its parameters are not constants")
+        found.append(value.astype(np.float64))
+    return found
+
+
+def _dequantized(tensor: _Quantized) -> np.ndarray:
+    scale, zero = (
+        value if value.size == 1 else _along(value, tensor.codes.ndim, tensor.axis)
+        for value in (tensor.scale, tensor.zero_point)
+    )
+    values: np.ndarray = (tensor.codes.astype(np.float64) - zero.astype(np.float64)) * scale.astype(np.float64)
+    return values
+
+
+def _along(values: np.ndarray, ndim: int, axis: int) -> np.ndarray:
+    shape = [1] * ndim
+    shape[axis] = -1
+    return values.reshape(shape)
+
+
+def _layout(layer: onnx.NodeProto, shape: tuple[int, ...]) -> tuple[WeightLayout, Optional[int]]:
+    """Where a weight's output channels are; the axis is None for a grouped transposed convolution, which has two."""
+    groups = int(attribute(layer, "group", 1))
+    if layer.op_type == "ConvTranspose":
+        layout = WeightLayout(len(shape), True, groups, shape[0])
+        return layout, 1 if groups == 1 else None
+    if layer.op_type == "Conv":
+        return WeightLayout(len(shape), False, groups, shape[1] * groups), 0
+    is_transposed = layer.op_type == "Gemm" and attribute(layer, "transB", 0)
+    return WeightLayout(2, False, 1, shape[1]), 0 if is_transposed else 1
+
+
+def _old_bias(graph: _Graph, layer: onnx.NodeProto, channels: int) -> np.ndarray:
+    """The bias per channel, float64 ``[C]``."""
+    if layer.op_type == "MatMul" or len(layer.input) < 3 or not layer.input[2]:
+        return np.zeros(channels)
+    value = graph.constants.value(layer.input[2])
+    behind = graph.quantized(layer.input[2]) if value is None else None
+    if behind is not None:
+        value = _dequantized(behind)
+    if value is None or value.size not in (1, channels):
+        raise _Kept(f"the bias of the {layer.op_type} is not a constant, or not one per channel")
+    used = attribute(layer, "beta", 1.0) != 0 or layer.op_type != "Gemm"
+    return np.broadcast_to(value.astype(np.float64).ravel(), channels) * float(used)
+
+
+def _fold_codes(
+    graph: _Graph, layer: onnx.NodeProto, name: str, weight: _Quantized, gain: np.ndarray, factor: np.ndarray,
+    axis: Optional[int],
+) -> tuple[str, np.ndarray]:  # fmt: skip
+    """New codes and scales behind a new DequantizeLinear; returns its output and the scale per channel."""
+    if axis is None:
+        raise _Kept("a grouped transposed convolution needs a scale per group and channel, ONNX has one axis")
+    if weight.scale.size > 1 and weight.axis != axis:
+        raise _Kept("its weight has scales along another axis than the output channels")
+    if graph.opset < 13:
+        raise _Kept(f"opset {graph.opset} has no scales per channel; 13 has")
+    zero = weight.zero_point.astype(np.int64)
+    zeros = zero if zero.size == 1 else _along(zero, weight.codes.ndim, axis)
+    scale = np.broadcast_to(weight.scale.astype(np.float64).ravel(), gain.shape)
+    new_scale = (scale * np.abs(gain)).astype(weight.scale.dtype)
+    vanishes = new_scale < SMALLEST_SCALE
+    sign = np.where(_along(vanishes, factor.ndim, axis), 0, np.sign(factor))
+    codes = (weight.codes.astype(np.int64) - zeros) * sign.astype(np.int64) + zeros
+    low, high = _limits(graph, weight)
+    if codes.min(initial=0) < low or codes.max(initial=0) > high:
+        raise _Kept(f"a negative gamma meets the code {low}, whose negative the type does not have")
+    new_scale = np.where(vanishes, scale, new_scale).astype(weight.scale.dtype)
+    zero_point = np.broadcast_to(weight.zero_point.ravel(), gain.shape).copy()
+    inputs = [
+        graph.add_constant(f"{name}_codes", codes.astype(weight.codes.dtype)),
+        graph.add_constant(f"{name}_scale", new_scale),
+        graph.add_constant(f"{name}_zero_point", zero_point),
+    ]
+    node = helper.make_node("DequantizeLinear", inputs, [f"{name}_weight"], name=f"{name}_dequantize", axis=axis)
+    graph.add_node(node, layer)
+    if weight.scale.size == 1 and len(gain) > 1:
+        graph.notes.append((_name(layer), "its weight has a scale per channel now"))
+    return f"{name}_weight", new_scale.astype(np.float64)
+
+
+def _limits(graph: _Graph, weight: _Quantized) -> tuple[int, int]:
+    """The range of the type of the codes, 4-bit ones included."""
+    kind = int(graph.constants.tensors[weight.node.input[0]].data_type)
+    bits = {int(onnx.TensorProto.INT4): (-8, 7), int(onnx.TensorProto.UINT4): (0, 15)}
+    if kind in bits:
+        return bits[kind]
+    info = np.iinfo(weight.codes.dtype)
+    return int(info.min), int(info.max)
+
+
+def _bias_step(graph: _Graph, layer: onnx.NodeProto, scale: np.ndarray) -> Optional[np.ndarray]:
+    """The grid of an int32 bias per channel, None if the input is not quantized with one known scale."""
+    source = graph.makers.get(layer.input[0])
+    if source is None or source.op_type != "DequantizeLinear" or len(layer.input) < 2 or layer.op_type == "MatMul":
+        return None
+    if attribute(layer, "alpha", 1.0) != 1.0 or attribute(layer, "beta", 1.0) != 1.0:
+        return None
+    input_scale = graph.constants.value(source.input[1])
+    if input_scale is None or input_scale.size != 1:
+        return None
+    return (float(input_scale.ravel()[0]) * scale).astype(np.float32)
+
+
+def _new_bias(
+    graph: _Graph, layer: onnx.NodeProto, name: str, bias: np.ndarray, step: Optional[np.ndarray], dtype: np.dtype
+) -> str:
+    """A tensor that is the bias: a constant, or int32 codes and a DequantizeLinear."""
+    if step is not None:
+        largest = np.abs(bias / np.maximum(step, SMALLEST_STEP)).max(initial=0)
+        if largest > 2**31 - 1 or step.min(initial=1) < SMALLEST_STEP:
+            reason = "its bias does not fit int32 at the product of the scales; it stays in floating point"
+            graph.notes.append((_name(layer), reason))
+            step = None
+    if step is None:
+        return graph.add_constant(f"{name}_bias", bias.astype(dtype))
+    inputs = [
+        graph.add_constant(f"{name}_bias_codes", np.rint(bias / step.astype(np.float64)).astype(np.int32)),
+        graph.add_constant(f"{name}_bias_scale", step),
+        graph.add_constant(f"{name}_bias_zero_point", np.zeros(len(bias), np.int32)),
+    ]
+    node = helper.make_node("DequantizeLinear", inputs, [f"{name}_bias"], name=f"{name}_bias_dequantize", axis=0)
+    graph.add_node(node, layer)
+    return f"{name}_bias"
+
+
+def _set_output(graph: _Graph, layer: onnx.NodeProto, bn: onnx.NodeProto, bias: str) -> None:
+    """The layer gives what the batch norm gave, which goes."""
+    position = next(i for i, node in enumerate(graph.graph.node) if node is bn)
+    if layer.op_type == "MatMul":
+        graph.graph.node.insert(position, helper.make_node("Add", [layer.output[0], bias], [bn.output[0]]))
+    else:
+        if len(layer.input) > 2:
+            layer.input[2] = bias
+        else:
+            layer.input.append(bias)
+        layer.output[0] = bn.output[0]
+        for item in layer.attribute:
+            if layer.op_type == "Gemm" and item.name == "beta" and item.f == 0:
+                item.f = 1.0
+    graph.graph.node.remove(bn)
+
+
+def _drop_unused(graph: onnx.GraphProto) -> None:
+    """Operations and initializers that nothing reads any more."""
+    outputs = {item.name for item in graph.output}
+    while True:
+        read = set(constants_of(graph).readers) | outputs
+        unread = [node for node in graph.node if not read & set(node.output)]
+        if not unread:
+            break
+        for node in unread:
+            graph.node.remove(node)
+    read = set(constants_of(graph).readers) | outputs
+    dropped = {tensor.name for tensor in graph.initializer} - read
+    for items in (graph.initializer, graph.input):
+        for item in [item for item in items if item.name in dropped]:
+            items.remove(item)
+    for item in [item for item in graph.value_info if item.name not in read]:
+        graph.value_info.remove(item)

@@ -1,0 +1,53 @@
+"""ONNX files: read with one clear error, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import Union
+
+import onnx
+
+from bnre_exp.errors import UserError
+
+LARGEST = 2**31 - 2**20  # protobuf holds no more in one piece; weights then go to a file beside the model
+
+
+def load_model(path: Union[str, os.PathLike[str]]) -> onnx.ModelProto:
+    """Read an ONNX file, with the weights that are in files beside it.
+
+    Raises ``UserError`` if it is not there or is no ONNX file.
+    """
+    target = Path(path)
+    if not target.is_file():
+        raise UserError(f"{target}: there is no such file; expected an ONNX model.")
+    try:
+        model = onnx.load(target)
+    except Exception as error:  # protobuf, onnx and the file system each have their own
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{target} is not an ONNX model, or a damaged one ({lines[0]}).") from error
+    if not model.graph.node or not model.opset_import:
+        raise UserError(f"{target} is not an ONNX model: it has no operations.")
+    return model
+
+
+def save_model(model: onnx.ModelProto, path: Union[str, os.PathLike[str]]) -> None:
+    """Write a model; weights above two gigabytes go to ``<name>.data`` beside it. Raises ``UserError`` if the disk
+    refuses."""
+    target = Path(os.path.realpath(path))
+    unique = uuid.uuid4().hex
+    new, data = target.with_name(f".{target.name}.{unique}"), f"{target.name}.data"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if model.ByteSize() < LARGEST:
+            onnx.save(model, new)
+        else:
+            onnx.save(model, new, save_as_external_data=True, location=data)
+        os.replace(new, target)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror or error}.") from error
+    finally:
+        with suppress(OSError):
+            new.unlink(missing_ok=True)

@@ -1,0 +1,91 @@
+"""Running ONNX models with ONNX Runtime."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor
+
+from bnre_exp.errors import UserError
+from bnre_exp.ort.files import LARGEST
+
+KINDS = {
+    "tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16,
+    "tensor(uint8)": np.uint8, "tensor(int8)": np.int8, "tensor(int32)": np.int32, "tensor(int64)": np.int64,
+    "tensor(bool)": np.bool_,
+}  # fmt: skip
+
+
+def open_session(
+    model: onnx.ModelProto, providers: Optional[Sequence[str]] = None, threads: Optional[int] = None
+) -> onnxruntime.InferenceSession:
+    """A session of ONNX Runtime. providers: None: the CPU; threads: None: as torch has.
+
+    Raises ``UserError`` if the runtime does not take the model.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.log_severity_level = 3
+    # Without VNNI, AVX2's fast product of uint8 and int8 saturates; with this, it is taken only where it is exact.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    chosen = list(providers or ["CPUExecutionProvider"])
+    try:
+        if model.ByteSize() < LARGEST:
+            return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=chosen)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            onnx.save(model, path, save_as_external_data=True, location="model.data")
+            return onnxruntime.InferenceSession(str(path), options, providers=chosen)
+    except Exception as error:  # the runtime has a class for each of its status codes
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"ONNX Runtime {onnxruntime.__version__} does not take the model: {lines[0]}") from error
+
+
+def feeds(session: onnxruntime.InferenceSession, batch: Any) -> dict[str, np.ndarray]:
+    """Inputs of a session from a batch: an array or tensor, a tuple or list whose first element is one, or a mapping
+    from input names to arrays.
+
+    Raises ``UserError`` if names, types or shapes do not fit what the model declares.
+    """
+    declared = {item.name: item for item in session.get_inputs()}
+    if isinstance(batch, Mapping):
+        given = dict(batch)
+    else:
+        first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        if len(declared) > 1:
+            raise UserError(
+                f"The model has {len(declared)} inputs ({', '.join(declared)}); give batches as a mapping of names to "
+                "arrays."
+            )
+        given = {next(iter(declared)): first}
+    if given.keys() != declared.keys():
+        raise UserError(f"The batch has the inputs {', '.join(given)}; the model has {', '.join(declared)}.")
+    return {name: _fitting(value, declared[name]) for name, value in given.items()}
+
+
+def _fitting(value: Any, declared: Any) -> np.ndarray:
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().numpy()
+    if not isinstance(value, np.ndarray):
+        raise UserError(
+            f"A batch is of type {type(value).__name__}; expected an array or tensor, a tuple whose first element is "
+            "one, or a mapping of input names to arrays."
+        )
+    kind = KINDS.get(declared.type)
+    shape = declared.shape
+    if len(shape) != value.ndim or any(type(n) is int and n != m for n, m in zip(shape, value.shape)):
+        wanted = f"[{', '.join(map(str, shape))}]"
+        hint = ""
+        if len(shape) == value.ndim and type(shape[0]) is int and shape[0] != value.shape[0]:
+            hint = f" Its batch size is fixed: give batches of {shape[0]}, or export it with a dynamic batch."
+        raise UserError(
+            f"The input {declared.name} of the model has the shape {wanted}; the data are {list(value.shape)}.{hint}"
+        )
+    return np.ascontiguousarray(value, dtype=kind)
