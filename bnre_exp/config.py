@@ -146,6 +146,7 @@ class ModelConfig:
     group: ClassVar[str] = "model"
     _target_: str = opt("bnre_exp.models.torchvision_model", "dotted path of the callable that builds the network")
     name: Optional[str] = opt(None, "architecture name, for the torchvision and timm builders")
+    path: Optional[str] = opt(None, "file of the network, for model=onnx")
     kwargs: Dict[str, Any] = opt(factory=dict, doc="keyword arguments of the callable")
     weights: Optional[str] = opt(None, "pretrained weights: a torchvision weights name (DEFAULT), or true for timm")
     checkpoint: Optional[str] = opt(None, "path of a .safetensors or .pth state dict to load")

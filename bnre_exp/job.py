@@ -103,8 +103,8 @@ def prepare(config: Config, run_dir: Path, log: RunLog, console: Console, store:
     model, data = config.model, config.dataset
     seed(config, "model")
     built = build_model(
-        model._target_, name=model.name, kwargs=model.kwargs, num_classes=data.num_classes, weights=model.weights,
-        checkpoint=model.checkpoint, strip_prefixes=model.strip_prefixes, strict=model.strict,
+        model._target_, name=model.name, path=model.path, kwargs=model.kwargs, num_classes=data.num_classes,
+        weights=model.weights, checkpoint=model.checkpoint, strip_prefixes=model.strip_prefixes, strict=model.strict,
         replace_head=model.replace_head,
     )  # fmt: skip
     preprocessing = resolve_preprocessing(

@@ -30,6 +30,7 @@ __all__ = [
     "BuiltModel",
     "build_model",
     "check_head",
+    "onnx_model",
     "timm_model",
     "timm_preprocessing",
     "torchvision_model",
@@ -39,10 +40,22 @@ __all__ = [
 _BUILDERS = {torchvision_model: build_torchvision, timm_model: build_timm}
 
 
+def onnx_model(path: str) -> nn.Module:
+    """The network of an ONNX file, as a torch module. Raises UserError as :func:`bnre_exp.convert.build_onnx` does."""
+    return _build_onnx(path).module
+
+
+def _build_onnx(path: str) -> BuiltModel:
+    from bnre_exp.convert import build_onnx  # onnx and its runtime take a second to import
+
+    return build_onnx(path)
+
+
 def build_model(
     target: str,
     *,
     name: str | None = None,
+    path: str | None = None,
     kwargs: Mapping[str, Any] | None = None,
     num_classes: int,
     weights: str | None = None,
@@ -54,13 +67,22 @@ def build_model(
     """Build the network that the dotted path ``target`` names, and load its weights.
 
     :func:`torchvision_model` and :func:`timm_model` get ``name``, ``num_classes`` and ``weights``; a user's own
-    callable gets ``kwargs`` only, and :func:`check_head` tells later whether its classes fit. With a ``checkpoint``,
+    callable gets ``kwargs`` only, and :func:`check_head` tells later whether its classes fit; :func:`onnx_model` gets
+    ``path``. With a ``checkpoint``,
     ``weights`` is not fetched and gives the preprocessing only. ``replace_head``: a last layer of another class count
     is replaced by a new one. Raises UserError for whatever does not exist, cannot be fetched or does not fit.
     """
     factory = resolve_target(target, "model._target_")
     known = _BUILDERS.get(factory)
-    if known is not None:
+    if path is not None and factory is not onnx_model:
+        raise UserError(f"model.path={path} means nothing to {target}; it is the file of model=onnx.")
+    if factory is onnx_model:
+        if path is None:
+            raise UserError("model.path is not set: expected an ONNX file, as in model=onnx model.path=net.onnx.")
+        if weights_setting(weights) is not None:
+            raise UserError(f"model.weights={weights} means nothing to model=onnx: its file holds the weights.")
+        built = _build_onnx(path)
+    elif known is not None:
         if not name:
             raise UserError("model.name is not set: expected an architecture such as resnet18.")
         built = known(name, num_classes, weights, checkpoint is None, replace_head, dict(kwargs or {}))

@@ -90,7 +90,8 @@ def run_name(config: Config) -> str:
     def bits(value: Optional[int]) -> str:
         return "fp" if value is None else str(value)
 
-    model = config.model.name or config.model._target_.rpartition(".")[2]
+    file = Path(config.model.path).stem if config.model.path else None
+    model = config.model.name or file or config.model._target_.rpartition(".")[2]
     dataset = config.dataset._target_.rpartition(".")[2]
     scheme = f"w{bits(config.quant.weight_bits)}a{bits(config.quant.act_bits)}"
     scheme += "" if config.quant.per_channel else "-per-tensor"

@@ -17,6 +17,8 @@ from bnre_exp.errors import UserError
 # Images of 28x28 and 32x32 are resized this many at a time: large enough to be fast, small enough for the caches.
 _RESIZE_CHUNK = 4096
 
+METADATA = "bnre_exp.preprocessing"  # entry of an exported model's metadata: Preprocessing.describe() as JSON
+
 _INTERPOLATIONS = {
     "bilinear": InterpolationMode.BILINEAR,
     "bicubic": InterpolationMode.BICUBIC,

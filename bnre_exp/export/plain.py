@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from bnre_exp.errors import UserError
 from bnre_exp.export.checkpoint import check_folded
-from bnre_exp.export.opset import lower, replace_node
+from bnre_exp.ort.opset import lower, replace_node
 from bnre_exp.quantsim.nodes import is_layer, source_of
 from bnre_exp.quantsim.operations import is_preserving
 from bnre_exp.quantsim.quantizer import ActivationQuantizer, Dequantize, positive

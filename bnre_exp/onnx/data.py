@@ -16,11 +16,10 @@ from torch.utils.data import Dataset
 
 from bnre_exp.data import build_loaders
 from bnre_exp.errors import UserError
-from bnre_exp.preprocess import Preprocessing
+from bnre_exp.preprocess import METADATA, Preprocessing
 
 NAMED = ("digits", "fashion_mnist", "cifar10", "cifar100")
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-METADATA = "bnre_exp.preprocessing"  # entry of a model's metadata: Preprocessing.describe() as JSON
 
 
 class ArrayBatches:

@@ -23,6 +23,8 @@ def lower(model: Any, opset: int) -> None:
     if opset >= model.opset_imports[""]:
         return
     for node in list(model.graph):
+        if node.op_type == "Reshape" and "allowzero" in node.attributes and _is_without_effect(node, "allowzero"):
+            del node.attributes["allowzero"]
         _spell_out(model.graph, node, opset)
     for node in model.graph:
         if node.domain == "":
@@ -35,14 +37,24 @@ def lower(model: Any, opset: int) -> None:
 
 
 def _spell_out(graph: Any, node: Any, opset: int) -> None:
-    """HardSwish, which came with 14, by what it is made of."""
+    """What came later by what it is made of: HardSwish (14), and Shape of some axes (15)."""
+    import numpy as np
     import onnx_ir as ir
 
-    if node.op_type != "HardSwish" or node.domain != "" or opset >= 14:
+    if node.domain != "":
         return
-    gate = ir.node("HardSigmoid", [node.inputs[0]], {"alpha": 1 / 6, "beta": 0.5})
-    product = ir.node("Mul", [node.inputs[0], gate.outputs[0]])
-    replace_node(graph, node, [gate, product])
+    if node.op_type == "HardSwish" and opset < 14:
+        gate = ir.node("HardSigmoid", [node.inputs[0]], {"alpha": 1 / 6, "beta": 0.5})
+        replace_node(graph, node, [gate, ir.node("Mul", [node.inputs[0], gate.outputs[0]])])
+    elif node.op_type == "Shape" and opset < 15 and node.attributes:
+        start, end = (node.attributes[key].as_int() if key in node.attributes else None for key in ("start", "end"))
+        whole = ir.node("Shape", [node.inputs[0]])
+        limits = [
+            ir.node("Constant", [], {"value": ir.tensor(np.array([limit], np.int64))})
+            for limit in (start or 0, np.iinfo(np.int64).max if end is None else end, 0)
+        ]
+        part = ir.node("Slice", [whole.outputs[0], *(limit.outputs[0] for limit in limits)])
+        replace_node(graph, node, [whole, *limits, part])
 
 
 def replace_node(graph: Any, node: Any, new: list[Any]) -> None:
@@ -90,13 +102,31 @@ def _fit(node: Any, opset: int, present: int) -> None:
 
 
 def _is_without_effect(node: Any, name: str) -> bool:
-    """Reshape: allowzero matters only where the new shape has a zero."""
+    """Reshape: allowzero matters only where the new shape has a zero. Split: num_outputs only where parts differ."""
+    if node.op_type == "Reshape" and name == "allowzero":
+        return not _may_be_zero(node.inputs[1])
+    if node.op_type == "Split" and name == "num_outputs":
+        axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+        size = None if node.inputs[0].shape is None else node.inputs[0].shape[axis]
+        return len(node.inputs) == 1 and isinstance(size, int) and size % len(node.outputs) == 0
+    return False
+
+
+def _may_be_zero(shape: Any) -> bool:
+    """Whether a zero is written into a shape; sizes of tensors that are not empty are none."""
     import onnx_ir as ir
 
-    if node.op_type != "Reshape" or name != "allowzero":
-        return False
-    shape = ir.convenience.get_const_tensor(node.inputs[1])
-    return shape is not None and 0 not in shape.numpy()
+    known = ir.convenience.get_const_tensor(shape)
+    if known is not None:
+        return 0 in known.numpy()
+    node = shape.producer()
+    if node is None:
+        return True
+    if node.op_type == "Concat":
+        return any(_may_be_zero(part) for part in node.inputs)
+    if node.op_type in ("Reshape", "Unsqueeze", "Squeeze", "Cast", "Identity"):
+        return _may_be_zero(node.inputs[0])
+    return node.op_type not in ("Shape", "Slice", "Gather")
 
 
 def _plain_value(attribute: Any) -> Any:
