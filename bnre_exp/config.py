@@ -70,6 +70,14 @@ class FoldMode(Enum):
     weight = "weight"
 
 
+class ExportFormat(Enum):
+    """What a folded network is written as."""
+
+    checkpoint = "checkpoint"
+    onnx = "onnx"
+    encodings = "encodings"
+
+
 class StoreMode(Enum):
     """What becomes of results that an earlier job left in the store."""
 
@@ -316,6 +324,27 @@ class FoldConfig:
 
 
 @dataclass
+class ExportConfig:
+    """The files that a run leaves of the folded network."""
+
+    group: ClassVar[str] = "export"
+    formats: List[ExportFormat] = opt(
+        factory=lambda: [ExportFormat.checkpoint, ExportFormat.onnx],
+        doc="any of checkpoint (for torch), onnx (with Q/DQ), encodings (plain ONNX and AIMET encodings)",
+    )
+    opset: int = opt(21, "of ONNX models; 9 to 16 bits and 4-bit types need 21", ge=13, le=23)
+    int4: bool = opt(True, "weights of up to 4 bits in ONNX's 4-bit type, where the opset has it")
+    min_agreement: float = opt(
+        0.98, "least part of the test images for which a file predicts what the simulation does", ge=0, le=1
+    )
+
+    def __post_init__(self) -> None:
+        _check_bounds(self, self.group)
+        if not self.formats:
+            raise UserError("export.formats is empty: expected some of checkpoint, onnx, encodings.")
+
+
+@dataclass
 class RuntimeConfig:
     """How and where the work is done."""
 
@@ -380,6 +409,7 @@ class Config:
     qat: QatConfig = opt(factory=QatConfig, doc="quantization-aware training")
     reest: ReestConfig = opt(factory=ReestConfig, doc="BN re-estimation")
     fold: FoldConfig = opt(factory=FoldConfig, doc="folding")
+    export: ExportConfig = opt(factory=ExportConfig, doc="files of the folded network")
     runtime: RuntimeConfig = opt(factory=RuntimeConfig, doc="how and where the work is done")
     store: StoreConfig = opt(factory=StoreConfig, doc="stage results that later jobs find again")
     tracking: TrackingConfig = opt(factory=TrackingConfig, doc="where results are logged")
@@ -401,6 +431,8 @@ def flatten(config: Any, prefix: str = "") -> Dict[str, Any]:
         elif isinstance(value, list) and value and all(is_dataclass(item) for item in value):
             for index, item in enumerate(value):
                 flat.update(flatten(item, f"{name}[{index}]."))
+        elif isinstance(value, list):
+            flat[name] = [item.name if isinstance(item, Enum) else item for item in value]
         else:
             flat[name] = value
     return flat

@@ -47,7 +47,7 @@ class Loaders:
     ``indices``: by role, into the split that the dataset's callable returned (int64 ``[N]``). ``digests``: of the
     contents of the ``train`` and ``test`` split. ``num_classes_seen``: different classes among the training images.
     ``label_range``: smallest and largest class by split. ``identity``: digest of all that decides the batches but the
-    seed. ``notes``: what a reader of results should know about the data.
+    seed. ``preprocessing``: of images. ``notes``: what a reader of results should know about the data.
     """
 
     train: DataLoader[Batch]
@@ -61,6 +61,7 @@ class Loaders:
     label_range: Mapping[str, tuple[int, int]]
     recipes: Mapping[str, Callable[[], DataLoader[Batch]]]
     identity: str
+    preprocessing: Preprocessing
     notes: tuple[str, ...] = ()
 
     def fresh(self, role: str) -> DataLoader[Batch]:
@@ -146,6 +147,7 @@ def build_loaders(
         label_range={name: (int(split.labels.min()), int(split.labels.max())) for name, split in splits.items()},
         recipes=recipes,
         identity=digest([digests, tensors_digest(indices), settings]),
+        preprocessing=preprocessing,
         notes=tuple(dict.fromkeys(note for split in splits.values() for note in split.notes)),
     )
 

@@ -23,6 +23,7 @@ from bnre_exp.report.console import ConsoleProgress
 from bnre_exp.report.layers import layers_markdown
 from bnre_exp.report.summary import RUN_FOLDER, StageResult, Summary, markdown
 from bnre_exp.stages.reestimate import has_running_statistics
+from bnre_exp.steps.export import check_export
 from bnre_exp.steps.network import check_storable
 from bnre_exp.steps.outcome import Outcome
 from bnre_exp.steps.setting import Setting, scheme, seed
@@ -136,7 +137,8 @@ def prepare(config: Config, run_dir: Path, log: RunLog, console: Console, store:
     setting = Setting(config, device, loaders, built, progress, log.metrics, say)
     planned = plan(setting)
     if not store.has("ptq", planned[1].depends):  # only to fail before training
-        quantize(built.module, example.to(device), scheme(config), leaf_modules=model.leaf_modules)
+        sim = quantize(built.module, example.to(device), scheme(config), leaf_modules=model.leaf_modules)
+        check_export(sim, config.export, example)
     _log_inputs(log, config, loaders, preprocessing)
     job = Job(config, run_dir, log, console, store, setting, planned, Results({}, summary))
     job.exceptions("note", [("model", note) for note in built.notes])

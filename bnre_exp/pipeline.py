@@ -13,13 +13,13 @@ from rich.console import Console
 from safetensors.torch import save_model
 from torch import nn
 
-from bnre_exp.config import Config, flatten
+from bnre_exp.config import Config, ExportFormat, flatten
 from bnre_exp.errors import UserError
 from bnre_exp.job import Job, Results, leave_report, open_store, prepare
 from bnre_exp.plan import Planned
 from bnre_exp.provenance import git_tags
 from bnre_exp.report.summary import Summary, print_summary
-from bnre_exp.steps.export import FOLDED, export
+from bnre_exp.steps.export import export, exported
 from bnre_exp.steps.fold import fold, fold_again
 from bnre_exp.steps.fp32 import fp32
 from bnre_exp.steps.network import STATE, Passing, save_state
@@ -175,12 +175,10 @@ def _keep_fp32(job: Job, passing: Passing) -> None:
 
 
 def _export(job: Job, planned: Planned, passing: Passing, folded: Optional[nn.Module]) -> None:
-    target = job.run_dir / FOLDED
     with job.store.stage("export", planned.depends, _waiting(job, "export"), passing.content) as slot:
         if slot.entry is not None:
             outcome, how = read_outcome(slot.entry.folder), "reused"
-            shutil.rmtree(target, ignore_errors=True)
-            shutil.copytree(slot.entry.folder / FOLDED, target)
+            _copy_exported(slot.entry.folder, job.run_dir)
         else:
             job.log.connect()
             started = time.perf_counter()
@@ -190,11 +188,35 @@ def _export(job: Job, planned: Planned, passing: Passing, folded: Optional[nn.Mo
 
             def fill(folder: Path) -> None:
                 write_outcome(folder, outcome)
-                shutil.copytree(target, folder / FOLDED)
+                _copy_exported(job.run_dir, folder)
 
             slot.write(planned.config, fill)
     job.report("export", outcome, how)
-    job.results.folded = target
-    job.results.summary.places["folded checkpoint"] = str(target)
+    _list_exported(job)
+
+
+def _copy_exported(source: Path, target: Path) -> None:
+    for path in exported(source).values():
+        copy = target / path.name
+        if path.is_dir():
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(path, copy)
+        else:
+            shutil.copyfile(path, copy)
+
+
+def _list_exported(job: Job) -> None:
+    """Say where the files are, and list what is a model in MLflow."""
+    files, places, name = exported(job.run_dir), job.results.summary.places, run_name(job.config)
     final = {name: value for name, value in job.results.metrics.items() if name.endswith("/top1")}
-    job.log.checkpoint(target, run_name(job.config), flatten(job.config), final)
+    if path := files.get(ExportFormat.checkpoint):
+        job.results.folded = path
+        places["folded checkpoint"] = str(path)
+        job.log.model(path, name, "bnre_exp folded checkpoint", flatten(job.config), final)
+    if path := files.get(ExportFormat.onnx):
+        places["ONNX model"] = str(path)
+        example = job.setting.loaders.example()[:1].contiguous().numpy()
+        job.log.onnx_model(path, f"{name}-onnx", example, flatten(job.config), final)
+    if path := files.get(ExportFormat.encodings):
+        places["AIMET encodings"] = str(path)
+        job.log.artifact(path)

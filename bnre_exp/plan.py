@@ -17,7 +17,7 @@ from bnre_exp.steps.setting import Setting
 from bnre_exp.targets import resolve_target
 
 # What of the configuration a stage reads itself; what the stages before it read comes with their keys.
-SECTIONS = {"fp32": "train", "ptq": "quant", "qat": "qat", "reest": "reest", "fold": "fold", "export": None}
+SECTIONS = {"fp32": "train", "ptq": "quant", "qat": "qat", "reest": "reest", "fold": "fold", "export": "export"}
 RUNTIME = ("runtime.precision", "runtime.memory_format")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,10 @@ from torch import Tensor, fx
 from bnre_exp.errors import UserError
 from bnre_exp.export.files import write_file
 from bnre_exp.export.plain import Plain, plain_network
-from bnre_exp.export.qdq import insert_qdq
+from bnre_exp.export.qdq import check_expressible, insert_qdq
+from bnre_exp.quantsim.insert import activation_quantizers
+from bnre_exp.stages.bias import quantize_biases
+from bnre_exp.stages.fold import fold_batch_norms
 
 
 def export_onnx(
@@ -40,6 +44,20 @@ def export_onnx(
         write_qdq(plain_network(folded, example_input, opset), target, int4)
     except UserError as error:
         raise UserError(f"{target} cannot be exported: {error}.") from error
+
+
+def check_exportable(sim: Any, example_input: Union[Tensor, Sequence[Tensor]], opset: int) -> None:
+    """Raise ``UserError`` if a simulation, once it is calibrated and folded, cannot be written at ``opset``.
+
+    sim: as :func:`bnre_exp.quantize` returns it; it is unchanged. This finds out by folding and exporting a copy.
+    """
+    trial = copy.deepcopy(sim)
+    for quantizer in activation_quantizers(trial).values():
+        quantizer.set_range(0.0 if quantizer.unsigned else -1.0, 1.0)
+    folded, _ = fold_batch_norms(trial)
+    quantize_biases(folded)
+    plain = plain_network(folded, example_input, opset)
+    check_expressible(plain.grids, plain.parameters, opset)
 
 
 def write_qdq(plain: Plain, path: Path, int4: bool) -> None:

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from bnre_exp.errors import UserError
 from bnre_exp.export.checkpoint import check_folded
-from bnre_exp.ort.opset import lower, replace_node
+from bnre_exp.ort.opset import drop_unused, lower, replace_node
 from bnre_exp.quantsim.nodes import is_layer, source_of
 from bnre_exp.quantsim.operations import is_preserving
 from bnre_exp.quantsim.quantizer import ActivationQuantizer, Dequantize, positive
@@ -243,9 +243,7 @@ def _resolve(model: Any, marks: _Marks) -> Plain:
     _pool_globally(model.graph)
     if len(model.graph.outputs) == 1 and not model.graph.outputs[0].is_graph_input():
         _rename(model.graph, model.graph.outputs[0], OUTPUT)
-    for name in [name for name, value in model.graph.initializers.items() if not value.uses()]:
-        if not model.graph.initializers[name].is_graph_output():
-            del model.graph.initializers[name]
+    drop_unused(model.graph)
     model.opset_imports.pop(DOMAIN, None)
     model.graph.sort()
     return Plain(model, tuple(grids), tuple(parameters))

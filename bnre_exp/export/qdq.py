@@ -9,6 +9,7 @@ import numpy as np
 
 from bnre_exp.errors import UserError
 from bnre_exp.export.plain import Codes, Grid, Plain
+from bnre_exp.ort.opset import drop_unused
 
 WIDE_OPSET = 21  # (u)int4 and (u)int16 came with it
 
@@ -40,6 +41,7 @@ def insert_qdq(plain: Plain, int4: bool) -> Any:
         _dequantize(graph, codes, has_int4)
     for grid in plain.grids:
         _quantize(graph, tensors[grid.name], grid)
+    drop_unused(graph)
     graph.sort()
     return plain.model
 

@@ -29,9 +29,7 @@ def lower(model: Any, opset: int) -> None:
     for node in model.graph:
         if node.domain == "":
             _fit(node, opset, model.opset_imports[""])
-    for name in [name for name, value in model.graph.initializers.items() if not value.uses()]:
-        if not model.graph.initializers[name].is_graph_output():
-            del model.graph.initializers[name]
+    drop_unused(model.graph)
     model.opset_imports[""] = opset
     model.ir_version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
 
@@ -55,6 +53,13 @@ def _spell_out(graph: Any, node: Any, opset: int) -> None:
         ]
         part = ir.node("Slice", [whole.outputs[0], *(limit.outputs[0] for limit in limits)])
         replace_node(graph, node, [whole, *limits, part])
+
+
+def drop_unused(graph: Any) -> None:
+    """Drop initializers that nothing reads."""
+    for name in [name for name, value in graph.initializers.items() if not value.uses()]:
+        if not graph.initializers[name].is_graph_output():
+            del graph.initializers[name]
 
 
 def replace_node(graph: Any, node: Any, new: list[Any]) -> None:

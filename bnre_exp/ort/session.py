@@ -24,14 +24,17 @@ KINDS = {
 
 
 def open_session(
-    model: onnx.ModelProto, providers: Optional[Sequence[str]] = None, threads: Optional[int] = None
+    model: onnx.ModelProto, providers: Optional[Sequence[str]] = None, optimized_to: Optional[Path] = None
 ) -> onnxruntime.InferenceSession:
-    """A session of ONNX Runtime. providers: None: the CPU; threads: None: as torch has.
+    """A session of ONNX Runtime, with as many threads as torch has. providers: None: the CPU; optimized_to: where to
+    write the graph that really runs.
 
     Raises ``UserError`` if the runtime does not take the model.
     """
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.intra_op_num_threads = torch.get_num_threads()
+    if optimized_to is not None:
+        options.optimized_model_filepath = str(optimized_to)
     options.log_severity_level = 3
     # Without VNNI, AVX2's fast product of uint8 and int8 saturates; with this, it is taken only where it is exact.
     options.add_session_config_entry("session.x64quantprecision", "1")

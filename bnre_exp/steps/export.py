@@ -1,34 +1,151 @@
-"""The folded network as files, loaded again and evaluated."""
+"""The folded network as files, each loaded again in another process and evaluated."""
 
 from __future__ import annotations
 
+import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from bnre_exp.export.checkpoint import load_folded, save_folded
-from bnre_exp.stages.evaluate import evaluate
+from bnre_exp.config import ExportConfig, ExportFormat
+from bnre_exp.errors import UserError
+from bnre_exp.export.checkpoint import save_folded
+from bnre_exp.export.encodings import MODEL, VERSIONS, write_encodings
+from bnre_exp.export.onnx import check_exportable, write_model, write_qdq
+from bnre_exp.export.plain import plain_network
+from bnre_exp.preprocess import METADATA
+from bnre_exp.stages.evaluate import Evaluation
 from bnre_exp.steps.outcome import Measured, Outcome
 from bnre_exp.steps.setting import Setting, seed, timed
+from bnre_exp.steps.verification import Verifier
 
-FOLDED = "folded"  # the checkpoint's folder
+# What each format leaves in the run's folder.
+FILES = {
+    ExportFormat.checkpoint: "folded",
+    ExportFormat.onnx: "model.onnx",
+    ExportFormat.encodings: "encodings",
+}
 
 
 def export(setting: Setting, folded: nn.Module, folder: Path) -> Outcome:
-    """Write the checkpoint to ``folder/folded``, load it and compare its predictions with those before."""
-    outcome, path = Outcome(), folder / FOLDED
-    seed(setting.config, "export")
+    """Write the formats that the configuration asks for, and compare what they predict with the folded simulation.
+
+    Raises ``UserError`` if a network cannot be written in a format, or a file fails its verification.
+    """
+    outcome, how = Outcome(), setting.config.export
     network: Any = folded
-    foreign, seconds = timed(lambda: save_folded(network, path))
-    reason = "outside the checkpoint's allow-list; load_folded needs model="
-    outcome.except_for("note", [(name, reason) for name in foreign])
-    loaded = load_folded(path, model=folded if foreign else None).to(setting.device)
-    evaluation = evaluate(loaded, setting.loaders.test, progress=setting.progress, description="export: evaluate")
-    if not torch.equal(evaluation.predictions, setting.evaluations["fold"].predictions):
-        raise RuntimeError("The exported checkpoint, loaded again, predicts differently. This is a defect of bnre_exp.")
-    megabytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 1e6
-    metrics = {"megabytes": megabytes}
-    outcome.measured.append(Measured("export", "export, loaded again", evaluation, seconds, "fold", "", metrics))
+    seed(setting.config, "export")
+    with Verifier(setting) as verifier, tempfile.TemporaryDirectory() as scratch:
+        if ExportFormat.checkpoint in how.formats:
+            _checkpoint(setting, network, folder / FILES[ExportFormat.checkpoint], verifier, outcome)
+        if {ExportFormat.onnx, ExportFormat.encodings} & set(how.formats):
+            _onnx(setting, network, folder, Path(scratch), verifier, outcome)
     return outcome
+
+
+def _checkpoint(setting: Setting, network: Any, path: Path, verifier: Verifier, outcome: Outcome) -> None:
+    foreign, seconds = timed(lambda: save_folded(network, path))
+    outcome.except_for("note", [(name, "not in the checkpoint; load_folded needs model=") for name in foreign])
+    file: dict[str, Any] = {"format": "checkpoint", "path": str(path), "device": str(setting.device)}
+    if foreign:
+        file["model"] = _builder(setting)
+    evaluation, _ = verifier.evaluate(file, "checkpoint")
+    if not torch.equal(evaluation.predictions, setting.evaluations["fold"].predictions):
+        _refuse("checkpoint", _agreement(setting, evaluation), "equal predictions")
+    megabytes = sum(item.stat().st_size for item in path.rglob("*") if item.is_file()) / 1e6
+    fp32 = sum(x.numel() * x.element_size() for x in setting.built.module.state_dict().values()) / 1e6
+    metrics = {"megabytes": megabytes, "size_vs_fp32": megabytes / fp32}
+    note = f"{megabytes:.2f} MB, FP32 {fp32:.2f}"
+    outcome.measured.append(Measured("export", "checkpoint, loaded again", evaluation, seconds, "fold", note, metrics))
+
+
+def _onnx(
+    setting: Setting, network: Any, folder: Path, scratch: Path, verifier: Verifier, outcome: Outcome
+) -> None:  # fmt: skip
+    how = setting.config.export
+    try:
+        plain, plain_seconds = timed(lambda: plain_network(network, setting.loaders.example(), how.opset))
+        plain.model.metadata_props[METADATA] = json.dumps(setting.loaders.preprocessing.describe())
+        if ExportFormat.encodings in how.formats:
+            path = folder / FILES[ExportFormat.encodings]
+            _, seconds = timed(lambda: write_encodings(plain, path))
+            for version in VERSIONS:
+                file = {"format": "encodings", "path": str(path), "version": version}
+                evaluation, _ = verifier.evaluate(file, f"encodings {version}")
+                agreement = _check(setting, f"encodings {version}", evaluation)
+            metrics, note = {"top1_agreement": agreement}, f"{MODEL} and encodings {', '.join(VERSIONS)}"
+            outcome.measured.append(
+                Measured(
+                    "encodings", "encodings, simulated", evaluation, plain_seconds + seconds, "fold", note, metrics
+                )
+            )
+        if ExportFormat.onnx in how.formats:
+            reference, path = scratch / "float.onnx", folder / FILES[ExportFormat.onnx]
+            write_model(plain.model, reference)
+            _, seconds = timed(lambda: write_qdq(plain, path, how.int4))
+            file = {"format": "onnx", "path": str(path), "float": str(reference)}
+            evaluation, known = verifier.evaluate(file, "ONNX model")
+            metrics = {"top1_agreement": _check(setting, "ONNX model", evaluation), **known}
+            metrics["megabytes"] = path.stat().st_size / 1e6
+            outcome.measured.append(
+                Measured(
+                    "onnx", "ONNX Runtime", evaluation, plain_seconds + seconds, "fold", _onnx_note(metrics), metrics
+                )
+            )
+    except UserError as error:
+        raise UserError(f"export: {error}") from error
+
+
+def _onnx_note(metrics: dict[str, float]) -> str:
+    layers = metrics["integer_layers"] + metrics["float_layers"]
+    return (
+        f"agreement {metrics['top1_agreement']:.4f}; {metrics['milliseconds']:.2f} ms an image, FP32 "
+        f"{metrics['fp32_milliseconds']:.2f}; {metrics['integer_layers']:.0f} of {layers:.0f} layers in integer kernels"
+    )
+
+
+def _builder(setting: Setting) -> dict[str, Any]:
+    """Arguments of ``build_model`` that build the network without its weights."""
+    model = setting.config.model
+    return {
+        "target": model._target_, "name": model.name, "path": model.path, "kwargs": model.kwargs,
+        "num_classes": setting.config.dataset.num_classes,
+    }  # fmt: skip
+
+
+def _agreement(setting: Setting, evaluation: Evaluation) -> float:
+    """The part of the test images for which a file predicts what the folded simulation does."""
+    same = evaluation.predictions == setting.evaluations["fold"].predictions
+    return float(same.double().mean())
+
+
+def _check(setting: Setting, what: str, evaluation: Evaluation) -> float:
+    """The agreement, if it is enough; a single image may always differ, where few are tested."""
+    agreement, least = _agreement(setting, evaluation), setting.config.export.min_agreement
+    if agreement < least and (1 - agreement) * evaluation.count > 1.5:
+        _refuse(what, agreement, f"export.min_agreement={least}")
+    return agreement
+
+
+def _refuse(what: str, agreement: float, expected: str) -> None:
+    raise UserError(
+        f"the {what}, loaded in another process, predicts the class of the folded simulation for {agreement:.4f} of "
+        f"the test images; expected {expected}. The file is kept to look at."
+    )
+
+
+def check_export(sim: nn.Module, how: ExportConfig, example: Any) -> None:
+    """Raise ``UserError`` if a network that is quantized so cannot be written in the formats that are asked for."""
+    if {ExportFormat.onnx, ExportFormat.encodings} & set(how.formats):
+        try:
+            check_exportable(sim, example, how.opset)
+        except UserError as error:
+            raise UserError(f"export: {error}. Or leave ONNX out: export.formats=[checkpoint].") from error
+
+
+def exported(folder: Path) -> dict[ExportFormat, Path]:
+    """Where each format is that a folder holds."""
+    return {kind: folder / name for kind, name in FILES.items() if (folder / name).exists()}

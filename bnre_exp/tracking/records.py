@@ -63,13 +63,12 @@ def _send_model(client: Any, folder: Path, note: Mapping[str, Any], known: Mappi
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
 
     run, experiment = note["run_id"], note["experiment_id"]
-    found = client.search_logged_models([experiment], filter_string=f"source_run_id = '{run}'", max_results=1)
+    name, mine = model_name(known["name"]), f"source_run_id = '{run}'"
+    found = [model for model in client.search_logged_models([experiment], filter_string=mine) if model.name == name]
     if found:
         model = found[0]
     else:
-        model = client.create_logged_model(
-            experiment, model_name(known["name"]), run, model_type="bnre_exp folded checkpoint", params=known["params"]
-        )
+        model = client.create_logged_model(experiment, name, run, model_type=known["kind"], params=known["params"])
     if str(model.status) != str(LoggedModelStatus.READY):
         client.log_model_artifacts(model.model_id, str(folder / known["folder"]))
         client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)

@@ -11,10 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
+import numpy as np
+
 from bnre_exp.errors import UserError
 from bnre_exp.journal import Journal, json_numbers, read_records
 from bnre_exp.provenance import user_name
 from bnre_exp.tracking.delivery import LONGEST_TAG, Delivery, goes_to_mlflow, missing, read_note
+from bnre_exp.tracking.packaging import package_onnx
 from bnre_exp.tracking.stores import absolute_uri
 from bnre_exp.typed_text import as_params
 
@@ -79,11 +82,23 @@ class RunLog:
         (self.run_dir / name).write_text(json.dumps({"columns": list(columns), "data": rows}))
         self._add("table", name)
 
-    def checkpoint(self, folder: Path, name: str, params: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+    def model(
+        self, folder: Path, name: str, kind: str, params: Mapping[str, Any], metrics: Mapping[str, float]
+    ) -> None:
         """List a folder below the run's as a model of this run, with its metrics."""
         short = {key: value[:250] for key, value in as_params(params).items()}
-        known = {"name": name, "params": short, "metrics": json_numbers(metrics)}
+        known = {"name": name, "kind": kind, "params": short, "metrics": json_numbers(metrics)}
         self._add("model", {"folder": str(folder.relative_to(self.run_dir)), **known})
+
+    def onnx_model(
+        self, path: Path, name: str, example: np.ndarray, params: Mapping[str, Any], metrics: Mapping[str, float]
+    ) -> None:
+        """List an ONNX file as a model that MLflow can load and serve, with signature and input example; ``example``:
+        one input ``[1, ...]``. Without MLflow, nothing is done."""
+        if self._delivery is not None:
+            folder = self.run_dir / f"{path.stem}_mlflow"
+            package_onnx(path, folder, example)
+            self.model(folder, name, "onnx", params, metrics)
 
     def view(self, params: Sequence[str], metrics: Sequence[str]) -> Optional[str]:
         """Save a view of the runs nested in this one: ``params`` against ``metrics``, and a chart of each metric.

@@ -1,0 +1,87 @@
+"""Exported files, loaded anew in another process and evaluated there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from types import TracebackType
+from typing import IO, Any, Optional
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bnre_exp.errors import UserError
+from bnre_exp.stages.evaluate import Evaluation, evaluate
+from bnre_exp.steps.predict import describe_array, read_array
+from bnre_exp.steps.setting import Setting
+
+
+class Verifier:
+    """A process of its own, :mod:`bnre_exp.steps.predict`, that loads files; a context manager that ends it."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "bnre_exp.steps.predict", str(torch.get_num_threads())],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
+        )  # fmt: skip
+
+    def __enter__(self) -> Verifier:
+        return self
+
+    def __exit__(
+        self, kind: Optional[type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+    ) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+    def evaluate(self, file: Mapping[str, Any], what: str) -> tuple[Evaluation, dict[str, float]]:
+        """Top-1 of a file on the test data, and what else the process knows of it.
+
+        file: what :mod:`bnre_exp.steps.predict` loads. Raises ``UserError`` if it cannot be loaded or run there.
+        """
+        self._ask({"load": dict(file)}, what)
+        setting = self._setting
+
+        def predict(_: nn.Module, batch: Any) -> Tensor:
+            return torch.from_numpy(self._predict(batch[0].contiguous().numpy(), what))
+
+        description = f"{what}: evaluate"
+        evaluation = evaluate(
+            nn.Identity(), setting.loaders.test, predict, progress=setting.progress, description=description
+        )
+        return evaluation, self._ask({"describe": True}, what)
+
+    def _ask(self, request: Mapping[str, Any], what: str) -> dict[str, Any]:
+        try:
+            self._send(request)
+            answer: dict[str, Any] = json.loads(self._process.stdout.readline())  # type: ignore[union-attr]
+            return answer
+        except (OSError, ValueError) as error:
+            raise self._failure(what) from error
+
+    def _predict(self, x: np.ndarray, what: str) -> np.ndarray:
+        try:
+            self._send({"predict": describe_array(x)}, x.tobytes())
+            answers: Any = self._process.stdout
+            return read_array(json.loads(answers.readline()), answers)
+        except (OSError, ValueError, EOFError) as error:
+            raise self._failure(what) from error
+
+    def _send(self, request: Mapping[str, Any], content: bytes = b"") -> None:
+        pipe: Any = self._process.stdin
+        pipe.write(json.dumps(request).encode() + b"\n" + content)
+        pipe.flush()
+
+    def _failure(self, what: str) -> UserError:
+        code = self._process.wait()
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        reason = lines[-1] if lines else f"its process ended with status {code}"
+        return UserError(f"export: the {what} that was written cannot be loaded and run in another process: {reason}")
