@@ -22,7 +22,7 @@ from bnre_exp.tracking import read_runs
 
 SWEEP = [
     "-m", "dataset.train_limit=256", "dataset.test_limit=64", "dataset.batch_size=32", "train.epochs=3", "qat.epochs=2",
-    "quant.calib_batches=2", "quant.weight_bits=3,4", "reest.num_batches=0,2,4",
+    "quant.calib_batches=2", "quant.weight_bits=3,4", "reest.num_batches=0,2,4", "export=checkpoint",
 ]  # fmt: skip
 TIMES = ("seconds",)
 

@@ -20,7 +20,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ COLUMNS = (
     "reasons", "error",
 )  # fmt: skip
 Row = dict[str, Any]
+Check = Callable[[str, str], Row]
 
 
 def names_of(source: str) -> list[str]:
@@ -72,15 +73,17 @@ def chosen(sources: Sequence[str], patterns: Sequence[str]) -> list[tuple[str, s
     return found
 
 
-def _child(connection: Connection, source: str, name: str, gibibytes: float) -> None:
+def _child(connection: Connection, check: Check, source: str, name: str, gibibytes: float) -> None:
     limit = int(gibibytes * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)  # that a checkpoint needs the network's code
-    connection.send(zoo_network.run(source, name))
+    connection.send(check(source, name))
 
 
-def results(networks: Sequence[tuple[str, str]], jobs: int, timeout: float, gibibytes: float) -> Iterator[Row]:
+def results(
+    networks: Sequence[tuple[str, str]], jobs: int, timeout: float, gibibytes: float, check: Check = zoo_network.run
+) -> Iterator[Row]:
     """A row for every network as it is finished, ``jobs`` at a time; one that takes too long or dies is named so."""
     context, queue = multiprocessing.get_context("fork"), list(networks)  # forked: torch is imported once
     running: dict[Connection, tuple[Any, str, str, float]] = {}
@@ -89,7 +92,7 @@ def results(networks: Sequence[tuple[str, str]], jobs: int, timeout: float, gibi
             while queue and len(running) < jobs:
                 source, name = queue.pop(0)
                 ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_child, args=(theirs, source, name, gibibytes), daemon=True)
+                process = context.Process(target=_child, args=(theirs, check, source, name, gibibytes), daemon=True)
                 process.start()
                 theirs.close()
                 running[ours] = (process, source, name, time.monotonic())

@@ -57,7 +57,7 @@ class Random(torch.utils.data.Dataset):
 SMALL = [
     "model=custom", "model._target_=plannet.Net", "dataset.train_limit=128", "dataset.test_limit=64",
     "dataset.batch_size=32", "train.epochs=2", "qat.epochs=1", "quant.calib_batches=1", "reest.num_batches=2",
-    "tracking.enabled=false", "runtime.threads=1",
+    "tracking.enabled=false", "runtime.threads=1", "export=checkpoint",
 ]  # fmt: skip
 
 

@@ -31,7 +31,7 @@ class Net(nn.Module):
 """
 SMALL = [
     "model=custom", "model._target_=tiny.Net", "dataset.train_limit=256", "dataset.test_limit=64",
-    "dataset.batch_size=32", "train.epochs=2", "qat.epochs=1", "quant.calib_batches=2",
+    "dataset.batch_size=32", "train.epochs=2", "qat.epochs=1", "quant.calib_batches=2", "export=checkpoint",
 ]  # fmt: skip
 SWEEP = ["-m", *SMALL, "quant.weight_bits=3,4", "reest.num_batches=0,2"]
 

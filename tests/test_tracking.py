@@ -105,7 +105,7 @@ def test_checkpoint_is_listed_as_a_model_of_the_run(output_dir):
     folder.mkdir(parents=True)
     (folder / "weights.safetensors").write_bytes(b"12345")
     with start(output_dir) as log:
-        log.checkpoint(folder, "resnet18 w3a8", PARAMS, {"fold/top1": 0.9})
+        log.model(folder, "resnet18 w3a8", "a checkpoint", PARAMS, {"fold/top1": 0.9})
     (model,) = client(output_dir).search_logged_models([log.experiment_id])
     assert str(model.status).endswith("READY") and model.source_run_id == log.run_id
     assert [(m.key, m.value) for m in model.metrics] == [("fold/top1", 0.9)]
