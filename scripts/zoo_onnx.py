@@ -63,6 +63,8 @@ def check(name: str) -> dict[str, Any]:
     """All checks of one network; a row of the table."""
     torch.manual_seed(0)
     model, sizes = zoo_network.build("torchvision", name)
+    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        return {"status": "no BN", "bns": 0}
     batches = zoo_network.first_that_fits(model, sizes)
     zoo_network.randomize(model, batches, "positive")
     row: dict[str, Any] = {"input": "×".join(map(str, batches[0].shape[1:]))}
@@ -208,6 +210,12 @@ def run(source: str, name: str) -> dict[str, Any]:
     return {**row, "seconds": round(time.perf_counter() - started, 1)}
 
 
+def parameters(name: str) -> int:
+    """How large a network is."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in zoo_network.build("torchvision", name)[0].parameters())
+
+
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The table."""
 
@@ -232,7 +240,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
             row["kept"], number(row, "fold_difference", "{:.1e}"), layers,
         ]  # fmt: skip
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    others = [row for row in rows if row["status"] not in ("passed",) or row.get("qdq") == "refused"]
+    others = [row for row in rows if row["status"] not in ("passed", "no BN") or row.get("qdq") == "refused"]
     if others:
         lines += ["", "Not passed, or not exported quantized:", ""]
         lines += [f"- {row['name']}: {row['status']}; {row.get('error') or ''}" for row in others]
@@ -248,6 +256,7 @@ def main() -> int:
     parser.add_argument("--again", action="store_true")
     options = parser.parse_args()
     names = [n for n in zoo.names_of("torchvision") if any(fnmatch.fnmatchcase(n, p) for p in options.filter)]
+    names.sort(key=parameters)  # what takes longest comes last
     file, known = options.output.with_suffix(".csv"), {}
     if file.exists() and not options.again:
         with file.open(newline="") as stream:

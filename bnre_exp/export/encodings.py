@@ -151,8 +151,8 @@ def _from_2(entry: dict[str, Any]) -> _Entry:
 
 def _channel_axis(value: Any) -> int:
     """Where the output channels of a parameter are, by the operation that reads it."""
-    node, index = value.uses()[0].node, value.uses()[0].idx
-    if index != 1:
+    node = value.uses()[0].node
+    if len(value.shape) == 1:
         return 0  # a bias
     is_transposed = "transB" in node.attributes and node.attributes["transB"].as_int()
     first = node.op_type == "Conv" or (node.op_type == "Gemm" and is_transposed)
