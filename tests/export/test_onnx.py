@@ -168,7 +168,9 @@ NETWORKS = {
 def test_patterns(name, scheme, tmp_path):
     forward, modules, x = NETWORKS[name]
     folded = folded_network(randomize(Net(forward, **modules)), x, **scheme)
-    exported(folded, tmp_path / "net.onnx", x, by_itself=0.5 if name == "attention" else 0.02)  # QLinearSoftmax truncates
+    exported(
+        folded, tmp_path / "net.onnx", x, by_itself=0.5 if name == "attention" else 0.02
+    )  # QLinearSoftmax truncates
 
 
 def test_clipping_becomes_part_of_rounding(tmp_path):

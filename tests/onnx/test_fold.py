@@ -1,0 +1,195 @@
+"""Folding in ONNX models: the same function, exact codes, and a reason for whatever stays."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+from bnre_exp import UserError
+from bnre_exp.onnx import fold_batch_norms
+from bnre_exp.onnx.compare import compare_outputs
+from tests.networks import BN, CONV, TRANSPOSED, Net, flat_cnn, randomize
+from tests.onnx.models import bn, bn_tensors, built, dynamo, run, torchscript, values_of
+
+RANDOM = np.random.default_rng(0)
+
+
+def fold_and_compare(model, x, error: float = 1e-5):
+    before = copy.deepcopy(model)
+    folded, report = fold_batch_norms(model)
+    assert model == before
+    onnx.checker.check_model(folded, full_check=True)
+    assert compare_outputs(model, folded, [x]) <= error
+    left = sum(node.op_type == "BatchNormalization" for node in folded.graph.node)
+    assert left == len(report.kept)
+    return folded, report
+
+
+@pytest.mark.parametrize("exporter", [dynamo, torchscript])
+def test_exported_network(exporter):
+    x = torch.randn(5, 3, 12, 12)
+    folded, report = fold_and_compare(exporter(randomize(flat_cnn()), x), x)
+    assert [name for _, name in report.folded] == ["1", "4", "7"] and not report.kept and not report.notes
+    assert not any("running" in name for name in values_of(folded))
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kind", [CONV, TRANSPOSED])
+def test_convolutions(kind, groups, dim):
+    model = nn.Sequential(
+        kind[dim](4, 6, 2, groups=groups, bias=groups == 1 or dim == 3), BN[dim](6)
+    )  # torch exports Conv3d without bias wrongly
+    x = torch.randn(3, 4, *(4,) * dim)
+    assert len(fold_and_compare(dynamo(randomize(model), x), x)[1].folded) == 1
+
+
+@pytest.mark.parametrize("attributes", [{}, {"transB": 1}, {"alpha": 0.5, "beta": 2.0}, {"beta": 0.0}])
+@pytest.mark.parametrize("bias", ["none", "scalar", "vector"])
+def test_gemm(bias, attributes):
+    weight = RANDOM.normal(size=(6, 4) if attributes.get("transB") else (4, 6)).astype(np.float32)
+    tensors = {"w": weight, **bn_tensors(6)}
+    if bias != "none":
+        tensors["c"] = np.float32(RANDOM.normal(size=() if bias == "scalar" else 6))
+    inputs = ["x", "w", *(["c"] if bias != "none" else [])]
+    model = built([helper.make_node("Gemm", inputs, ["h"], **attributes), bn("h", "y")], tensors, ["N", 4])
+    assert len(fold_and_compare(model, torch.randn(5, 4))[1].folded) == 1
+
+
+def test_matmul():
+    tensors = {"w": RANDOM.normal(size=(4, 6)).astype(np.float32), **bn_tensors(6)}
+    model = built([helper.make_node("MatMul", ["x", "w"], ["h"]), bn("h", "y")], tensors, ["N", 4])
+    folded, report = fold_and_compare(model, torch.randn(5, 4))
+    assert len(report.folded) == 1 and [node.op_type for node in folded.graph.node] == ["MatMul", "Add"]
+
+
+def quantized(codes, scale, zero=None, bias=None, axis=0, input_quantized=True, channels=4):
+    """x → Q → DQ → Conv(DQ of codes) → BN → y."""
+    tensors = {
+        "s": np.float32(0.05),
+        "z": np.uint8(128),
+        "w": codes,
+        "ws": np.asarray(scale, np.float32),
+        **bn_tensors(channels),
+    }
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+        helper.make_node("DequantizeLinear", ["w", "ws", *(["wz"] if zero is not None else [])], ["v"], axis=axis),
+        helper.make_node("Conv", ["d" if input_quantized else "x", "v", *(["b"] if bias is not None else [])], ["c"]),
+        bn("c", "y"),
+    ]
+    if not input_quantized:
+        nodes = nodes[2:]
+    if zero is not None:
+        tensors["wz"] = np.asarray(zero)
+    if bias is not None:
+        tensors["b"] = bias
+    return built(nodes, tensors, ["N", 3, 6, 6])
+
+
+CODES = RANDOM.integers(-7, 8, (4, 3, 3, 3)).astype(np.int8)
+X = torch.randn(5, 3, 6, 6, generator=torch.Generator().manual_seed(0)) * 2
+
+
+def test_codes_change_at_most_their_sign_and_the_bias_becomes_int32():
+    bias = RANDOM.normal(size=4).astype(np.float32)
+    model = quantized(CODES, [0.1, 0.2, 0.3, 0.4], np.zeros(4, np.int8), bias)
+    folded, report = fold_and_compare(model, X, error=1e-3)  # the bias is rounded
+    values, old = values_of(folded), values_of(model)
+    gain = old["bn.weight"] / np.sqrt(old["bn.running_var"] + np.float32(1e-5))
+    np.testing.assert_array_equal(values["y_codes"], CODES * np.sign(gain)[:, None, None, None].astype(np.int8))
+    scale = np.where(gain == 0, old["ws"], old["ws"] * np.abs(gain))
+    np.testing.assert_allclose(values["y_scale"], scale, rtol=1e-6)
+    assert values["y_bias_codes"].dtype == np.int32
+    np.testing.assert_allclose(values["y_bias_scale"], np.float32(0.05) * scale, rtol=1e-6)
+    assert not report.notes and {node.op_type for node in folded.graph.node} == {
+        "QuantizeLinear",
+        "DequantizeLinear",
+        "Conv",
+    }
+
+
+def test_per_tensor_scale_becomes_one_per_channel_and_float_input_keeps_a_float_bias():
+    folded, report = fold_and_compare(quantized(CODES, 0.1, np.int8(0), axis=1, input_quantized=False), X)
+    assert values_of(folded)["y_scale"].shape == (4,) and "y_bias" in values_of(folded)
+    assert any("scale per channel" in note for _, note in report.notes)
+
+
+def test_zero_points_and_four_bits():
+    unsigned = RANDOM.integers(100, 156, (4, 3, 3, 3)).astype(np.uint8)
+    fold_and_compare(quantized(unsigned, 0.1, np.uint8(128), input_quantized=False), X)
+    packed = helper.make_tensor("w", TensorProto.INT4, CODES.shape, CODES.flatten())
+    model = quantized(CODES, [0.1] * 4, np.zeros(4, np.int8), input_quantized=False)
+    for tensor in list(model.graph.initializer):
+        if tensor.name == "w":
+            tensor.CopyFrom(packed)
+        if tensor.name == "wz":
+            tensor.CopyFrom(helper.make_tensor("wz", TensorProto.INT4, [4], [0] * 4))
+    model.opset_import[0].version, model.ir_version = 21, 10
+    folded, _ = fold_and_compare(model, X)
+    (codes,) = (tensor for tensor in folded.graph.initializer if tensor.name == "y_codes")
+    assert codes.data_type == TensorProto.INT4
+    values = numpy_helper.to_array(codes).astype(np.int8)
+    np.testing.assert_array_equal(
+        np.abs(values), np.abs(CODES) * (values_of(model)["bn.weight"] != 0)[:, None, None, None]
+    )
+
+
+def test_a_code_without_a_negative_is_never_clipped():
+    codes = CODES.copy()
+    codes[1, 0, 0, 0] = -128
+    model = quantized(codes, [0.1] * 4, np.zeros(4, np.int8), input_quantized=False)
+    for tensor in model.graph.initializer:
+        if tensor.name == "bn.weight":
+            tensor.CopyFrom(numpy_helper.from_array(np.float32([1, -1, 1, 1]), "bn.weight"))
+    _, report = fold_and_compare(model, X)
+    ((name, reason),) = report.kept
+    assert name == "bn" and "-128" in reason
+
+
+def test_a_bias_beyond_int32_stays_in_floating_point_and_is_named():
+    model = quantized(CODES, [1e-12] * 4, np.zeros(4, np.int8))
+    folded, report = fold_and_compare(model, X)
+    assert "y_bias" in values_of(folded) and any("does not fit int32" in note for _, note in report.notes)
+
+
+def test_a_weight_that_others_read_stays_theirs():
+    tensors = {"w": RANDOM.normal(size=(3, 3, 1, 1)).astype(np.float32), **bn_tensors(3)}
+    nodes = [helper.make_node("Conv", ["x", "w"], ["a"]), bn("a", "b"), helper.make_node("Conv", ["b", "w"], ["y"])]
+    folded, report = fold_and_compare(built(nodes, tensors, ["N", 3, 6, 6]), X)
+    assert len(report.folded) == 1
+    np.testing.assert_array_equal(values_of(folded)["w"], tensors["w"])
+
+
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [
+        (lambda self, x: self.bn(x), "reads an input"),
+        (lambda self, x: self.bn(torch.relu(self.conv(x))), "no convolution or Gemm"),
+        (lambda self, x: (lambda y: self.bn(y) + y)(self.conv(x)), "another consumer"),
+    ],
+)
+def test_kept_with_a_reason(forward, reason):
+    model = randomize(Net(forward, conv=nn.Conv2d(3, 3, 1), bn=nn.BatchNorm2d(3)))
+    _, report = fold_and_compare(dynamo(model, X), X)
+    ((name, why),) = report.kept
+    assert name == "bn" and reason in why
+
+
+def test_linear_on_three_axes_is_never_folded():
+    model = Net(lambda self, x: self.bn(self.linear(x)), linear=nn.Linear(5, 5), bn=nn.BatchNorm1d(7))
+    x = torch.randn(3, 7, 5)
+    assert len(fold_and_compare(dynamo(randomize(model), x), x)[1].kept) == 1
+
+
+def test_without_batch_norm():
+    with pytest.raises(UserError, match="folded already, or never had one"):
+        fold_batch_norms(built([helper.make_node("Relu", ["x"], ["y"])], {}, ["N", 3]))
+    assert run(built([helper.make_node("Relu", ["x"], ["y"])], {}, ["N", 3]), torch.ones(2, 3))[0].all()
