@@ -136,9 +136,12 @@ def prepare(config: Config, run_dir: Path, log: RunLog, console: Console, store:
 
     setting = Setting(config, device, loaders, built, progress, log.metrics, say)
     planned = plan(setting)
-    if not store.has("ptq", planned[1].depends):  # only to fail before training
+    known = {stage.stage: store.has(stage.stage, stage.depends) for stage in planned}
+    trains = any(not known[stage] for stage in ("fp32", "qat") if stage in known) and not known["export"]
+    if not known["ptq"] or trains:  # only to fail before training
         sim = quantize(built.module, example.to(device), scheme(config), leaf_modules=model.leaf_modules)
-        check_export(sim, config.export, example)
+        if trains:
+            check_export(sim, config.export, example)
     _log_inputs(log, config, loaders, preprocessing)
     job = Job(config, run_dir, log, console, store, setting, planned, Results({}, summary))
     job.exceptions("note", [("model", note) for note in built.notes])

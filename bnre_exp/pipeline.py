@@ -178,7 +178,7 @@ def _export(job: Job, planned: Planned, passing: Passing, folded: Optional[nn.Mo
     with job.store.stage("export", planned.depends, _waiting(job, "export"), passing.content) as slot:
         if slot.entry is not None:
             outcome, how = read_outcome(slot.entry.folder), "reused"
-            _copy_exported(slot.entry.folder, job.run_dir)
+            _copy_exported(job, slot.entry.folder, job.run_dir)
         else:
             job.log.connect()
             started = time.perf_counter()
@@ -188,15 +188,15 @@ def _export(job: Job, planned: Planned, passing: Passing, folded: Optional[nn.Mo
 
             def fill(folder: Path) -> None:
                 write_outcome(folder, outcome)
-                _copy_exported(job.run_dir, folder)
+                _copy_exported(job, job.run_dir, folder)
 
             slot.write(planned.config, fill)
     job.report("export", outcome, how)
     _list_exported(job)
 
 
-def _copy_exported(source: Path, target: Path) -> None:
-    for path in exported(source).values():
+def _copy_exported(job: Job, source: Path, target: Path) -> None:
+    for path in exported(job.config.export, source).values():
         copy = target / path.name
         if path.is_dir():
             shutil.rmtree(copy, ignore_errors=True)
@@ -207,7 +207,7 @@ def _copy_exported(source: Path, target: Path) -> None:
 
 def _list_exported(job: Job) -> None:
     """Say where the files are, and list what is a model in MLflow."""
-    files, places, name = exported(job.run_dir), job.results.summary.places, run_name(job.config)
+    files, places, name = exported(job.config.export, job.run_dir), job.results.summary.places, run_name(job.config)
     final = {name: value for name, value in job.results.metrics.items() if name.endswith("/top1")}
     if path := files.get(ExportFormat.checkpoint):
         job.results.folded = path

@@ -46,6 +46,7 @@ def export_encodings(
 
 def write_encodings(plain: Plain, folder: Path, versions: Sequence[str] = VERSIONS) -> None:
     """Write the model and the encodings of ``plain``, which is unchanged."""
+    versions = (versions,) if isinstance(versions, str) else versions
     unknown = [version for version in versions if version not in VERSIONS]
     if unknown:
         raise UserError(f"version {unknown[0]!r} of encodings: expected {' or '.join(VERSIONS)}")

@@ -46,13 +46,15 @@ def write_checkpoint(path: Path, document: dict[str, Any], weights: bytes) -> No
 
 def write_file(path: Path, content: bytes) -> None:
     """Write one file, and the folder it is in, whole or not at all. Raises ``UserError`` if the disk refuses."""
+    if not path.name or path.is_dir():
+        raise UserError(f"{str(path)!r} is no path of a file")
     new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         new.write_bytes(content)
         os.replace(new, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # ValueError: a path that is none
+        raise UserError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     finally:
         with suppress(OSError):
             new.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from bnre_exp.errors import UserError
 from bnre_exp.export.files import write_file
 from bnre_exp.export.plain import Plain, plain_network
-from bnre_exp.export.qdq import check_expressible, insert_qdq
+from bnre_exp.export.qdq import insert_qdq
 from bnre_exp.quantsim.insert import activation_quantizers
 from bnre_exp.stages.bias import quantize_biases
 from bnre_exp.stages.fold import fold_batch_norms
@@ -51,13 +51,14 @@ def check_exportable(sim: Any, example_input: Union[Tensor, Sequence[Tensor]], o
 
     sim: as :func:`bnre_exp.quantize` returns it; it is unchanged. This finds out by folding and exporting a copy.
     """
+    from bnre_exp.ort.session import open_session
+
     trial = copy.deepcopy(sim)
     for quantizer in activation_quantizers(trial).values():
         quantizer.set_range(0.0 if quantizer.unsigned else -1.0, 1.0)
     folded, _ = fold_batch_norms(trial)
     quantize_biases(folded)
-    plain = plain_network(folded, example_input, opset)
-    check_expressible(plain.grids, plain.parameters, opset)
+    open_session(checked(insert_qdq(plain_network(folded, example_input, opset), int4=True)))
 
 
 def write_qdq(plain: Plain, path: Path, int4: bool) -> None:
@@ -67,10 +68,23 @@ def write_qdq(plain: Plain, path: Path, int4: bool) -> None:
 
 def write_model(model: Any, path: Path) -> None:
     """Check an ``onnx_ir.Model`` and write it, whole or not at all. Raises ``UserError`` if the disk refuses."""
+    write_file(path, checked(model).SerializeToString())
+
+
+def checked(model: Any) -> Any:
+    """An ``onnx_ir.Model`` as ``onnx.ModelProto``. Raises ``UserError`` if it is not valid, or too large for a file."""
     import onnx
     import onnx_ir as ir
 
+    from bnre_exp.ort.files import LARGEST
+
     model.producer_name = "bnre_exp"
     proto = ir.to_proto(model)
-    onnx.checker.check_model(proto, full_check=True)
-    write_file(path, proto.SerializeToString())
+    if proto.ByteSize() > LARGEST:
+        raise UserError("the network is larger than the 2 GB that one ONNX file holds")
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except Exception as error:  # the checker's and shape inference's own kinds
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"its ONNX model is not valid ({lines[0]}); this is a defect of bnre_exp") from error
+    return proto

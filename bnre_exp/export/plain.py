@@ -81,18 +81,31 @@ def plain_network(
     not one of 13 to 23.
     """
     low, high = OPSETS
-    if not low <= opset <= high:
-        raise UserError(f"opset={opset}: expected {low} to {high}.")
+    if type(opset) is not int or not low <= opset <= high:
+        raise UserError(f"opset={opset!r}: expected {low} to {high}")
     check_folded(folded)
-    inputs = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
-    if not inputs or any(x.dim() < 1 or len(x) < 2 for x in inputs):
-        raise UserError("example_input: expected a batch [N, ...] of at least 2, which the exporter needs to see.")
+    inputs = tuple(example_input) if isinstance(example_input, (tuple, list)) else (example_input,)
+    if not inputs or not all(isinstance(x, Tensor) and x.dim() and len(x) >= 2 for x in inputs):
+        raise UserError(
+            "example_input: expected a batch [N, ...] of at least 2 as a tensor, or a tuple of such tensors"
+        )
     inputs = tuple(x.detach().cpu().float() if x.is_floating_point() else x.detach().cpu() for x in inputs)
     network, marks = _marked(folded)
+    _check_example(folded, inputs)
     program = _export(network, inputs, max(opset, EXPORTER_OPSET))
     plain = _resolve(program, marks)
     lower(plain.model, opset)
     return plain
+
+
+def _check_example(folded: fx.GraphModule, inputs: tuple[Tensor, ...]) -> None:
+    network: Any = copy.deepcopy(folded).cpu().float().eval()
+    try:
+        with torch.no_grad():
+            network(*inputs)
+    except Exception as error:  # whatever its layers raise
+        shapes = ", ".join(str(list(x.shape)) for x in inputs)
+        raise UserError(f"example_input: the network cannot take {shapes} ({_cause(error)})") from error
 
 
 class _Mark(nn.Module):
@@ -134,6 +147,8 @@ def _marked(folded: fx.GraphModule) -> tuple[fx.GraphModule, _Marks]:
 
 
 def _grid(name: str, quantizer: ActivationQuantizer) -> Grid:
+    if not quantizer.has_range:
+        raise UserError(f"the activation quantizer {name} has no range yet; run calibrate(sim, loader) before folding")
     scale = float(positive(quantizer.scale.detach()).float())
     zero_point = int(quantizer.grid_zero_point().detach().round())
     if not scale >= np.finfo(np.float32).tiny or not np.isfinite(scale):
@@ -176,12 +191,13 @@ def _quantize_layer_inputs(network: fx.GraphModule) -> None:
     """Where a layer reads a quantized tensor through operations that only move values, say so directly before it: the
     values are on the grid already, and integer kernels are found by looking at a layer's neighbours."""
     added: dict[fx.Node, fx.Node] = {}
+    taken = set(dir(network))
     for layer in [node for node in network.graph.nodes if is_layer(node)]:
         source, quantizer = source_of(layer), input_quantizer(layer)
         if quantizer is None or not is_preserving(source):
             continue
         if source not in added:
-            name = f"{source.name}_on_grid"
+            name = unique(f"{source.name}_on_grid", taken)
             network.add_submodule(name, copy.deepcopy(quantizer))
             with network.graph.inserting_after(source):
                 added[source] = network.graph.call_module(name, (source,))
@@ -229,55 +245,62 @@ def _quiet() -> Iterator[None]:
 
 def _resolve(model: Any, marks: _Marks) -> Plain:
     """Take the marks out; what they stood for is known by the names of the tensors they were on."""
-    grids: list[Grid] = []
+    grids: dict[Any, Grid] = {}  # by value
     parameters: list[Codes] = []
     for node in list(model.graph):
         if node.domain != DOMAIN:
             continue
         index = node.attributes["index"].as_int()
         if node.op_type == "Grid":
-            grids.append(_name_tensor(model.graph, node, marks.grids[index], {grid.name for grid in grids}))
+            _unmark(model.graph, node, marks.grids[index], grids)
         else:
             parameters.append(_as_float(model.graph, node, marks.parameters[index]))
         model.graph.remove(node, safe=True)
     _pool_globally(model.graph)
-    if len(model.graph.outputs) == 1 and not model.graph.outputs[0].is_graph_input():
-        _rename(model.graph, model.graph.outputs[0], OUTPUT)
+    _pad_before_pooling(model.graph)
     drop_unused(model.graph)
     model.opset_imports.pop(DOMAIN, None)
     model.graph.sort()
-    return Plain(model, tuple(grids), tuple(parameters))
+    _name_tensors(model.graph, grids)
+    return Plain(model, tuple(replace(grid, name=value.name) for value, grid in grids.items()), tuple(parameters))
 
 
-def _rename(graph: Any, value: Any, name: str) -> None:
-    """Call a value ``name``; another that is called so gets a name of its own."""
-    values = [*graph.inputs, *graph.initializers.values(), *(x for node in graph for x in node.outputs)]
-    names = {other.name: other for other in values}
-    other = names.get(name)
-    if other is not None and other is not value:
-        free = next(f"{name}_{i}" for i in itertools.count(1) if f"{name}_{i}" not in names)
-        other.name = free
-    value.name = name
+def _unmark(graph: Any, mark: Any, grid: Grid, grids: dict[Any, Grid]) -> None:
+    """Put the grid on the tensor before a mark, and hand that on to the mark's readers.
 
-
-def _name_tensor(graph: Any, mark: Any, grid: Grid, taken: set[str]) -> Grid:
-    """Give the tensor that a mark is on the grid's name, and hand it on to the mark's readers."""
+    Where others read that tensor as it is - equal operations, of which the exporter keeps one, or what is left of an
+    operation that did nothing - the mark's readers get a tensor of their own.
+    """
     import onnx_ir as ir
 
     (source,), (result,) = mark.inputs, mark.outputs
-    if source.name in taken or source.is_initializer():  # one tensor, of which equal operations got two quantizers
-        same = ir.node("Identity", [source])
-        graph.insert_before(mark, same)
-        source = same.outputs[0]
-    if source.is_graph_output():
-        raise UserError(f"the tensor {source.name} is given out both as it is and quantized")
-    if source.is_graph_input():
-        grid = replace(grid, name=source.name)
-    elif result.is_graph_output() and len(graph.outputs) == 1:
-        grid = replace(grid, name=OUTPUT)
-    _rename(graph, source, grid.name)
+    before = grids.get(source)
+    if before is None or (before.scale, before.zero_point, before.bits) != (grid.scale, grid.zero_point, grid.bits):
+        if before is not None or len(source.uses()) > 1 or source.is_graph_output() or source.is_initializer():
+            same = ir.node("Identity", [source])
+            same.outputs[0].shape, same.outputs[0].type = source.shape, source.type
+            graph.insert_before(mark, same)
+            source = same.outputs[0]
+        grids[source] = grid
     ir.convenience.replace_all_uses_with(result, source, replace_graph_outputs=True)
-    return grid
+
+
+def _name_tensors(graph: Any, grids: dict[Any, Grid]) -> None:
+    """Each quantized tensor by its grid, the only output "output", and everything by a name of its own."""
+    wanted = {value: grid.name for value, grid in grids.items()}
+    if len(graph.outputs) == 1:
+        wanted[graph.outputs[0]] = OUTPUT
+    taken = {value.name for value in graph.inputs} | set(graph.initializers)
+    values = [value for node in graph for value in node.outputs]
+    for value in [*(v for v in values if v in wanted), *(v for v in values if v not in wanted)]:
+        value.name = unique(wanted.get(value, value.name), taken)
+
+
+def unique(name: str, taken: set[str]) -> str:
+    """The name, with a number after it if it is taken; taken from now on."""
+    found = next(n for n in itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1))) if n not in taken)
+    taken.add(found)
+    return found
 
 
 def _as_float(graph: Any, mark: Any, codes: Codes) -> Codes:
@@ -320,6 +343,31 @@ def dequantized(codes: Codes) -> np.ndarray:
 def _ints(node: Any, name: str) -> Optional[tuple[int, ...]]:
     attribute = node.attributes.get(name)
     return None if attribute is None else tuple(attribute.as_ints())
+
+
+def _pad_before_pooling(graph: Any) -> None:
+    """Average pooling that rounds its output size up, with padding that counts, as padding and then pooling that does
+    not count it: ONNX Runtime's integer kernel divides wrongly otherwise."""
+    import onnx_ir as ir
+
+    for node in list(graph):
+        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+        counts = attributes.get("count_include_pad", 0) and attributes.get("ceil_mode", 0)
+        if node.op_type != "AveragePool" or node.domain != "" or not counts:
+            continue
+        pads = list(attributes.get("pads", []))
+        node.attributes["count_include_pad"] = ir.AttrInt64("count_include_pad", 0)
+        if not any(pads):
+            continue
+        half = len(pads) // 2
+        amounts = np.array([0, 0, *pads[:half], 0, 0, *pads[half:]], np.int64)
+        name = f"{node.outputs[0].name}_pads"
+        value = ir.Value(name=name, const_value=ir.tensor(amounts, name=name))
+        graph.register_initializer(value)
+        padded = ir.node("Pad", [node.inputs[0], value])
+        graph.insert_before(node, padded)
+        node.replace_input_with(0, padded.outputs[0])
+        node.attributes["pads"] = ir.AttrInt64s("pads", [0] * len(pads))
 
 
 def _pool_globally(graph: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Optional
 import numpy as np
 
 from bnre_exp.errors import UserError
-from bnre_exp.export.plain import Codes, Grid, Plain
+from bnre_exp.export.plain import Codes, Grid, Plain, unique
 from bnre_exp.ort.opset import drop_unused
 
 WIDE_OPSET = 21  # (u)int4 and (u)int16 came with it
@@ -35,18 +35,20 @@ def insert_qdq(plain: Plain, int4: bool) -> Any:
     check_expressible(plain.grids, plain.parameters, opset)
     has_int4 = int4 and opset >= WIDE_OPSET
     graph = plain.model.graph
+    taken = {value.name for node in graph for value in node.outputs} | set(graph.initializers)
+    taken |= {value.name for value in graph.inputs}
     tensors = {value.name: value for node in graph for value in node.outputs}
     tensors.update({value.name: value for value in graph.inputs})
     for codes in plain.parameters:
-        _dequantize(graph, codes, has_int4)
+        _dequantize(graph, codes, has_int4, taken)
     for grid in plain.grids:
-        _quantize(graph, tensors[grid.name], grid)
+        _quantize(graph, tensors[grid.name], grid, taken)
     drop_unused(graph)
     graph.sort()
     return plain.model
 
 
-def _dequantize(graph: Any, codes: Codes, has_int4: bool) -> None:
+def _dequantize(graph: Any, codes: Codes, has_int4: bool, taken: set[str]) -> None:
     import onnx_ir as ir
 
     weight = graph.initializers.pop(codes.name)
@@ -56,49 +58,61 @@ def _dequantize(graph: Any, codes: Codes, has_int4: bool) -> None:
         dtype = ir.DataType.INT4
     else:
         dtype = ir.DataType.INT8 if codes.bits <= 8 else ir.DataType.INT16
-    integers = _constant(graph, f"{codes.name}_codes", codes.codes, dtype)
+    zero_type = ir.DataType.INT8 if dtype == ir.DataType.INT4 else dtype
+    integers = _constant(graph, f"{codes.name}_codes", codes.codes, dtype, taken)
     # A scale along an axis even where there is one channel: the number of axes tells the kind of quantization.
     scale = codes.scale.astype(np.float32) if codes.axis is not None else codes.scale.astype(np.float32).reshape(())
     if dtype == ir.DataType.INT4:
         cast = ir.node("Cast", [integers], {"to": ir.DataType.INT8})
-        graph.insert_before(graph[0], cast)
+        _prepend(graph, [cast])
         integers = cast.outputs[0]
     zeros = np.zeros(scale.shape)  # said in full, since ONNX Runtime has QGemm only with zero points
     inputs = [
         integers,
-        _constant(graph, f"{codes.name}_scale", scale, ir.DataType.FLOAT),
-        _constant(graph, f"{codes.name}_zero_point", zeros, ir.DataType.INT8 if dtype == ir.DataType.INT4 else dtype),
+        _constant(graph, f"{codes.name}_scale", scale, ir.DataType.FLOAT, taken),
+        _constant(graph, f"{codes.name}_zero_point", zeros, zero_type, taken),
     ]
     attributes = {"axis": codes.axis} if codes.axis is not None else {}
     node = ir.node("DequantizeLinear", inputs, attributes, name=f"{codes.name}_dequantize")
     node.outputs[0].shape, node.outputs[0].type = weight.shape, weight.type
     ir.convenience.replace_all_uses_with(weight, node.outputs[0], replace_graph_outputs=True)
     node.outputs[0].name = codes.name
-    graph.insert_before(graph[0], node)
+    _prepend(graph, [node])
 
 
-def _quantize(graph: Any, tensor: Any, grid: Grid) -> None:
+def _quantize(graph: Any, tensor: Any, grid: Grid, taken: set[str]) -> None:
     """Round a tensor for all who read it."""
-    readers, producer, name = list(tensor.uses()), tensor.producer(), tensor.name
+    readers, producer, clip = list(tensor.uses()), tensor.producer(), None
     is_output, shape, kind = tensor.is_graph_output(), tensor.shape, tensor.type
     low, high = 0, 2**grid.bits - 1
+    source = tensor
     if grid.bits <= 8 and not is_output and (limits := _clip_limits(producer, grid)) is not None:
         # Clipped before rounding or after it is the same, and integer kernels end in rounding.
-        low, high = limits
-        tensor, clip = producer.inputs[0], producer
-        producer = tensor.producer()
-        nodes, result = _rounding(graph, tensor, grid, low, high)
-        _hand_on(graph, readers, result, nodes, producer)
-        graph.remove(clip, safe=True)
+        (low, high), source, clip = limits, producer.inputs[0], producer
+        producer = source.producer()
+    nodes, result = _rounding(graph, source, grid, (low, high), taken)
+    for use in readers:
+        use.node.replace_input_with(use.idx, result)
+    if producer is None:
+        _prepend(graph, nodes)
     else:
-        nodes, result = _rounding(graph, tensor, grid, low, high)
-        _hand_on(graph, readers, result, nodes, producer)
-    result.name, result.shape, result.type = f"{grid.name}_quantized", shape, kind
+        graph.insert_after(producer, nodes)
+    if clip is not None:
+        graph.remove(clip, safe=True)
+    result.name, result.shape, result.type = unique(f"{grid.name}_quantized", taken), shape, kind
     if is_output:
         for index, output in enumerate(graph.outputs):
             if output is tensor:
                 graph.outputs[index] = result
-        tensor.name, result.name = f"{name}_float", name
+        if not tensor.is_graph_input():  # the output keeps its name
+            result.name, tensor.name = tensor.name, unique(f"{grid.name}_float", taken)
+
+
+def _prepend(graph: Any, nodes: list[Any]) -> None:
+    if len(graph):
+        graph.insert_before(graph[0], nodes)
+    else:
+        graph.extend(nodes)
 
 
 def _clip_limits(node: Any, grid: Grid) -> Optional[tuple[int, int]]:
@@ -115,50 +129,48 @@ def _clip_limits(node: Any, grid: Grid) -> Optional[tuple[int, int]]:
     return first, last
 
 
-def _rounding(graph: Any, tensor: Any, grid: Grid, low: int, high: int) -> tuple[list[Any], Any]:
-    """The nodes that put a tensor on its grid, codes from ``low`` to ``high``, and what the last of them gives."""
+def _rounding(
+    graph: Any, tensor: Any, grid: Grid, ends: tuple[int, int], taken: set[str]
+) -> tuple[list[Any], Any]:  # fmt: skip
+    """The nodes that put a tensor on its grid, with codes between ``ends``, and what the last of them gives."""
     import onnx_ir as ir
 
     dtype, capacity = (ir.DataType.UINT8, 255) if grid.bits <= 8 else (ir.DataType.UINT16, 65535)
-    scale = _constant(graph, f"{grid.name}_scale", np.float32(grid.scale), ir.DataType.FLOAT)
-    zero = _constant(graph, f"{grid.name}_zero_point", np.asarray(grid.zero_point), dtype)
-    needs_clip = low > 0 or high < capacity
+    needs_clip = ends[0] > 0 or ends[1] < capacity
     nodes: list[Any] = []
 
-    def add(kind: str, inputs: list[Any], ending: str) -> Any:
+    def constant(ending: str, value: Any, kind: Any) -> Any:
+        return _constant(graph, f"{grid.name}_{ending}", np.asarray(value), kind, taken)
+
+    def add(kind: str, inputs: list[Any], ending: str, named: str = "") -> Any:
         nodes.append(ir.node(kind, inputs, name=f"{grid.name}_{ending}"))
-        return nodes[-1].outputs[0]
+        result = nodes[-1].outputs[0]
+        result.name = unique(f"{grid.name}_{named}", taken) if named else None
+        return result
 
-    def limits(kind: Any, ends: tuple[Any, Any]) -> list[Any]:
-        return [_constant(graph, f"{grid.name}_{end}", x, kind) for end, x in zip(("low", "high"), ends)]
-
+    scale, zero = (
+        constant("scale", np.float32(grid.scale), ir.DataType.FLOAT),
+        constant("zero_point", grid.zero_point, dtype),
+    )
     value = tensor
     if needs_clip and dtype == ir.DataType.UINT16:  # runtimes clip floats and 8-bit integers, but no 16-bit ones
-        ends = ((code - grid.zero_point) * np.float64(grid.scale) for code in (low, high))
-        value = add("Clip", [value, *limits(ir.DataType.FLOAT, tuple(map(np.float32, ends)))], "clip")
-    value = add("QuantizeLinear", [value, scale, zero], "quantize")
-    value.name = f"{grid.name}_codes"
+        low, high = (np.float32((code - grid.zero_point) * np.float64(grid.scale)) for code in ends)
+        limits = [constant("low", low, ir.DataType.FLOAT), constant("high", high, ir.DataType.FLOAT)]
+        value = add("Clip", [value, *limits], "clip", "limited")
+    value = add("QuantizeLinear", [value, scale, zero], "quantize", "codes")
     if needs_clip and dtype == ir.DataType.UINT8:
-        value = add("Clip", [value, *limits(dtype, (low, high))], "clip")
-        value.name = f"{grid.name}_clipped"
+        value = add(
+            "Clip", [value, constant("low", ends[0], dtype), constant("high", ends[1], dtype)], "clip", "clipped"
+        )
     return nodes, add("DequantizeLinear", [value, scale, zero], "dequantize")
 
 
-def _hand_on(graph: Any, readers: list[Any], result: Any, nodes: list[Any], producer: Any) -> None:
-    """Put the nodes after the producer, and let the readers read their result."""
-    for use in readers:
-        use.node.replace_input_with(use.idx, result)
-    if producer is None:
-        graph.insert_before(graph[0], nodes)
-    else:
-        graph.insert_after(producer, nodes)
-
-
-def _constant(graph: Any, name: str, array: Any, dtype: Any) -> Any:
+def _constant(graph: Any, name: str, array: Any, dtype: Any, taken: set[str]) -> Any:
     import onnx_ir as ir
 
     # A 4-bit type, too, is numbers of 8 bits in numpy.
     kind = {"INT4": np.int8, "UINT4": np.uint8}.get(dtype.name) or dtype.numpy()
+    name = unique(name, taken)
     tensor = ir.Tensor(np.asarray(array, dtype=kind), dtype=dtype, name=name)
     value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)
     graph.register_initializer(value)

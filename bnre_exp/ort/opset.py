@@ -84,7 +84,8 @@ def _fit(node: Any, opset: int, present: int) -> None:
     except onnx.defs.SchemaError as error:
         raise UserError(f"opset {opset} has no {node.op_type}; use a higher opset") from error
     newer = onnx.defs.get_schema(node.op_type, present, "")
-    if node.op_type.removeprefix("Reduce") in REDUCTIONS and opset < 18 <= present and len(node.inputs) > 1:
+    is_reduction = node.op_type.startswith("Reduce") and node.op_type.removeprefix("Reduce") in REDUCTIONS
+    if is_reduction and opset < 18 <= present and len(node.inputs) > 1:
         axes = None if node.inputs[1] is None else ir.convenience.get_const_tensor(node.inputs[1])
         if axes is None and node.inputs[1] is not None:
             raise UserError(f"opset {opset} has no {node.op_type} over axes that are computed; use a higher opset")

@@ -31,24 +31,33 @@ def open_session(
 
     Raises ``UserError`` if the runtime does not take the model.
     """
+    chosen = list(providers or ["CPUExecutionProvider"])
+    try:
+        try:
+            return _open(model, chosen, optimized_to, is_precise=True)
+        except Exception:  # ONNX Runtime 1.32 cannot prepare 8-bit weights that two layers share for that
+            return _open(model, chosen, optimized_to, is_precise=False)
+    except Exception as error:  # the runtime has a class for each of its status codes
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"ONNX Runtime {onnxruntime.__version__} does not take the model: {lines[0]}") from error
+
+
+def _open(
+    model: onnx.ModelProto, providers: list[str], optimized_to: Optional[Path], is_precise: bool
+) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     if optimized_to is not None:
         options.optimized_model_filepath = str(optimized_to)
-    options.log_severity_level = 3
+    options.log_severity_level = 3 if not is_precise else 4
     # Without VNNI, AVX2's fast product of uint8 and int8 saturates; with this, it is taken only where it is exact.
-    options.add_session_config_entry("session.x64quantprecision", "1")
-    chosen = list(providers or ["CPUExecutionProvider"])
-    try:
-        if model.ByteSize() < LARGEST:
-            return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=chosen)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.onnx"
-            onnx.save(model, path, save_as_external_data=True, location="model.data")
-            return onnxruntime.InferenceSession(str(path), options, providers=chosen)
-    except Exception as error:  # the runtime has a class for each of its status codes
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"ONNX Runtime {onnxruntime.__version__} does not take the model: {lines[0]}") from error
+    options.add_session_config_entry("session.x64quantprecision", "1" if is_precise else "0")
+    if model.ByteSize() < LARGEST:
+        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        onnx.save(model, path, save_as_external_data=True, location="model.data")
+        return onnxruntime.InferenceSession(str(path), options, providers=providers)
 
 
 def feeds(session: onnxruntime.InferenceSession, batch: Any) -> dict[str, np.ndarray]:

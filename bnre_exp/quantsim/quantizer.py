@@ -169,7 +169,8 @@ class ActivationQuantizer(nn.Module):
 
     @torch.no_grad()
     def set_range(self, low: float, high: float) -> None:
-        """Cover ``[low, high]`` (real values); in place."""
+        """Cover ``[low, high]`` (real values), from 0 if it is unsigned; in place."""
+        low = max(low, 0.0) if self.unsigned else low
         scale, zero_point = affine_grid(low, high, self.bits)
         self.scale.fill_(max(scale, MIN_SCALE))
         self.zero_point.fill_(zero_point)

@@ -88,7 +88,7 @@ def _round_bias(layer: Any, input_scale: float, bits: int, largest_input: int) -
     weight_codes = dequantize.layout.rows(layer.parametrizations.weight.original.double())
     sums = weight_codes.abs().sum(dim=1) * largest_input  # the largest that the products can add up to
     # Sums of wide codes, which int32 cannot hold even without a bias, are the target's own affair.
-    room = torch.where(sums < 2**30, 2**31 - 1 - sums, float(largest)).clamp(max=largest)
+    room = torch.where(sums < 2**31 - 2**24, 2**31 - 1 - sums, float(largest)).clamp(max=largest)
     needed = torch.maximum(bias.abs() / room, torch.full_like(bias, SMALLEST_STEP)) / input_scale
     needed = needed.amax(dim=0, keepdim=True) if dequantize.scale.numel() == 1 else needed
     channels = _raise_scale(layer, dequantize, needed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from bnre_exp.errors import UserError
 from bnre_exp.export.checkpoint import save_folded
 from bnre_exp.export.encodings import MODEL, VERSIONS, write_encodings
 from bnre_exp.export.onnx import check_exportable, write_model, write_qdq
-from bnre_exp.export.plain import plain_network
+from bnre_exp.export.plain import Plain, plain_network
 from bnre_exp.preprocess import METADATA
+from bnre_exp.quantsim.nodes import is_layer
+from bnre_exp.stages.bias import input_quantizer
 from bnre_exp.stages.evaluate import Evaluation
 from bnre_exp.steps.outcome import Measured, Outcome
 from bnre_exp.steps.setting import Setting, seed, timed
@@ -33,16 +36,23 @@ FILES = {
 def export(setting: Setting, folded: nn.Module, folder: Path) -> Outcome:
     """Write the formats that the configuration asks for, and compare what they predict with the folded simulation.
 
-    Raises ``UserError`` if a network cannot be written in a format, or a file fails its verification.
+    Files that an earlier run left in the folder go. Raises ``UserError`` if a network cannot be written in a format, or
+    a file fails its verification.
     """
     outcome, how = Outcome(), setting.config.export
     network: Any = folded
     seed(setting.config, "export")
-    with Verifier(setting) as verifier, tempfile.TemporaryDirectory() as scratch:
-        if ExportFormat.checkpoint in how.formats:
-            _checkpoint(setting, network, folder / FILES[ExportFormat.checkpoint], verifier, outcome)
-        if {ExportFormat.onnx, ExportFormat.encodings} & set(how.formats):
-            _onnx(setting, network, folder, Path(scratch), verifier, outcome)
+    for name in FILES.values():
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / name).unlink(missing_ok=True)
+    try:
+        with Verifier(setting) as verifier, tempfile.TemporaryDirectory() as scratch:
+            if ExportFormat.checkpoint in how.formats:
+                _checkpoint(setting, network, folder / FILES[ExportFormat.checkpoint], verifier, outcome)
+            if {ExportFormat.onnx, ExportFormat.encodings} & set(how.formats):
+                _onnx(setting, network, folder, Path(scratch), verifier, outcome)
+    except UserError as error:
+        raise UserError(f"export: {str(error).rstrip('.')}.") from error
     return outcome
 
 
@@ -66,37 +76,41 @@ def _onnx(
     setting: Setting, network: Any, folder: Path, scratch: Path, verifier: Verifier, outcome: Outcome
 ) -> None:  # fmt: skip
     how = setting.config.export
-    try:
-        plain, plain_seconds = timed(lambda: plain_network(network, setting.loaders.example(), how.opset))
-        plain.model.metadata_props[METADATA] = json.dumps(setting.loaders.preprocessing.describe())
-        if ExportFormat.encodings in how.formats:
-            path = folder / FILES[ExportFormat.encodings]
-            _, seconds = timed(lambda: write_encodings(plain, path))
-            for version in VERSIONS:
-                file = {"format": "encodings", "path": str(path), "version": version}
-                evaluation, _ = verifier.evaluate(file, f"encodings {version}")
-                agreement = _check(setting, f"encodings {version}", evaluation)
-            metrics, note = {"top1_agreement": agreement}, f"{MODEL} and encodings {', '.join(VERSIONS)}"
-            outcome.measured.append(
-                Measured(
-                    "encodings", "encodings, simulated", evaluation, plain_seconds + seconds, "fold", note, metrics
-                )
-            )
-        if ExportFormat.onnx in how.formats:
-            reference, path = scratch / "float.onnx", folder / FILES[ExportFormat.onnx]
-            write_model(plain.model, reference)
-            _, seconds = timed(lambda: write_qdq(plain, path, how.int4))
-            file = {"format": "onnx", "path": str(path), "float": str(reference)}
-            evaluation, known = verifier.evaluate(file, "ONNX model")
-            metrics = {"top1_agreement": _check(setting, "ONNX model", evaluation), **known}
-            metrics["megabytes"] = path.stat().st_size / 1e6
-            outcome.measured.append(
-                Measured(
-                    "onnx", "ONNX Runtime", evaluation, plain_seconds + seconds, "fold", _onnx_note(metrics), metrics
-                )
-            )
-    except UserError as error:
-        raise UserError(f"export: {error}") from error
+    plain, plain_seconds = timed(lambda: plain_network(network, setting.loaders.example(), how.opset))
+    plain.model.metadata_props[METADATA] = json.dumps(setting.loaders.preprocessing.describe())
+    outcome.except_for("note", _float_weights(network, plain))
+    if ExportFormat.encodings in how.formats:
+        path = folder / FILES[ExportFormat.encodings]
+        _, seconds = timed(lambda: write_encodings(plain, path))
+        for version in VERSIONS:
+            file = {"format": "encodings", "path": str(path), "version": version}
+            evaluation, _ = verifier.evaluate(file, f"encodings {version}")
+            agreement = _check(setting, f"encodings {version}", evaluation)
+        metrics, note = {"top1_agreement": agreement}, f"{MODEL} and encodings {', '.join(VERSIONS)}"
+        outcome.measured.append(
+            Measured("encodings", "encodings, simulated", evaluation, plain_seconds + seconds, "fold", note, metrics)
+        )
+    if ExportFormat.onnx in how.formats:
+        reference, path = scratch / "float.onnx", folder / FILES[ExportFormat.onnx]
+        write_model(plain.model, reference)
+        _, seconds = timed(lambda: write_qdq(plain, path, how.int4))
+        file = {"format": "onnx", "path": str(path), "float": str(reference)}
+        evaluation, known = verifier.evaluate(file, "ONNX model")
+        metrics = {"top1_agreement": _check(setting, "ONNX model", evaluation), **known}
+        metrics["megabytes"] = path.stat().st_size / 1e6
+        row = Measured(
+            "onnx", "ONNX Runtime", evaluation, plain_seconds + seconds, "fold", _onnx_note(metrics), metrics
+        )
+        outcome.measured.append(row)
+
+
+def _float_weights(network: Any, plain: Plain) -> list[tuple[str, str]]:
+    """Layers whose float weights ONNX Runtime quantizes by itself, since their activations are quantized."""
+    layers = [str(node.target) for node in network.graph.nodes if is_layer(node) and input_quantizer(node) is not None]
+    quantized = {codes.layer for codes in plain.parameters if codes.codes.ndim > 1}
+    left = [name for name in dict.fromkeys(layers) if name not in quantized]
+    reason = "ONNX Runtime may quantize its float weight by itself (disabled_optimizers=['WeightBiasQuantization'])"
+    return [(name, reason) for name in left]
 
 
 def _onnx_note(metrics: dict[str, float]) -> str:
@@ -132,8 +146,8 @@ def _check(setting: Setting, what: str, evaluation: Evaluation) -> float:
 
 def _refuse(what: str, agreement: float, expected: str) -> None:
     raise UserError(
-        f"the {what}, loaded in another process, predicts the class of the folded simulation for {agreement:.4f} of "
-        f"the test images; expected {expected}. The file is kept to look at."
+        f"the {what} that was written, loaded in another process, predicts the class of the folded simulation for "
+        f"{agreement:.4f} of the test images; expected {expected}. The file is kept to look at"
     )
 
 
@@ -143,9 +157,10 @@ def check_export(sim: nn.Module, how: ExportConfig, example: Any) -> None:
         try:
             check_exportable(sim, example, how.opset)
         except UserError as error:
-            raise UserError(f"export: {error}. Or leave ONNX out: export.formats=[checkpoint].") from error
+            text = str(error).rstrip(".")
+            raise UserError(f"export: {text}. Or leave ONNX out: export.formats=[checkpoint].") from error
 
 
-def exported(folder: Path) -> dict[ExportFormat, Path]:
-    """Where each format is that a folder holds."""
-    return {kind: folder / name for kind, name in FILES.items() if (folder / name).exists()}
+def exported(how: ExportConfig, folder: Path) -> dict[ExportFormat, Path]:
+    """Where each format that was asked for is."""
+    return {kind: folder / name for kind, name in FILES.items() if kind in how.formats}

@@ -131,6 +131,25 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
         answers.flush()
 
 
+def torch_settings() -> dict[str, Any]:
+    """What this process has set of torch that changes results."""
+    return {
+        "threads": torch.get_num_threads(),
+        "dtype": str(torch.get_default_dtype()).removeprefix("torch."),
+        "matmul": torch.get_float32_matmul_precision(),
+        "tf32": torch.backends.cudnn.allow_tf32,
+    }
+
+
+def set_torch(settings: Mapping[str, Any]) -> None:
+    """The same in another process."""
+    torch.set_num_threads(settings["threads"])
+    torch.set_default_dtype(getattr(torch, settings["dtype"]))
+    torch.set_float32_matmul_precision(settings["matmul"])
+    torch.backends.cudnn.allow_tf32 = settings["tf32"]
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+
+
 def describe_array(x: np.ndarray) -> dict[str, Any]:
     """What :func:`read_array` must know."""
     return {"shape": list(x.shape), "dtype": str(x.dtype)}
@@ -154,10 +173,7 @@ def main() -> None:
     """Serve on the process's own standard input and output; whatever prints meanwhile goes to standard error."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # a user's network may be there
-    torch.set_num_threads(int(sys.argv[1]))
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+    set_torch(json.loads(sys.argv[1]))
     serve(sys.stdin.buffer, answers)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import IO, Any, Optional
 
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from bnre_exp.errors import UserError
 from bnre_exp.stages.evaluate import Evaluation, evaluate
-from bnre_exp.steps.predict import describe_array, read_array
+from bnre_exp.steps.predict import describe_array, read_array, torch_settings
 from bnre_exp.steps.setting import Setting
 
 
@@ -27,8 +29,9 @@ class Verifier:
         self._setting = setting
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bnre_exp.steps.predict", str(torch.get_num_threads())],
+            [sys.executable, "-m", "bnre_exp.steps.predict", json.dumps(torch_settings())],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )  # fmt: skip
 
     def __enter__(self) -> Verifier:
@@ -80,8 +83,12 @@ class Verifier:
         pipe.flush()
 
     def _failure(self, what: str) -> UserError:
-        code = self._process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=10)
+        code = self._process.poll()
+        self._process.kill()
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
-        reason = lines[-1] if lines else f"its process ended with status {code}"
-        return UserError(f"export: the {what} that was written cannot be loaded and run in another process: {reason}")
+        was_killed = code is None or code < 0  # what it last said is then not why
+        reason = f"its process ended with status {code}" if was_killed or not lines else lines[-1]
+        return UserError(f"the {what} that was written cannot be loaded and run in another process: {reason}")

@@ -72,9 +72,11 @@ def _send_model(client: Any, folder: Path, note: Mapping[str, Any], known: Mappi
     if str(model.status) != str(LoggedModelStatus.READY):
         client.log_model_artifacts(model.model_id, str(folder / known["folder"]))
         client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-    client.log_outputs(run, [LoggedModelOutput(model.model_id, step=0)])
     batch = [
         Metric(metric_key(k), float(v), stamp, 0, model_id=model.model_id, run_id=run)
         for k, v in known["metrics"].items()
     ]
     client.log_batch(run, metrics=batch)
+    outputs = client.get_run(run).outputs
+    if model.model_id not in {output.model_id for output in (outputs.model_outputs if outputs else [])}:
+        client.log_outputs(run, [LoggedModelOutput(model.model_id, step=0)])
