@@ -12,7 +12,9 @@ from mlflow import MlflowClient  # noqa: E402
 from mlflow.entities import Run  # noqa: E402
 
 REQUIRED = [
-    *(f"{stage}/top1" for stage in ("fp32", "ptq", "qat", "reest", "fold", "export")),
+    *(f"{stage}/top1" for stage in ("fp32", "ptq", "qat", "reest", "fold", "export", "onnx")),
+    "onnx/top1_agreement",
+    "onnx/milliseconds",
     "reest/delta_top1",
     "reest/seconds",
     "fold/max_abs_logit_diff",
@@ -36,9 +38,11 @@ def problems(client: MlflowClient, run: Run) -> list[str]:
         found.append(f"fold/top1 {metrics['fold/top1']:.4f} is not within 0.02 of reest's {metrics['reest/top1']:.4f}")
     if not metrics["fold/top1_agreement"] > 0.99:
         found.append(f"fold/top1_agreement is {metrics['fold/top1_agreement']:.4f}, not above 0.99")
+    if not metrics["onnx/top1_agreement"] >= 0.99:
+        found.append(f"onnx/top1_agreement is {metrics['onnx/top1_agreement']:.4f}, below 0.99")
     models = client.search_logged_models(experiment_ids=[run.info.experiment_id])
-    if not any(model.source_run_id == run.info.run_id for model in models):
-        found.append("no logged model")
+    if sum(model.source_run_id == run.info.run_id for model in models) != 2:
+        found.append("not two logged models: the checkpoint and the ONNX model")
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from typing import Any
 
@@ -14,8 +13,8 @@ from torch import fx, nn
 from bnre_exp.errors import UserError
 from bnre_exp.ort.files import load_model
 from bnre_exp.ort.opset import lower
-from bnre_exp.ort.session import feeds, open_session
-from bnre_exp.preprocess import METADATA, Preprocessing
+from bnre_exp.ort.session import feeds, open_session, run_session
+from bnre_exp.preprocess import stored_preprocessing
 from bnre_exp.zoo import BuiltModel
 
 CONVERTED_OPSET = 15  # the converter knows few operations in newer forms
@@ -44,7 +43,8 @@ def build_onnx(path: str) -> BuiltModel:
             "network as a torch module (model=custom) instead."
         ) from error
     _compare(model, network, path)
-    return BuiltModel(network, _preprocessing(model), pretrained=True)
+    preprocessing = stored_preprocessing({item.key: item.value for item in model.metadata_props})
+    return BuiltModel(network, preprocessing, pretrained=True)
 
 
 def _check(model: onnx.ModelProto, path: str) -> None:
@@ -57,8 +57,14 @@ def _check(model: onnx.ModelProto, path: str) -> None:
     inputs = _inputs(model)
     if len(inputs) != 1:
         raise UserError(f"model.path={path} has {len(inputs)} inputs; expected one, the images [N, C, H, W].")
-    dims = inputs[0].type.tensor_type.shape.dim
-    if len(dims) and dims[0].dim_value:
+    kind = inputs[0].type.tensor_type
+    if kind.elem_type != onnx.TensorProto.FLOAT:
+        name = onnx.TensorProto.DataType.Name(kind.elem_type)
+        raise UserError(f"model.path={path}: its input is {name}; expected FLOAT, preprocessed images.")
+    dims = kind.shape.dim
+    if len(dims) < 2:
+        raise UserError(f"model.path={path}: its input has no declared shape; expected [N, C, H, W] with a dynamic N.")
+    if dims[0].dim_value:
         raise UserError(
             f"model.path={path}: its batch size is fixed to {dims[0].dim_value}; export it with a dynamic batch "
             "(torch.onnx.export: dynamic_shapes)."
@@ -76,6 +82,8 @@ def _converted(model: onnx.ModelProto) -> fx.GraphModule:
     from onnxscript import optimizer
 
     simple = ir.from_proto(model)
+    if "ai.onnx" in simple.opset_imports:  # another way to write the same
+        simple.opset_imports[""] = simple.opset_imports.pop("ai.onnx")
     optimizer.fold_constants(simple, onnx_shape_inference=True)
     _fix_shapes(simple.graph)
     lower(simple, CONVERTED_OPSET)
@@ -130,10 +138,9 @@ def _compare(model: onnx.ModelProto, network: nn.Module, path: str) -> None:
     for size in (2, 3):
         x = torch.randn(size, *shape, generator=generator)
         try:
-            expected = torch.from_numpy(session.run(None, feeds(session, x))[0]).double()
-        except Exception as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise UserError(f"model.path={path}: ONNX Runtime cannot run it on {list(x.shape)}: {lines[0]}") from error
+            expected = torch.from_numpy(run_session(session, feeds(session, x))[0]).double()
+        except UserError as error:
+            raise UserError(f"model.path={path}: {error}") from error
         try:
             output = network(x)
         except Exception as error:  # whatever the converted network meets
@@ -148,12 +155,3 @@ def _compare(model: onnx.ModelProto, network: nn.Module, path: str) -> None:
                 f"model.path={path}: converted to torch, its outputs differ from ONNX Runtime's by {error_size:.1e} of "
                 "the largest. Give the network as a torch module (model=custom) instead."
             )
-
-
-def _preprocessing(model: onnx.ModelProto) -> Preprocessing | None:
-    """What a model that bnre_exp exported says about it."""
-    entries = {item.key: item.value for item in model.metadata_props}
-    if METADATA not in entries:
-        return None
-    known = json.loads(entries[METADATA])
-    return Preprocessing(**{**known, "mean": tuple(known["mean"]), "std": tuple(known["std"])})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -63,6 +64,15 @@ class Preprocessing:
     def describe(self) -> dict[str, Any]:
         """Plain values by name, for logging."""
         return asdict(self)
+
+
+def stored_preprocessing(metadata: Mapping[str, str]) -> Preprocessing | None:
+    """What a model that bnre_exp exported says of its preprocessing; None if it says nothing, or nothing of use."""
+    try:
+        known = json.loads(metadata[METADATA])
+        return Preprocessing(**{**known, "mean": tuple(known["mean"]), "std": tuple(known["std"])})
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def _expand(values: Sequence[float], channels: int, setting: str) -> tuple[float, ...]:

@@ -288,3 +288,55 @@ def test_mobilenet_v2_on_fashion_mnist_recovers_at_two_bits(tmp_path):
     assert metrics["fp32/top1"] > 0.75 and metrics["ptq/top1"] < 0.3
     assert metrics["reest/delta_top1"] > 0.1
     assert metrics["fold/top1"] == pytest.approx(metrics["reest/top1"], abs=0.01)
+
+
+def test_every_format_is_verified_listed_and_found_again(tmp_path):
+    import mlflow
+
+    results, console = job(tmp_path, "export=all", tracking=True)
+    metrics = results.metrics
+    for name in ("export", "onnx", "encodings"):
+        assert abs(metrics[f"{name}/top1"] - metrics["fold/top1"]) <= 1 / 64 + 1e-9
+    assert metrics["onnx/top1_agreement"] > 0.95 and metrics["onnx/milliseconds"] > 0
+    assert metrics["onnx/integer_layers"] == 21 and metrics["onnx/float_layers"] == 0
+    assert 0.1 < metrics["export/size_vs_fp32"] < 0.15  # 4-bit codes
+    assert {path.name for path in (tmp_path / "run" / "encodings").iterdir()} == {
+        "model.onnx", "encodings_1.0.0.json", "encodings_2.0.0.json",
+    }  # fmt: skip
+    assert "ONNX Runtime" in console.export_text()
+    client, (record,) = mlflow_runs(tmp_path)
+    models = {model.model_type: model for model in client.search_logged_models([record.info.experiment_id])}
+    assert models.keys() == {"bnre_exp folded checkpoint", "onnx"}
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    loaded = mlflow.pyfunc.load_model(f"models:/{models['onnx'].model_id}")
+    assert loaded.predict(torch.zeros(3, 3, 32, 32).numpy())["output"].shape == (3, 10)
+    assert loaded.metadata.signature is not None and loaded.metadata.saved_input_example_info is not None
+
+    again, console = job(tmp_path, "export=all", name="again")
+    assert "ONNX Runtime: top-1" in console.export_text() and "reused" in console.export_text()
+    assert (tmp_path / "again" / "model.onnx").read_bytes() == (tmp_path / "run" / "model.onnx").read_bytes()
+    assert again.metrics["onnx/top1"] == metrics["onnx/top1"]
+
+
+def test_a_file_that_predicts_otherwise_fails_the_run(tmp_path, monkeypatch):
+    import bnre_exp.steps.export as step
+
+    def damaged(plain, path, int4):
+        first = plain.parameters[-2]
+        first.scale[:] = first.scale[::-1].copy()
+        first.codes[:] = -first.codes
+        real(plain, path, int4)
+
+    real = step.write_qdq
+    monkeypatch.setattr(step, "write_qdq", damaged)
+    with pytest.raises(UserError, match=r"export: the ONNX model that was written.*export.min_agreement=0.98"):
+        job(tmp_path, "export=default")
+    monkeypatch.setattr(step, "write_qdq", lambda plain, path, int4: path.write_bytes(b"no model"))
+    with pytest.raises(UserError, match=r"export: the ONNX model.*in another process.*is not an ONNX model"):
+        job(tmp_path, "export=default", name="other")
+
+
+def test_what_cannot_be_exported_stops_before_training(tmp_path):
+    with pytest.raises(UserError, match=r"export: opset 13 has no integers of 9 to 16 bits.*use opset=21"):
+        job(tmp_path, "export=default", "export.opset=13", "quant.act_bits=10")
+    assert not (tmp_path / "run" / "fp32.safetensors").exists()

@@ -18,6 +18,8 @@ from bnre_exp.ort.files import load_model, save_model
 from bnre_exp.report.console import ConsoleProgress
 from bnre_exp.stages.reestimate import METHODS
 
+# How much outputs may differ after folding, relative to the largest: float rounding, or codes beyond a tie.
+LARGEST_FLOAT, LARGEST_QUANTIZED = 1e-3, 0.2
 DATA_HELP = """training data: an .npy file [images, C, H, W] or an .npz file with an array for each input, preprocessed
 as the model takes it; a folder of images; or digits, fashion_mnist, cifar10 or cifar100"""
 
@@ -27,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     console = Console()
     try:
+        _check(options)
         _reestimate(options, console) if options.command == "reestimate" else _fold(options, console)
     except UserError as error:
         sys.stderr.write(f"Error: {error}\n")
@@ -35,6 +38,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write("Interrupted; nothing was written.\n")
         return 130
     return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raise ``UserError`` for numbers out of range, and for options that the data have no use for."""
+    bounds = [
+        ("--batch-size", options.batch_size, 1),
+        ("--seed", options.seed, 0),
+        ("--image-size", options.image_size, 1),
+    ]
+    for name, value, least in bounds:
+        if value is not None and value < least:
+            raise UserError(f"{name} {value}: expected at least {least}.")
+    if options.std and not all(value > 0 for value in options.std):
+        raise UserError(f"--std {options.std}: expected numbers above 0.")
+    if not 0 < getattr(options, "momentum", 1) <= 1:
+        raise UserError(f"--momentum {options.momentum}: expected a number above 0, at most 1.")
+    for_images = [f"--{name}" for name in ("mean", "std", "image-size") if getattr(options, name.replace("-", "_"))]
+    if for_images and str(options.data).endswith((".npy", ".npz")):
+        raise UserError(f"{', '.join(for_images)}: arrays are taken as they are; preprocess them before.")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -86,13 +108,19 @@ def _fold(options: argparse.Namespace, console: Console) -> None:
     model = load_model(options.input)
     folded, report = fold_batch_norms(model)
     batches = batches_of(model, options) if options.data else random_batches(model)
-    difference = compare_outputs(model, folded, batches)
+    difference = None if batches is None else compare_outputs(model, folded, batches)
+    limit = LARGEST_QUANTIZED if any("QuantizeLinear" in node.op_type for node in model.graph.node) else LARGEST_FLOAT
+    if difference is not None and not difference <= limit:
+        raise UserError(
+            f"Folding changes the model: its outputs differ by {difference:.1e} of the largest, more than {limit:g}. "
+            "Nothing was written. This is a defect of bnre_exp; please report it with the model."
+        )
     save_model(folded, options.output)
     _say(console, f"{len(report.folded)} batch norms folded, {len(report.kept)} kept")
     _list(console, "kept", report.kept)
     _list(console, "note", report.notes)
     if difference is None:
-        _say(console, "not compared: the shapes of the inputs are not known; give --data")
+        _say(console, "not compared: the model cannot be run on random input; give --data")
     else:
         kind = "the data" if options.data else "random input"
         _say(console, f"outputs on {kind} differ by at most {difference:.1e} of the largest")

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+ONNX = ("", "ai.onnx")  # how the domain of ONNX's own operations is written
 QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 
 
@@ -32,7 +33,7 @@ def constants_of(graph: onnx.GraphProto) -> Constants:
         for index, name in enumerate(node.input):
             readers.setdefault(name, []).append((node, index))
     for node in graph.node:
-        if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
+        if node.op_type == "Constant" and node.domain in ONNX:
             for attribute in node.attribute:
                 if attribute.name == "value":
                     tensors[node.output[0]] = attribute.t
@@ -62,6 +63,36 @@ def bn_name(node: onnx.NodeProto) -> str:
     return str(node.name or node.output[0])
 
 
+def is_batch_norm(node: onnx.NodeProto) -> bool:
+    """Whether the node is ONNX's own BatchNormalization, with all its inputs."""
+    return node.op_type == "BatchNormalization" and node.domain in ONNX and len(node.input) == 5
+
+
+def why_not_in_inference(node: onnx.NodeProto) -> Optional[str]:
+    """Why a batch norm does not normalize by its statistics, channel by channel; None if it does."""
+    if attribute(node, "training_mode", 0) or sum(map(bool, node.output)) > 1 or not attribute(node, "is_test", 1):
+        return "is in training mode: it normalizes each batch by its own statistics"
+    if not attribute(node, "spatial", 1):
+        return "normalizes every position by statistics of its own (spatial=0)"
+    return None
+
+
+def names_of(graph: onnx.GraphProto) -> set[str]:
+    """All names of a graph, and of the graphs inside it."""
+    found = {item.name for items in (graph.input, graph.output, graph.initializer) for item in items}
+    for node in all_nodes(graph):
+        found |= {node.name, *node.input, *node.output}
+    return found
+
+
+def unique(name: str, taken: set[str]) -> str:
+    """The name, with underscores after it while it is taken; taken from now on."""
+    while name in taken:
+        name += "_"
+    taken.add(name)
+    return name
+
+
 def all_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     """The nodes of a graph and of the graphs inside it."""
     found = []
@@ -75,7 +106,7 @@ def all_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
 
 def opset_of(model: onnx.ModelProto) -> int:
     """The version of ONNX's own operations that a model uses."""
-    return max((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), default=1)
+    return max((item.version for item in model.opset_import if item.domain in ONNX), default=1)
 
 
 def attribute(node: onnx.NodeProto, name: str, default: float) -> float:

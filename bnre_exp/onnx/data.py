@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Optional
@@ -16,7 +15,7 @@ from torch.utils.data import Dataset
 
 from bnre_exp.data import build_loaders
 from bnre_exp.errors import UserError
-from bnre_exp.preprocess import METADATA, Preprocessing
+from bnre_exp.preprocess import Preprocessing, stored_preprocessing
 
 NAMED = ("digits", "fashion_mnist", "cifar10", "cifar100")
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -66,8 +65,6 @@ def batches_of(model: onnx.ModelProto, options: argparse.Namespace) -> Iterable[
 
     Raises ``UserError`` if there is no such data, or a mean is needed and not known.
     """
-    if options.batch_size < 1:
-        raise UserError(f"--batch-size {options.batch_size}: expected at least 1.")
     path = Path(options.data)
     if path.suffix in (".npy", ".npz"):
         return ArrayBatches(_arrays(path), options.batch_size, options.seed)
@@ -99,8 +96,8 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
 
 def _preprocessing(model: onnx.ModelProto, options: argparse.Namespace) -> Preprocessing:
     shape = _image_shape(model)
-    stored = _stored(model)
-    known = stored or _defaults(options.data)
+    stored = stored_preprocessing({item.key: item.value for item in model.metadata_props})
+    known = stored.describe() if stored is not None else _defaults(options.data)
     mean, std = options.mean or known.get("mean"), options.std or known.get("std")
     if mean is None or std is None:
         raise UserError("--data is a folder of images: give --mean and --std, of pixels in [0, 1], as in training.")
@@ -122,16 +119,6 @@ def _image_shape(model: onnx.ModelProto) -> tuple[Optional[int], Optional[int]]:
     if len(dims) != 4:
         raise UserError("Image data are for models with one input [N, C, H, W]; give an .npy or .npz file.")
     return dims[1].dim_value or None, dims[2].dim_value or None
-
-
-def _stored(model: onnx.ModelProto) -> dict[str, Any]:
-    """What a model that bnre_exp exported says about its preprocessing."""
-    entries = {item.key: item.value for item in model.metadata_props}
-    try:
-        found = json.loads(entries.get(METADATA, "{}"))
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _defaults(name: str) -> dict[str, Any]:

@@ -12,7 +12,18 @@ import torch
 from onnx import helper, numpy_helper
 
 from bnre_exp.errors import UserError
-from bnre_exp.onnx.constants import Constants, attribute, bn_name, computed_constants, constants_of, opset_of
+from bnre_exp.onnx.constants import (
+    ONNX,
+    Constants,
+    attribute,
+    bn_name,
+    computed_constants,
+    constants_of,
+    names_of,
+    opset_of,
+    unique,
+    why_not_in_inference,
+)
 from bnre_exp.quantsim.layout import WeightLayout
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -58,12 +69,12 @@ class _Graph:
     makers: dict[str, onnx.NodeProto]
     outputs: set[str]
     ranks: dict[str, int]
+    taken: set[str]
     notes: list[tuple[str, str]]
 
     def add_constant(self, name: str, values: np.ndarray) -> str:
         """A new initializer; returns its name."""
-        while name in self.constants.tensors or name in self.makers or name in self.constants.readers:
-            name += "_"
+        name = unique(name, self.taken)
         tensor = numpy_helper.from_array(values, name)
         self.graph.initializer.append(tensor)
         self.constants.tensors[name] = tensor
@@ -80,10 +91,14 @@ class _Graph:
         node = self.makers.get(name)
         if node is None or node.op_type != "DequantizeLinear":
             return None
+        if node.domain not in ONNX:
+            raise _Kept(f"its weight is dequantized by an operation of {node.domain}")
         values = [value for item in node.input if item and (value := self.constants.value(item)) is not None]
         if len(values) < sum(map(bool, node.input)) or attribute(node, "block_size", 0):
             raise _Kept("its weight is dequantized in blocks, or from codes that are not constants")
         codes, scale, *zero = values
+        if codes.dtype.kind not in "iu" and "int" not in codes.dtype.name:
+            raise _Kept(f"the codes of its weight are of type {codes.dtype}")
         zero_point = zero[0] if zero else np.zeros(scale.shape, codes.dtype)
         return _Quantized(node, codes, scale, zero_point, int(attribute(node, "axis", 1)) % max(1, codes.ndim))
 
@@ -113,7 +128,8 @@ def fold_batch_norms(model: onnx.ModelProto) -> tuple[onnx.ModelProto, OnnxFoldR
         try:
             layer = _layer_before(graph, bn)
             name = _name(layer)
-            _fold(graph, layer, bn)
+            with np.errstate(all="ignore"):
+                _fold(graph, layer, bn)
         except _Kept as reason:
             kept.append((label, str(reason)))
         else:
@@ -136,7 +152,7 @@ def _graph(
     constants.tensors = {**computed, **constants.tensors}
     makers = {name: node for node in graph.node for name in node.output}
     outputs = {item.name for item in graph.output}
-    return _Graph(graph, opset_of(model), constants, makers, outputs, ranks, notes)
+    return _Graph(graph, opset_of(model), constants, makers, outputs, ranks, names_of(graph), notes)
 
 
 def _ranks(model: onnx.ModelProto) -> dict[str, int]:
@@ -151,8 +167,9 @@ def _ranks(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def _layer_before(graph: _Graph, bn: onnx.NodeProto) -> onnx.NodeProto:
-    if attribute(bn, "training_mode", 0):
-        raise _Kept("it is in training mode and normalizes each batch by its own statistics")
+    reason = why_not_in_inference(bn)
+    if reason is not None:
+        raise _Kept(f"it {reason}")
     source = graph.makers.get(bn.input[0])
     if source is None:
         raise _Kept("it reads an input of the model")
@@ -162,7 +179,7 @@ def _layer_before(graph: _Graph, bn: onnx.NodeProto) -> onnx.NodeProto:
         products = [graph.makers.get(name) for name in source.input]
         if any(node is not None and node.op_type == "MatMul" for node in products):
             raise _Kept("a MatMul whose bias is added by an operation of its own (onnxoptimizer makes a Gemm of them)")
-    if source.op_type not in LAYERS:
+    if source.op_type not in LAYERS or source.domain not in ONNX:
         raise _Kept(f"no convolution or Gemm directly before it, but a {source.op_type}")
     readers = {id(node) for node, _ in graph.constants.readers[bn.input[0]]}
     if len(readers) > 1 or bn.input[0] in graph.outputs:
@@ -181,21 +198,32 @@ def _fold(graph: _Graph, layer: onnx.NodeProto, bn: onnx.NodeProto) -> None:
     if codes is None:
         raise _Kept(f"the weight of the {layer.op_type} is not a constant")
     layout, axis = _layout(layer, codes.shape)
+    channels = codes.shape[1] * layout.groups if layout.transposed else codes.shape[axis or 0]
+    if any(len(values) != channels for values in (gamma, beta, mean, var)):
+        raise _Kept("its parameters do not fit the layer's channels")
     factor = layout.expand(torch.from_numpy(gain)).numpy() if axis is None else _along(gain, codes.ndim, axis)
     if layer.op_type == "Gemm":
         shift = shift / (attribute(layer, "beta", 1.0) or 1.0)
     bias = _old_bias(graph, layer, len(gain)) * gain + shift
     name = str(bn.output[0])
+    dtype = codes.dtype if weight is None else weight.scale.dtype
+    _check_finite(gain, bias.astype(dtype))
     if weight is None:
         values = (codes.astype(np.float64) * factor).astype(codes.dtype)
+        _check_finite(values)
         new_weight, step = graph.add_constant(f"{name}_weight", values), None
     else:
         new_weight, scale = _fold_codes(graph, layer, name, weight, gain, factor, axis)
-        step = _bias_step(graph, layer, scale)
+        step = _bias_step(graph, layer, scale) if dtype == np.float32 else None
     # Nothing can fail from here on.
-    new_bias = _new_bias(graph, layer, name, bias, step, codes.dtype if weight is None else weight.scale.dtype)
+    new_bias = _new_bias(graph, layer, name, bias, step, dtype)
     layer.input[1] = new_weight
     _set_output(graph, layer, bn, new_bias)
+
+
+def _check_finite(*values: np.ndarray) -> None:
+    if not all(np.isfinite(x.astype(np.float64)).all() for x in values):
+        raise _Kept("folding would give numbers that are not finite, or that the layer's type does not hold")
 
 
 def _parameters(graph: _Graph, bn: onnx.NodeProto) -> list[np.ndarray]:
@@ -207,7 +235,7 @@ def _parameters(graph: _Graph, bn: onnx.NodeProto) -> list[np.ndarray]:
             value = _dequantized(behind)
         if value is None:
             raise _Kept("its parameters are not constants")
-        found.append(value.astype(np.float64))
+        found.append(value.astype(np.float64).ravel())
     return found
 
 
@@ -229,6 +257,8 @@ def _along(values: np.ndarray, ndim: int, axis: int) -> np.ndarray:
 def _layout(layer: onnx.NodeProto, shape: tuple[int, ...]) -> tuple[WeightLayout, Optional[int]]:
     """Where a weight's output channels are; the axis is None for a grouped transposed convolution, which has two."""
     groups = int(attribute(layer, "group", 1))
+    if len(shape) < 2 or (layer.op_type in ("Gemm", "MatMul") and len(shape) != 2):
+        raise _Kept(f"the weight of the {layer.op_type} has {len(shape)} axes")
     if layer.op_type == "ConvTranspose":
         layout = WeightLayout(len(shape), True, groups, shape[0])
         return layout, 1 if groups == 1 else None
@@ -246,7 +276,8 @@ def _old_bias(graph: _Graph, layer: onnx.NodeProto, channels: int) -> np.ndarray
     behind = graph.quantized(layer.input[2]) if value is None else None
     if behind is not None:
         value = _dequantized(behind)
-    if value is None or value.size not in (1, channels):
+    fits = value is not None and (value.size == 1 or value.shape in ((channels,), (1, channels)))
+    if value is None or not fits:
         raise _Kept(f"the bias of the {layer.op_type} is not a constant, or not one per channel")
     used = attribute(layer, "beta", 1.0) != 0 or layer.op_type != "Gemm"
     return np.broadcast_to(value.astype(np.float64).ravel(), channels) * float(used)
@@ -267,6 +298,7 @@ def _fold_codes(
     zeros = zero if zero.size == 1 else _along(zero, weight.codes.ndim, axis)
     scale = np.broadcast_to(weight.scale.astype(np.float64).ravel(), gain.shape)
     new_scale = (scale * np.abs(gain)).astype(weight.scale.dtype)
+    _check_finite(new_scale)
     vanishes = new_scale < SMALLEST_SCALE
     sign = np.where(_along(vanishes, factor.ndim, axis), 0, np.sign(factor))
     codes = (weight.codes.astype(np.int64) - zeros) * sign.astype(np.int64) + zeros
@@ -280,11 +312,12 @@ def _fold_codes(
         graph.add_constant(f"{name}_scale", new_scale),
         graph.add_constant(f"{name}_zero_point", zero_point),
     ]
-    node = helper.make_node("DequantizeLinear", inputs, [f"{name}_weight"], name=f"{name}_dequantize", axis=axis)
-    graph.add_node(node, layer)
+    output = unique(f"{name}_weight", graph.taken)
+    label = unique(f"{name}_dequantize", graph.taken)
+    graph.add_node(helper.make_node("DequantizeLinear", inputs, [output], name=label, axis=axis), layer)
     if weight.scale.size == 1 and len(gain) > 1:
         graph.notes.append((_name(layer), "its weight has a scale per channel now"))
-    return f"{name}_weight", new_scale.astype(np.float64)
+    return output, new_scale.astype(np.float64)
 
 
 def _limits(graph: _Graph, weight: _Quantized) -> tuple[int, int]:
@@ -327,9 +360,9 @@ def _new_bias(
         graph.add_constant(f"{name}_bias_scale", step),
         graph.add_constant(f"{name}_bias_zero_point", np.zeros(len(bias), np.int32)),
     ]
-    node = helper.make_node("DequantizeLinear", inputs, [f"{name}_bias"], name=f"{name}_bias_dequantize", axis=0)
-    graph.add_node(node, layer)
-    return f"{name}_bias"
+    output, label = unique(f"{name}_bias", graph.taken), unique(f"{name}_bias_dequantize", graph.taken)
+    graph.add_node(helper.make_node("DequantizeLinear", inputs, [output], name=label, axis=0), layer)
+    return output
 
 
 def _set_output(graph: _Graph, layer: onnx.NodeProto, bn: onnx.NodeProto, bias: str) -> None:
@@ -350,7 +383,7 @@ def _set_output(graph: _Graph, layer: onnx.NodeProto, bn: onnx.NodeProto, bias: 
 
 
 def _drop_unused(graph: onnx.GraphProto) -> None:
-    """Operations and initializers that nothing reads any more."""
+    """Operations and initializers that nothing reads any more, and what was said about them."""
     outputs = {item.name for item in graph.output}
     while True:
         read = set(constants_of(graph).readers) | outputs
@@ -366,3 +399,5 @@ def _drop_unused(graph: onnx.GraphProto) -> None:
             items.remove(item)
     for item in [item for item in graph.value_info if item.name not in read]:
         graph.value_info.remove(item)
+    for note in [note for note in graph.quantization_annotation if note.tensor_name not in read]:
+        graph.quantization_annotation.remove(note)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Optional
@@ -14,8 +14,18 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from bnre_exp.errors import UserError
-from bnre_exp.onnx.constants import Constants, all_nodes, attribute, bn_name, constants_of, opset_of
-from bnre_exp.ort.session import feeds, open_session
+from bnre_exp.onnx.constants import (
+    all_nodes,
+    bn_name,
+    computed_constants,
+    constants_of,
+    is_batch_norm,
+    names_of,
+    opset_of,
+    unique,
+    why_not_in_inference,
+)
+from bnre_exp.ort.session import feeds, open_session, run_session
 from bnre_exp.progress import Progress, no_progress
 from bnre_exp.stages.inputs import Passes, take_batches
 from bnre_exp.stages.reestimate import METHODS, Estimator
@@ -36,14 +46,12 @@ class OnnxReestimationHandle:
     passes: int
     reestimated: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...]
-    _model: onnx.ModelProto = field(repr=False)
-    _before: Optional[onnx.GraphProto] = field(repr=False)
+    _undo: list[Callable[[], None]] = field(repr=False)
 
     def remove(self) -> None:
-        """Restore the model of before. A second call does nothing."""
-        if self._before is not None:
-            self._model.graph.CopyFrom(self._before)
-            self._before = None
+        """Restore the statistics of before, bit for bit. A second call does nothing."""
+        while self._undo:
+            self._undo.pop()()
 
     def __enter__(self) -> OnnxReestimationHandle:
         return self
@@ -59,13 +67,9 @@ class _Bn:
     """Nodes that share statistics; one, unless the network calls a batch norm more than once."""
 
     nodes: list[onnx.NodeProto]
+    name: str
     mean: np.ndarray
     var: np.ndarray
-    is_tied: bool
-
-    @property
-    def name(self) -> str:
-        return bn_name(self.nodes[0])
 
 
 def reestimate_bn_stats(
@@ -100,34 +104,35 @@ def reestimate_bn_stats(
             f"The model has opset {opset_of(model)}; expected {OLDEST_OPSET} or higher "
             "(onnx.version_converter.convert_version brings it up)."
         )
-    bns, skipped = _find(model.graph)
+    bns, skipped = _find(model)
     if not bns:
         raise UserError(_nothing_to_do(skipped))
-    estimators = [Estimator(method, momentum, torch.tensor(bn.mean), torch.tensor(bn.var)) for bn in bns]
+    estimators = [Estimator(method, momentum, _tensor(bn.mean), _tensor(bn.var)) for bn in bns]
     session = open_session(_observed(model, bns), providers)
     count = Passes()
     for batch in progress(take_batches(batches, num_batches, count), "re-estimate", num_batches):
-        try:
-            results = session.run(None, feeds(session, batch))
-        except UserError:
-            raise
-        except Exception as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise UserError(f"ONNX Runtime cannot run the model on batch {count.batches}: {lines[0]}") from error
-        _take_in(results, bns, estimators)
-    after = [estimator.result(torch.float64) for estimator in estimators]
-    bad = [bn.name for bn, (mean, var) in zip(bns, after) if not bool((mean.isfinite() & var.isfinite()).all())]
+        _take_in(run_session(session, feeds(session, batch)), bns, estimators)
+    after = [tuple(x.numpy() for x in estimator.result(torch.float64)) for estimator in estimators]
+    with np.errstate(all="ignore"):
+        new = [(mean.astype(bn.mean.dtype), var.astype(bn.var.dtype)) for bn, (mean, var) in zip(bns, after)]
+    bad = [bn.name for bn, values in zip(bns, new) if not all(np.isfinite(_tensor(x)).all() for x in values)]
     if bad:
         raise UserError(
             f"Re-estimation gave statistics that are not finite for {', '.join(bad[:5])}"
-            f"{' and others' if len(bad) > 5 else ''}; the old ones are kept. Look for NaN in the data or weights."
+            f"{' and others' if len(bad) > 5 else ''}; the old ones are kept. Look for NaN in the data or weights, and "
+            "for values that its type does not hold."
         )
-    before = copy.deepcopy(model.graph)
-    for bn, (mean, var) in zip(bns, after):
-        _write(model.graph, bn, MEAN, mean.numpy().astype(bn.mean.dtype))
-        _write(model.graph, bn, VAR, var.numpy().astype(bn.var.dtype))
+    undo: list[Callable[[], None]] = []
+    for bn, (mean, var) in zip(bns, new):
+        _write(model, bn, MEAN, mean, undo)
+        _write(model, bn, VAR, var, undo)
     names = tuple(bn.name for bn in bns)
-    return OnnxReestimationHandle(count.batches, count.passes, names, tuple(skipped), model, before)
+    return OnnxReestimationHandle(count.batches, count.passes, names, tuple(skipped), undo)
+
+
+def _tensor(values: np.ndarray) -> torch.Tensor:
+    """Float64, from any type that numpy or ml_dtypes has."""
+    return torch.from_numpy(values.astype(np.float64))
 
 
 def _nothing_to_do(skipped: list[tuple[str, str]]) -> str:
@@ -140,41 +145,47 @@ def _nothing_to_do(skipped: list[tuple[str, str]]) -> str:
     )
 
 
-def _find(graph: onnx.GraphProto) -> tuple[list[_Bn], list[tuple[str, str]]]:
+def _find(model: onnx.ModelProto) -> tuple[list[_Bn], list[tuple[str, str]]]:
     """Batch norms whose statistics are constants, and why others are left out."""
-    constants, skipped = constants_of(graph), []
+    graph, skipped = model.graph, []
+    constants = constants_of(graph)
+    makers = {name: node for node in graph.node for name in node.output}
+    nodes = [node for node in graph.node if is_batch_norm(node)]
+    if any(name not in constants.tensors for node in nodes for name in node.input[MEAN:]):
+        constants.tensors = {**computed_constants(model), **constants.tensors}
+
+    def root(name: str) -> str:
+        """Where a tensor comes from; exporters hand on equal ones by Identity."""
+        while name in makers and makers[name].op_type == "Identity":
+            name = makers[name].input[0]
+        return name
+
     groups: dict[tuple[str, ...], list[onnx.NodeProto]] = {}
-    for node in graph.node:
-        if node.op_type != "BatchNormalization" or node.domain not in ("", "ai.onnx"):
-            continue
-        if attribute(node, "training_mode", 0):
-            skipped.append((bn_name(node), "is in training mode: it normalizes each batch by its own statistics"))
-        elif any(name not in constants.tensors for name in (node.input[MEAN], node.input[VAR])):
-            skipped.append((bn_name(node), "has statistics that are computed, or inputs of the model"))
+    for node in nodes:
+        reason = why_not_in_inference(node)
+        if reason is None and any(constants.value(root(name)) is None for name in node.input[MEAN:]):
+            reason = "has statistics that are computed, or inputs of the model"
+        if reason is not None:
+            skipped.append((bn_name(node), reason))
         else:
-            groups.setdefault(tuple(node.input[1:]), []).append(node)
-    inner = [node for node in _inner_nodes(graph) if node.op_type == "BatchNormalization"]
-    skipped += [(bn_name(node), "is in the body of an If or Loop") for node in inner]
+            groups.setdefault(tuple(map(root, node.input[1:])), []).append(node)
+    own = {id(node) for node in graph.node}
+    bodies = [node for node in all_nodes(graph) if id(node) not in own and is_batch_norm(node)]
+    skipped += [(bn_name(node), "is in the body of an If or Loop") for node in bodies]
+    functions = [node for function in model.functions for node in function.node if is_batch_norm(node)]
+    skipped += [
+        (bn_name(node), "is in a function of the model (onnx.inliner puts those in place)") for node in functions
+    ]
     bns = []
-    for nodes in groups.values():
-        mean, var = (_known(constants, nodes[0].input[index]) for index in (MEAN, VAR))
+    for key, members in groups.items():
+        mean, var = (constants.value(name) for name in key[MEAN - 1 :])
+        if mean is None or var is None:
+            raise RuntimeError(f"{key} are no constants")
         # Exporters keep equal tensors once, so that all batch norms of an untrained network seem to be one.
         is_untrained = not mean.any() and bool((var == 1).all())
-        is_tied = len(nodes) > 1 and not is_untrained
-        bns += [_Bn(nodes, mean, var, True)] if is_tied else [_Bn([node], mean, var, False) for node in nodes]
+        tied = [members] if not is_untrained else [[node] for node in members]
+        bns += [_Bn(nodes, bn_name(nodes[0]), mean, var) for nodes in tied]
     return bns, skipped
-
-
-def _inner_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    own = {id(node) for node in graph.node}
-    return [node for node in all_nodes(graph) if id(node) not in own]
-
-
-def _known(constants: Constants, name: str) -> np.ndarray:
-    value = constants.value(name)
-    if value is None:
-        raise RuntimeError(f"{name} is no constant")
-    return value
 
 
 def _observed(model: onnx.ModelProto, bns: list[_Bn]) -> onnx.ModelProto:
@@ -246,21 +257,36 @@ def _take_in(results: Sequence[Any], bns: list[_Bn], estimators: list[Estimator]
             estimator.add(torch.from_numpy(mean), torch.from_numpy(var) * (count / (count - 1)), count)
 
 
-def _write(graph: onnx.GraphProto, bn: _Bn, index: int, values: np.ndarray) -> None:
-    """Put new values in place of the old, under the old name unless something else reads that, too."""
+def _write(
+    model: onnx.ModelProto, bn: _Bn, index: int, values: np.ndarray, undo: list[Callable[[], None]]
+) -> None:  # fmt: skip
+    """Put new values in place of the old, under the old name unless something else reads that, too; adds to ``undo``
+    what takes that back."""
+    graph = model.graph
     constants, old = constants_of(graph), bn.nodes[0].input[index]
     own = {id(node) for node in bn.nodes}
     is_shared = any(id(node) not in own or where != index for node, where in constants.readers[old])
     is_shared = is_shared or old in {output.name for output in graph.output}
-    if not is_shared:
+    if old in constants.tensors and not is_shared and {node.input[index] for node in bn.nodes} == {old}:
         tensor = constants.tensors[old]
-        new = numpy_helper.from_array(values, tensor.name)
-        tensor.CopyFrom(new)
+        before = copy.deepcopy(tensor)
+        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+        undo.append(lambda: tensor.CopyFrom(before))
         return
-    taken = {*constants.tensors, *constants.readers, *(name for node in graph.node for name in node.output)}
-    name = f"{bn.nodes[0].output[0]}_{'running_mean' if index == MEAN else 'running_var'}"
-    while name in taken:
-        name += "_"
+    name = unique(f"{bn.nodes[0].output[0]}_{'running_mean' if index == MEAN else 'running_var'}", names_of(graph))
     graph.initializer.append(numpy_helper.from_array(values, name))
+    if model.ir_version < 4:  # an initializer was an input as well
+        kind = helper.np_dtype_to_tensor_dtype(values.dtype)
+        graph.input.append(helper.make_tensor_value_info(name, kind, values.shape))
+    olds = [node.input[index] for node in bn.nodes]
     for node in bn.nodes:
         node.input[index] = name
+
+    def restore() -> None:
+        for node, original in zip(bn.nodes, olds):
+            node.input[index] = original
+        for items in (graph.initializer, graph.input):
+            for item in [item for item in items if item.name == name]:
+                items.remove(item)
+
+    undo.append(restore)

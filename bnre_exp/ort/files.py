@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import uuid
 from contextlib import suppress
@@ -34,17 +35,19 @@ def load_model(path: Union[str, os.PathLike[str]]) -> onnx.ModelProto:
 
 
 def save_model(model: onnx.ModelProto, path: Union[str, os.PathLike[str]]) -> None:
-    """Write a model; weights above two gigabytes go to ``<name>.data`` beside it. Raises ``UserError`` if the disk
-    refuses."""
+    """Write a model; weights above two gigabytes go to a file ``<name>.….data`` beside it.
+
+    Raises ``UserError`` if the disk refuses.
+    """
     target = Path(os.path.realpath(path))
     unique = uuid.uuid4().hex
-    new, data = target.with_name(f".{target.name}.{unique}"), f"{target.name}.data"
+    new, data = target.with_name(f".{target.name}.{unique}"), f"{target.name}.{unique[:8]}.data"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if model.ByteSize() < LARGEST:
             onnx.save(model, new)
         else:
-            onnx.save(model, new, save_as_external_data=True, location=data)
+            onnx.save(copy.deepcopy(model), new, save_as_external_data=True, location=data)
         os.replace(new, target)
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror or error}.") from error

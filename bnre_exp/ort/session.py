@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,14 +50,14 @@ def _open(
     options.intra_op_num_threads = torch.get_num_threads()
     if optimized_to is not None:
         options.optimized_model_filepath = str(optimized_to)
-    options.log_severity_level = 3 if not is_precise else 4
+    options.log_severity_level = 4  # what goes wrong is told once, by the exception
     # Without VNNI, AVX2's fast product of uint8 and int8 saturates; with this, it is taken only where it is exact.
     options.add_session_config_entry("session.x64quantprecision", "1" if is_precise else "0")
     if model.ByteSize() < LARGEST:
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        onnx.save(model, path, save_as_external_data=True, location="model.data")
+        onnx.save(copy.deepcopy(model), path, save_as_external_data=True, location="model.data")
         return onnxruntime.InferenceSession(str(path), options, providers=providers)
 
 
@@ -82,6 +83,16 @@ def feeds(session: onnxruntime.InferenceSession, batch: Any) -> dict[str, np.nda
     return {name: _fitting(value, declared[name]) for name, value in given.items()}
 
 
+def run_session(session: onnxruntime.InferenceSession, given: dict[str, np.ndarray]) -> list[Any]:
+    """All outputs. Raises ``UserError`` if the runtime fails on these inputs."""
+    try:
+        return list(session.run(None, given))
+    except Exception as error:  # the runtime has a class for each of its status codes
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        shapes = ", ".join(str(list(value.shape)) for value in given.values())
+        raise UserError(f"ONNX Runtime cannot run the model on {shapes}: {lines[0]}") from error
+
+
 def _fitting(value: Any, declared: Any) -> np.ndarray:
     if isinstance(value, Tensor):
         value = value.detach().cpu().numpy()
@@ -90,9 +101,16 @@ def _fitting(value: Any, declared: Any) -> np.ndarray:
             f"A batch is of type {type(value).__name__}; expected an array or tensor, a tuple whose first element is "
             "one, or a mapping of input names to arrays."
         )
-    kind = KINDS.get(declared.type)
-    shape = declared.shape
-    if len(shape) != value.ndim or any(type(n) is int and n != m for n, m in zip(shape, value.shape)):
+    kind, shape = KINDS.get(declared.type), declared.shape
+    if kind is not None and not np.can_cast(value.dtype, kind, "same_kind"):
+        raise UserError(f"The input {declared.name} of the model is {declared.type}; the data are {value.dtype}.")
+    if kind in (np.float16, np.float32, np.float64) and value.dtype.kind in "iub":
+        raise UserError(
+            f"The input {declared.name} of the model is {declared.type}; the data are integers ({value.dtype}). Give "
+            "them preprocessed, as the model takes them."
+        )
+    # A shape that is not declared reads as that of a scalar.
+    if shape and (len(shape) != value.ndim) or any(type(n) is int and n != m for n, m in zip(shape, value.shape)):
         wanted = f"[{', '.join(map(str, shape))}]"
         hint = ""
         if len(shape) == value.ndim and type(shape[0]) is int and shape[0] != value.shape[0]:

@@ -25,6 +25,7 @@ from bnre_exp import (
     quantize,
     quantize_biases,
 )
+from bnre_exp.ort.session import feeds, open_session
 from tests.export.saving import folded_network
 from tests.networks import Net, flat_cnn, randomize
 
@@ -285,3 +286,76 @@ def test_biases_leave_room_for_the_sum(tmp_path):
     codes = layer.parametrizations.weight.original.double().flatten(1).abs().sum(1) * 255
     assert ((layer.parametrizations.bias.original.double().abs() + codes) < 2**31).all()
     exported(folded, tmp_path / "net.onnx", IMAGES)
+
+
+def test_equal_operations_with_grids_of_their_own(tmp_path):
+    """The exporter keeps one of them; each reader still gets its own rounding."""
+
+    def forward(self, x):
+        y = self.conv(x)
+        return F.relu6(y).mean((2, 3)) + (F.relu6(y) * 2).amax((2, 3)) + torch.tanh(y * 1.0).sum((2, 3))
+
+    model = randomize(Net(forward, conv=nn.Conv2d(3, 4, 3)))
+    for overrides in ((), (LayerRule("relu6_1", off=True),), (LayerRule("relu6", act_bits=2),)):
+        folded = folded_network(model, IMAGES, weight_bits=8, act_bits=6, overrides=overrides)
+        for name, quantizer in activation_quantizers(folded).items():
+            if name.endswith("relu6_1"):
+                quantizer.scale.data.mul_(0.4)
+        exported(folded, tmp_path / "net.onnx", IMAGES)
+
+
+def test_names_that_collide(tmp_path):
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.stem_scale, self.output = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+            self.flatten_on_grid = nn.Linear(4 * 14 * 14, 5)
+
+        def forward(self, output, output_codes):
+            y = self.output(self.stem_scale(self.stem(output)) * 2)
+            return torch.softmax(self.flatten_on_grid(torch.flatten(y, 1)), 1) + output_codes.mean((1, 2))[:, :1]
+
+    inputs = IMAGES, IMAGES.flip(0)
+    folded = folded_network(randomize(Named()), *inputs)
+    proto = exported(folded, tmp_path / "net.onnx", *inputs, by_itself=1.0)  # QLinearSoftmax truncates
+    assert [item.name for item in proto.graph.input] == ["output", "output_codes"]
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_average_pooling_that_rounds_up(padding, tmp_path):
+    pool = nn.AvgPool2d(3, 2, padding=padding, ceil_mode=True)
+    folded = folded_network(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), pool), IMAGES)
+    exported(folded, tmp_path / "net.onnx", IMAGES)
+
+
+def test_a_layer_called_twice_runs_in_our_session(tmp_path):
+    model = Net(lambda self, x: self.conv(F.relu(self.conv(x))), conv=nn.Conv2d(3, 3, 3, padding=1))
+    proto = exported(folded_network(randomize(model), IMAGES, weight_bits=8), tmp_path / "net.onnx", IMAGES)
+    x = feeds(open_session(proto), IMAGES)
+    np.testing.assert_array_equal(
+        open_session(proto).run(None, x)[0], outputs(tmp_path / "net.onnx", IMAGES, optimize=True)[0]
+    )
+
+
+def test_elementwise_maximum_at_an_old_opset(tmp_path):
+    model = Net(
+        lambda self, x: torch.maximum(self.a(x), self.b(x)).flatten(1), a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(3, 4, 1)
+    )
+    exported(folded_network(randomize(model), IMAGES), tmp_path / "net.onnx", IMAGES, opset=13)
+
+
+def test_mistakes_of_a_caller(tmp_path):
+    folded = folded_network(randomize(flat_cnn()), IMAGES)
+    for example in (IMAGES.numpy(), None, {"x": IMAGES}):
+        with pytest.raises(UserError, match="example_input: expected a batch"):
+            export_onnx(folded, example, tmp_path / "net.onnx")
+    with pytest.raises(UserError, match=r"the network cannot take \[6, 5, 16, 16\]"):
+        export_onnx(folded, torch.randn(6, 5, 16, 16), tmp_path / "net.onnx")
+    for path in ("", "."):
+        with pytest.raises(UserError, match="no path of a file|cannot be written"):
+            export_onnx(folded, IMAGES, path)
+    with pytest.raises(UserError, match="opset='21'"):
+        export_onnx(folded, IMAGES, tmp_path / "net.onnx", opset="21")
+    uncalibrated, _ = fold_batch_norms(quantize(flat_cnn(), IMAGES, QuantScheme()))
+    with pytest.raises(UserError, match="has no range yet; run calibrate"):
+        export_onnx(uncalibrated, IMAGES, tmp_path / "net.onnx")

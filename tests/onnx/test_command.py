@@ -98,3 +98,26 @@ def test_several_inputs_come_from_an_npz_file(folder, capsys):
     options = ["--data", "two.npz", "--batch-size", "30", "--num-batches", "1"]
     assert main(["reestimate", "two.onnx", "out.onnx", *options]) == 0
     np.testing.assert_allclose(values_of(load_model("out.onnx"))["bn.running_mean"], 3 * a.mean(0), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seed", "-1"], "--seed -1: expected at least 0"),
+        (["--momentum", "5", "--method", "ema"], "--momentum 5.0"),
+        (["--mean", "0.5"], "arrays are taken as they are"),
+        (["--batch-size", "0"], "--batch-size 0"),
+    ],
+)
+def test_options_out_of_range(options, message, folder, capsys):
+    assert main(["reestimate", "in.onnx", "out.onnx", "--data", "data.npy", *options]) == 1
+    assert message in capsys.readouterr().err and not (folder / "out.onnx").exists()
+
+
+def test_a_fold_that_cannot_be_checked_is_not_written(folder, capsys):
+    np.save("nan.npy", np.full((4, 3, 8, 8), np.nan, np.float32))
+    assert main(["fold", "in.onnx", "out.onnx", "--data", "nan.npy"]) == 1
+    assert "outputs are not finite" in capsys.readouterr().err and not (folder / "out.onnx").exists()
+    np.save("bytes.npy", np.ones((4, 3, 8, 8), np.uint8))
+    assert main(["reestimate", "in.onnx", "out.onnx", "--data", "bytes.npy"]) == 1
+    assert "the data are integers (uint8)" in capsys.readouterr().err

@@ -193,3 +193,66 @@ def test_without_batch_norm():
     with pytest.raises(UserError, match="folded already, or never had one"):
         fold_batch_norms(built([helper.make_node("Relu", ["x"], ["y"])], {}, ["N", 3]))
     assert run(built([helper.make_node("Relu", ["x"], ["y"])], {}, ["N", 3]), torch.ones(2, 3))[0].all()
+
+
+def with_tensors(model: onnx.ModelProto, **values) -> onnx.ModelProto:
+    for tensor in model.graph.initializer:
+        if tensor.name.replace(".", "_") in values:
+            tensor.CopyFrom(numpy_helper.from_array(values[tensor.name.replace(".", "_")], tensor.name))
+    return model
+
+
+def conv_bn(**values) -> onnx.ModelProto:
+    tensors = {"w": RANDOM.normal(size=(4, 3, 1, 1)).astype(np.float32), **bn_tensors(4)}
+    model = built([helper.make_node("Conv", ["x", "w"], ["c"]), bn("c", "y")], tensors, ["N", 3, 6, 6])
+    return with_tensors(model, **values)
+
+
+@pytest.mark.parametrize(
+    "values", [{"bn_running_var": np.float32([-1, 1, 1, 1])}, {"bn_weight": np.float32([3e38] * 4)}]
+)
+def test_numbers_that_are_not_finite_are_never_written(values):
+    folded, report = fold_batch_norms(conv_bn(**values))
+    assert len(report.kept) == 1 and "not finite" in report.kept[0][1]
+    assert all(np.isfinite(x).all() for name, x in values_of(folded).items() if name not in ("bn.running_var",))
+
+
+def test_a_gemm_bias_per_row_is_no_bias_per_channel():
+    tensors = {"w": RANDOM.normal(size=(3, 4)).astype(np.float32), "c": RANDOM.normal(size=(4, 1)).astype(np.float32)}
+    nodes = [helper.make_node("Gemm", ["x", "w", "c"], ["h"]), bn("h", "y")]
+    _, report = fold_and_compare(built(nodes, {**tensors, **bn_tensors(4)}, [4, 3]), torch.randn(4, 3))
+    assert "not one per channel" in report.kept[0][1]
+
+
+def test_names_that_are_taken():
+    model = quantized(CODES, [0.1] * 4, np.zeros(4, np.int8))
+    for node in model.graph.node:
+        for index, name in enumerate(node.input):
+            if name == "bn.weight":
+                node.input[index] = "y_weight"
+    for tensor in model.graph.initializer:
+        if tensor.name == "bn.weight":
+            tensor.name = "y_weight"
+    assert len(fold_and_compare(model, X, error=1e-3)[1].folded) == 1
+
+
+def test_training_outputs_and_other_domains_are_kept():
+    model = conv_bn()
+    model.graph.node[1].output.extend(["m", "v"])
+    assert "training mode" in fold_batch_norms(model)[1].kept[0][1]
+    model = quantized(CODES, [0.1] * 4, np.zeros(4, np.int8))
+    model.graph.node[2].domain = "com.microsoft"
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    assert "com.microsoft" in fold_batch_norms(model)[1].kept[0][1]
+    (other := conv_bn()).graph.node[0].domain = "acme"
+    assert "no convolution or Gemm" in fold_batch_norms(other)[1].kept[0][1]
+
+
+def test_the_comparison_can_fail():
+    model = conv_bn()
+    changed = with_tensors(conv_bn(), w=values_of(model)["w"] * 1.01)
+    assert compare_outputs(model, with_tensors(changed, bn_bias=values_of(model)["bn.bias"]), [X]) > 1e-3
+    broken = with_tensors(conv_bn(), w=np.full((4, 3, 1, 1), np.nan, np.float32))
+    assert compare_outputs(model, broken, [X]) == np.inf
+    with pytest.raises(UserError, match="outputs are not finite"):
+        compare_outputs(broken, broken, [X])

@@ -198,3 +198,49 @@ def test_one_clear_error_and_nothing_changed(model, batches, options, message):
     with pytest.raises(UserError, match=message):
         reestimate_bn_stats(model, batches, **{"num_batches": 2, **options})
     assert model == before
+
+
+def test_statistics_handed_on_by_identity():
+    """The older exporter keeps equal tensors once: variances of one, with means of their own."""
+    model = randomize(flat_cnn())
+    for module in model:
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_var.fill_(1)
+    proto = torchscript(model, BATCHES[0])
+    before = copy.deepcopy(proto)
+    handle = reestimate_bn_stats(proto, BATCHES, 4)
+    assert len(handle.reestimated) == 3 and not handle.skipped
+    bnre_exp.reestimate_bn_stats(model, BATCHES, 4)
+    values = values_of(proto)
+    nodes = [node for node in proto.graph.node if node.op_type == "BatchNormalization"]
+    wanted = [module for module in model if isinstance(module, nn.BatchNorm2d)]
+    for node, module in zip(nodes, wanted, strict=True):
+        np.testing.assert_allclose(values[node.input[3]], module.running_mean, rtol=2e-5, atol=2e-5)
+        np.testing.assert_allclose(values[node.input[4]], module.running_var, rtol=2e-5)
+    handle.remove()
+    assert proto == before
+
+
+def test_what_a_type_does_not_hold_is_refused():
+    half = {name: value.astype(np.float16) for name, value in bn_tensors(3).items()}
+    proto = built([bn("x", "y")], half, ["N", 3])
+    for item in (*proto.graph.input, *proto.graph.output):
+        item.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    before = copy.deepcopy(proto)
+    with pytest.raises(UserError, match="values that its type does not hold"):
+        reestimate_bn_stats(proto, [torch.randn(8, 3).half() * 3e4], 1)
+    assert proto == before
+    reestimate_bn_stats(proto, [torch.randn(8, 3).half()], 1)
+    assert values_of(proto)["bn.running_var"].dtype == np.float16
+
+
+def test_undoing_leaves_other_changes_alone():
+    proto = built(
+        [bn("x", "a"), bn("a", "y", "second")], {**bn_tensors(3), **bn_tensors(3, "second")}, ["N", 3, 12, 12]
+    )
+    old = values_of(proto)
+    handle = reestimate_bn_stats(proto, BATCHES, 2)
+    proto.graph.node[0].name = "renamed"
+    handle.remove()
+    assert proto.graph.node[0].name == "renamed"
+    assert all(np.array_equal(value, values_of(proto)[name]) for name, value in old.items())
