@@ -313,7 +313,8 @@ def test_every_format_is_verified_listed_and_found_again(tmp_path):
     assert loaded.metadata.signature is not None and loaded.metadata.saved_input_example_info is not None
 
     again, console = job(tmp_path, "export=all", name="again")
-    assert "ONNX Runtime: top-1" in console.export_text() and "reused" in console.export_text()
+    text = console.export_text()
+    assert "ONNX Runtime: top-1" in text and "reused" in text
     assert (tmp_path / "again" / "model.onnx").read_bytes() == (tmp_path / "run" / "model.onnx").read_bytes()
     assert again.metrics["onnx/top1"] == metrics["onnx/top1"]
 
