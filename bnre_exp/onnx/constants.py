@@ -68,6 +68,15 @@ def is_batch_norm(node: onnx.NodeProto) -> bool:
     return node.op_type == "BatchNormalization" and node.domain in ONNX and len(node.input) == 5
 
 
+def inner_batch_norms(model: onnx.ModelProto) -> list[tuple[onnx.NodeProto, str]]:
+    """Batch norms that are not in the graph itself, and where they are, in words."""
+    own = {id(node) for node in model.graph.node}
+    bodies = [node for node in all_nodes(model.graph) if id(node) not in own and is_batch_norm(node)]
+    functions = [node for function in model.functions for node in function.node if is_batch_norm(node)]
+    in_function = "is in a function of the model (onnx.inliner puts those in place)"
+    return [(node, "is in the body of an If or Loop") for node in bodies] + [(node, in_function) for node in functions]
+
+
 def why_not_in_inference(node: onnx.NodeProto) -> Optional[str]:
     """Why a batch norm does not normalize by its statistics, channel by channel; None if it does."""
     if attribute(node, "training_mode", 0) or sum(map(bool, node.output)) > 1 or not attribute(node, "is_test", 1):

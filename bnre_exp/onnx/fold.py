@@ -19,6 +19,8 @@ from bnre_exp.onnx.constants import (
     bn_name,
     computed_constants,
     constants_of,
+    inner_batch_norms,
+    is_batch_norm,
     names_of,
     opset_of,
     unique,
@@ -114,12 +116,12 @@ def fold_batch_norms(model: onnx.ModelProto) -> tuple[onnx.ModelProto, OnnxFoldR
     Raises ``UserError`` if the model has no batch norm.
     """
     folded = copy.deepcopy(model)
-    bns = [
-        node for node in folded.graph.node if node.op_type == "BatchNormalization" and node.domain in ("", "ai.onnx")
-    ]
-    if not bns:
+    bns, inner = [node for node in folded.graph.node if is_batch_norm(node)], inner_batch_norms(folded)
+    if not bns and not inner:
         raise UserError("The model has no BatchNormalization operation: it is folded already, or never had one.")
-    pairs, kept = [], []
+    folded.ir_version = max(folded.ir_version, 4)  # before, every initializer was an input
+    pairs: list[tuple[str, str]] = []
+    kept = [(bn_name(node), f"it {reason}") for node, reason in inner]
     ranks, computed = _ranks(folded), computed_constants(folded)
     notes: list[tuple[str, str]] = []
     for bn in bns:

@@ -15,10 +15,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bnre_exp.errors import UserError
 from bnre_exp.onnx.constants import (
-    all_nodes,
     bn_name,
     computed_constants,
     constants_of,
+    inner_batch_norms,
     is_batch_norm,
     names_of,
     opset_of,
@@ -169,13 +169,7 @@ def _find(model: onnx.ModelProto) -> tuple[list[_Bn], list[tuple[str, str]]]:
             skipped.append((bn_name(node), reason))
         else:
             groups.setdefault(tuple(map(root, node.input[1:])), []).append(node)
-    own = {id(node) for node in graph.node}
-    bodies = [node for node in all_nodes(graph) if id(node) not in own and is_batch_norm(node)]
-    skipped += [(bn_name(node), "is in the body of an If or Loop") for node in bodies]
-    functions = [node for function in model.functions for node in function.node if is_batch_norm(node)]
-    skipped += [
-        (bn_name(node), "is in a function of the model (onnx.inliner puts those in place)") for node in functions
-    ]
+    skipped += [(bn_name(node), reason) for node, reason in inner_batch_norms(model)]
     bns = []
     for key, members in groups.items():
         mean, var = (constants.value(name) for name in key[MEAN - 1 :])

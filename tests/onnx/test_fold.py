@@ -256,3 +256,36 @@ def test_the_comparison_can_fail():
     assert compare_outputs(model, broken, [X]) == np.inf
     with pytest.raises(UserError, match="outputs are not finite"):
         compare_outputs(broken, broken, [X])
+
+
+def test_batch_norms_inside_and_incomplete_ones_are_named_or_left_alone():
+    body = helper.make_graph(
+        [bn("c", "inside")], "body", [], [helper.make_tensor_value_info("inside", 1, ["N", 4, 6, 6])]
+    )
+    other = helper.make_graph(
+        [helper.make_node("Identity", ["c"], ["same"])],
+        "other",
+        [],
+        [helper.make_tensor_value_info("same", 1, ["N", 4, 6, 6])],
+    )
+    tensors = {"w": RANDOM.normal(size=(4, 3, 1, 1)).astype(np.float32), "yes": np.array(True), **bn_tensors(4)}
+    choice = helper.make_node("If", ["yes"], ["y"], then_branch=body, else_branch=other)
+    model = built([helper.make_node("Conv", ["x", "w"], ["c"]), choice], tensors, ["N", 3, 6, 6])
+    folded, report = fold_batch_norms(model)
+    assert report.kept == (("bn", "it is in the body of an If or Loop"),) and not report.folded
+    assert compare_outputs(model, folded, [X]) == 0
+    short = conv_bn()
+    del short.graph.node[1].input[3:]
+    with pytest.raises(UserError, match="folded already, or never had one"):
+        fold_batch_norms(short)
+
+
+def test_a_model_of_the_time_when_initializers_were_inputs_stays_valid():
+    model = conv_bn()
+    model.ir_version = 3
+    for tensor in model.graph.initializer:
+        model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    model.opset_import[0].version = 8
+    folded, report = fold_batch_norms(model)
+    assert len(report.folded) == 1 and folded.ir_version == 4 and model.ir_version == 3
+    onnx.checker.check_model(folded, full_check=True)
