@@ -5,6 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 
+def first_line(error: BaseException) -> str:
+    """The first line that an exception of a library says, or the name of its class."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
+
+
 class UserError(ValueError):
     """Something the user gave is wrong. The message says what was wrong, what was expected and what to do."""
 

@@ -49,13 +49,12 @@ from bnre_exp import (  # noqa: E402
 )
 from bnre_exp.onnx.compare import compare_outputs  # noqa: E402
 from bnre_exp.ort.session import feeds, open_session  # noqa: E402
+from bnre_exp.steps.predict import INTEGER_KERNELS, LAYERS  # noqa: E402
 
 COLUMNS = (
     "name", "status", "input", "bns", "onnx_deviation", "torch_deviation", "layer_deviation", "folded", "kept",
     "fold_difference", "qdq", "qdq_logits_equal", "integer_layers", "float_layers", "seconds", "error",
 )  # fmt: skip
-INTEGER = ("QLinearConv", "QGemm", "QLinearMatMul")
-FLOATING = ("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
 Statistics = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -192,8 +191,8 @@ def check_qdq(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, Any]:
     return {
         "qdq": "exported",
         "qdq_logits_equal": float(min(equal)),
-        "integer_layers": sum(kinds.count(kind) for kind in INTEGER),
-        "float_layers": sum(kinds.count(kind) for kind in FLOATING),
+        "integer_layers": sum(kinds.count(kind) for kind in INTEGER_KERNELS),
+        "float_layers": sum(kinds.count(kind) for kind in LAYERS),
     }
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, fx
 from bnre_exp.errors import UserError
 from bnre_exp.export.files import write_file
 from bnre_exp.export.onnx import write_model
-from bnre_exp.export.plain import EXPORTER_OPSET, Codes, Grid, Plain, plain_network
+from bnre_exp.export.plain import EXPORTER_OPSET, plain_network
+from bnre_exp.export.records import Codes, Grid, Plain, along
 
 VERSIONS = ("1.0.0", "2.0.0")
 MODEL = "model.onnx"
@@ -127,7 +128,7 @@ def read_encodings(folder: Path, version: str) -> Plain:
     for name, bits, is_signed, scale, zero_point, axis in entries:
         if name in model.graph.initializers:
             value = model.graph.initializers[name]
-            axis = None if scale.size == 1 and axis is None else _channel_axis(value) if axis is None else axis
+            axis = _channel_axis(value) if axis is None and scale.size > 1 else axis
             parameters.append(_codes(value, bits, scale, axis))
         elif name in known and not is_signed:
             grids.append(Grid(name, float(scale[0]), zero_point, bits))
@@ -162,10 +163,7 @@ def _channel_axis(value: Any) -> int:
 
 def _codes(value: Any, bits: int, scale: np.ndarray, axis: Optional[int]) -> Codes:
     weight = value.const_value.numpy()
-    shape = [1] * weight.ndim
-    if axis is not None:
-        shape[axis] = -1
-    codes = np.rint(weight.astype(np.float64) / scale.reshape(shape))
+    codes = np.rint(weight.astype(np.float64) / along(scale, weight.ndim, axis))
     largest = 2 ** (bits - 1)
     if np.abs(codes).max(initial=0) > largest:
         raise UserError(f"{value.name} exceeds the grid of {bits} bits that its encoding describes")

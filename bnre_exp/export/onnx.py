@@ -10,10 +10,11 @@ from typing import Any, Union
 
 from torch import Tensor, fx
 
-from bnre_exp.errors import UserError
+from bnre_exp.errors import UserError, first_line
 from bnre_exp.export.files import write_file
-from bnre_exp.export.plain import Plain, plain_network
+from bnre_exp.export.plain import plain_network
 from bnre_exp.export.qdq import insert_qdq
+from bnre_exp.export.records import Plain
 from bnre_exp.quantsim.insert import activation_quantizers
 from bnre_exp.stages.bias import quantize_biases
 from bnre_exp.stages.fold import fold_batch_norms
@@ -85,6 +86,5 @@ def checked(model: Any) -> Any:
     try:
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:  # the checker's and shape inference's own kinds
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"its ONNX model is not valid ({lines[0]}); this is a defect of bnre_exp") from error
+        raise UserError(f"its ONNX model is not valid ({first_line(error)}); this is a defect of bnre_exp") from error
     return proto

@@ -8,7 +8,8 @@ from typing import Any, Optional
 import numpy as np
 
 from bnre_exp.errors import UserError
-from bnre_exp.export.plain import Codes, Grid, Plain, unique
+from bnre_exp.export.records import Codes, Grid, Plain
+from bnre_exp.ort.names import unique
 from bnre_exp.ort.opset import drop_unused
 
 WIDE_OPSET = 21  # (u)int4 and (u)int16 came with it
@@ -35,10 +36,8 @@ def insert_qdq(plain: Plain, int4: bool) -> Any:
     check_expressible(plain.grids, plain.parameters, opset)
     has_int4 = int4 and opset >= WIDE_OPSET
     graph = plain.model.graph
-    taken = {value.name for node in graph for value in node.outputs} | set(graph.initializers)
-    taken |= {value.name for value in graph.inputs}
-    tensors = {value.name: value for node in graph for value in node.outputs}
-    tensors.update({value.name: value for value in graph.inputs})
+    tensors = {value.name: value for value in (*graph.inputs, *(x for node in graph for x in node.outputs))}
+    taken = set(tensors) | set(graph.initializers)
     for codes in plain.parameters:
         _dequantize(graph, codes, has_int4, taken)
     for grid in plain.grids:
@@ -61,7 +60,7 @@ def _dequantize(graph: Any, codes: Codes, has_int4: bool, taken: set[str]) -> No
     zero_type = ir.DataType.INT8 if dtype == ir.DataType.INT4 else dtype
     integers = _constant(graph, f"{codes.name}_codes", codes.codes, dtype, taken)
     # A scale along an axis even where there is one channel: the number of axes tells the kind of quantization.
-    scale = codes.scale.astype(np.float32) if codes.axis is not None else codes.scale.astype(np.float32).reshape(())
+    scale = codes.scale.astype(np.float32).reshape(() if codes.axis is None else -1)
     if dtype == ir.DataType.INT4:
         cast = ir.node("Cast", [integers], {"to": ir.DataType.INT8})
         _prepend(graph, [cast])
@@ -148,10 +147,8 @@ def _rounding(
         result.name = unique(f"{grid.name}_{named}", taken) if named else None
         return result
 
-    scale, zero = (
-        constant("scale", np.float32(grid.scale), ir.DataType.FLOAT),
-        constant("zero_point", grid.zero_point, dtype),
-    )
+    scale = constant("scale", np.float32(grid.scale), ir.DataType.FLOAT)
+    zero = constant("zero_point", grid.zero_point, dtype)
     value = tensor
     if needs_clip and dtype == ir.DataType.UINT16:  # runtimes clip floats and 8-bit integers, but no 16-bit ones
         low, high = (np.float32((code - grid.zero_point) * np.float64(grid.scale)) for code in ends)

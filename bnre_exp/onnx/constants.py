@@ -94,14 +94,6 @@ def names_of(graph: onnx.GraphProto) -> set[str]:
     return found
 
 
-def unique(name: str, taken: set[str]) -> str:
-    """The name, with underscores after it while it is taken; taken from now on."""
-    while name in taken:
-        name += "_"
-    taken.add(name)
-    return name
-
-
 def all_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     """The nodes of a graph and of the graphs inside it."""
     found = []

@@ -9,28 +9,25 @@ from typing import Optional
 import numpy as np
 import onnx
 import torch
-from onnx import helper, numpy_helper
+from onnx import helper
 
 from bnre_exp.errors import UserError
 from bnre_exp.onnx.constants import (
     ONNX,
-    Constants,
     attribute,
     bn_name,
     computed_constants,
-    constants_of,
     inner_batch_norms,
     is_batch_norm,
-    names_of,
-    opset_of,
-    unique,
     why_not_in_inference,
 )
+from bnre_exp.onnx.graph import EditedGraph, Kept, Quantized, drop_unused, edited_graph, ranks_of
+from bnre_exp.ort.names import unique
 from bnre_exp.quantsim.layout import WeightLayout
+from bnre_exp.stages.bias import SMALLEST_STEP
+from bnre_exp.stages.fold import SMALLEST_SCALE
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-SMALLEST_SCALE = 1e-30  # as in bnre_exp.stages.fold
-SMALLEST_STEP = 2.0**-126
 DEFAULT_EPSILON = 1e-5  # of BatchNormalization
 
 
@@ -44,65 +41,6 @@ class OnnxFoldReport:
     folded: tuple[tuple[str, str], ...]
     kept: tuple[tuple[str, str], ...]
     notes: tuple[tuple[str, str], ...]
-
-
-class _Kept(Exception):
-    """Why a batch norm stays."""
-
-
-@dataclass
-class _Quantized:
-    """A tensor that a DequantizeLinear gives: codes, scale and zero point, the node, and the axis of the scale."""
-
-    node: onnx.NodeProto
-    codes: np.ndarray
-    scale: np.ndarray
-    zero_point: np.ndarray
-    axis: int
-
-
-@dataclass
-class _Graph:
-    """A graph being changed: its constants, who makes what, its opset, the notes for the report."""
-
-    graph: onnx.GraphProto
-    opset: int
-    constants: Constants
-    makers: dict[str, onnx.NodeProto]
-    outputs: set[str]
-    ranks: dict[str, int]
-    taken: set[str]
-    notes: list[tuple[str, str]]
-
-    def add_constant(self, name: str, values: np.ndarray) -> str:
-        """A new initializer; returns its name."""
-        name = unique(name, self.taken)
-        tensor = numpy_helper.from_array(values, name)
-        self.graph.initializer.append(tensor)
-        self.constants.tensors[name] = tensor
-        return name
-
-    def add_node(self, node: onnx.NodeProto, before: onnx.NodeProto) -> None:
-        """Put a node right before another."""
-        index = next(i for i, other in enumerate(self.graph.node) if other is before)
-        self.graph.node.insert(index, node)
-        self.makers.update({name: self.graph.node[index] for name in node.output})
-
-    def quantized(self, name: str) -> Optional[_Quantized]:
-        """The codes behind a tensor, if a DequantizeLinear of constants gives it."""
-        node = self.makers.get(name)
-        if node is None or node.op_type != "DequantizeLinear":
-            return None
-        if node.domain not in ONNX:
-            raise _Kept(f"its weight is dequantized by an operation of {node.domain}")
-        values = [value for item in node.input if item and (value := self.constants.value(item)) is not None]
-        if len(values) < sum(map(bool, node.input)) or attribute(node, "block_size", 0):
-            raise _Kept("its weight is dequantized in blocks, or from codes that are not constants")
-        codes, scale, *zero = values
-        if codes.dtype.kind not in "iu" and "int" not in codes.dtype.name:
-            raise _Kept(f"the codes of its weight are of type {codes.dtype}")
-        zero_point = zero[0] if zero else np.zeros(scale.shape, codes.dtype)
-        return _Quantized(node, codes, scale, zero_point, int(attribute(node, "axis", 1)) % max(1, codes.ndim))
 
 
 def fold_batch_norms(model: onnx.ModelProto) -> tuple[onnx.ModelProto, OnnxFoldReport]:
@@ -122,21 +60,21 @@ def fold_batch_norms(model: onnx.ModelProto) -> tuple[onnx.ModelProto, OnnxFoldR
     folded.ir_version = max(folded.ir_version, 4)  # before, every initializer was an input
     pairs: list[tuple[str, str]] = []
     kept = [(bn_name(node), f"it {reason}") for node, reason in inner]
-    ranks, computed = _ranks(folded), computed_constants(folded)
+    ranks, computed = ranks_of(folded), computed_constants(folded)
     notes: list[tuple[str, str]] = []
     for bn in bns:
-        graph = _graph(folded, ranks, computed, notes)
+        graph = edited_graph(folded, ranks, computed, notes)
         label = bn_name(bn)
         try:
             layer = _layer_before(graph, bn)
             name = _name(layer)
             with np.errstate(all="ignore"):
                 _fold(graph, layer, bn)
-        except _Kept as reason:
+        except Kept as reason:
             kept.append((label, str(reason)))
         else:
             pairs.append((name, label))
-    _drop_unused(folded.graph)
+    drop_unused(folded.graph)
     return folded, OnnxFoldReport(tuple(pairs), tuple(kept), tuple(notes))
 
 
@@ -144,65 +82,41 @@ def _name(layer: onnx.NodeProto) -> str:
     return str(layer.name or layer.output[0])
 
 
-def _graph(
-    model: onnx.ModelProto,
-    ranks: dict[str, int],
-    computed: dict[str, onnx.TensorProto],
-    notes: list[tuple[str, str]],
-) -> _Graph:
-    graph, constants = model.graph, constants_of(model.graph)
-    constants.tensors = {**computed, **constants.tensors}
-    makers = {name: node for node in graph.node for name in node.output}
-    outputs = {item.name for item in graph.output}
-    return _Graph(graph, opset_of(model), constants, makers, outputs, ranks, names_of(graph), notes)
-
-
-def _ranks(model: onnx.ModelProto) -> dict[str, int]:
-    """How many axes each tensor has, where that is known."""
-    graph = model.graph
-    try:
-        known = onnx.shape_inference.infer_shapes(model).graph
-    except Exception:  # shapes decide about MatMul only
-        known = graph
-    infos = [*known.value_info, *known.input, *known.output]
-    return {i.name: len(i.type.tensor_type.shape.dim) for i in infos if i.type.tensor_type.HasField("shape")}
-
-
-def _layer_before(graph: _Graph, bn: onnx.NodeProto) -> onnx.NodeProto:
+def _layer_before(graph: EditedGraph, bn: onnx.NodeProto) -> onnx.NodeProto:
     reason = why_not_in_inference(bn)
     if reason is not None:
-        raise _Kept(f"it {reason}")
+        raise Kept(f"it {reason}")
     source = graph.makers.get(bn.input[0])
     if source is None:
-        raise _Kept("it reads an input of the model")
+        raise Kept("it reads an input of the model")
     if source.op_type == "DequantizeLinear":
-        raise _Kept("a quantizer between the layer and the batch norm")
+        raise Kept("a quantizer between the layer and the batch norm")
     if source.op_type == "Add" and graph.ranks.get(bn.input[0]) == 2:
         products = [graph.makers.get(name) for name in source.input]
         if any(node is not None and node.op_type == "MatMul" for node in products):
-            raise _Kept("a MatMul whose bias is added by an operation of its own (onnxoptimizer makes a Gemm of them)")
+            raise Kept("a MatMul whose bias is added by an operation of its own (onnxoptimizer makes a Gemm of them)")
     if source.op_type not in LAYERS or source.domain not in ONNX:
-        raise _Kept(f"no convolution or Gemm directly before it, but a {source.op_type}")
+        raise Kept(f"no convolution or Gemm directly before it, but a {source.op_type}")
     readers = {id(node) for node, _ in graph.constants.readers[bn.input[0]]}
     if len(readers) > 1 or bn.input[0] in graph.outputs:
-        raise _Kept("the layer's output has another consumer")
+        raise Kept("the layer's output has another consumer")
     if source.op_type == "MatMul" and graph.ranks.get(bn.input[0]) != 2:
-        raise _Kept("a MatMul whose channels are not, or not known to be, on the axis that is normalized")
+        raise Kept("a MatMul whose channels are not, or not known to be, on the axis that is normalized")
     return source
 
 
-def _fold(graph: _Graph, layer: onnx.NodeProto, bn: onnx.NodeProto) -> None:
+def _fold(graph: EditedGraph, layer: onnx.NodeProto, bn: onnx.NodeProto) -> None:
     gamma, beta, mean, var = _parameters(graph, bn)
     gain = gamma / np.sqrt(var + attribute(bn, "epsilon", DEFAULT_EPSILON))
     shift = beta - mean * gain
     weight = graph.quantized(layer.input[1])
     codes = weight.codes if weight is not None else graph.constants.value(layer.input[1])
     if codes is None:
-        raise _Kept(f"the weight of the {layer.op_type} is not a constant")
+        raise Kept(f"the weight of the {layer.op_type} is not a constant")
     layout, axis = _layout(layer, codes.shape)
     channels = codes.shape[1] * layout.groups if layout.transposed else codes.shape[axis or 0]
     if any(len(values) != channels for values in (gamma, beta, mean, var)):
-        raise _Kept("its parameters do not fit the layer's channels")
+        raise Kept("its parameters do not fit the layer's channels")
     factor = layout.expand(torch.from_numpy(gain)).numpy() if axis is None else _along(gain, codes.ndim, axis)
     if layer.op_type == "Gemm":
         shift = shift / (attribute(layer, "beta", 1.0) or 1.0)
@@ -225,10 +139,10 @@ def _fold(graph: _Graph, layer: onnx.NodeProto, bn: onnx.NodeProto) -> None:
 
 def _check_finite(*values: np.ndarray) -> None:
     if not all(np.isfinite(x.astype(np.float64)).all() for x in values):
-        raise _Kept("folding would give numbers that are not finite, or that the layer's type does not hold")
+        raise Kept("folding would give numbers that are not finite, or that the layer's type does not hold")
 
 
-def _parameters(graph: _Graph, bn: onnx.NodeProto) -> list[np.ndarray]:
+def _parameters(graph: EditedGraph, bn: onnx.NodeProto) -> list[np.ndarray]:
     found = []
     for name in bn.input[1:5]:
         value = graph.constants.value(name)
@@ -236,12 +150,12 @@ def _parameters(graph: _Graph, bn: onnx.NodeProto) -> list[np.ndarray]:
         if behind is not None:
             value = _dequantized(behind)
         if value is None:
-            raise _Kept("its parameters are not constants")
+            raise Kept("its parameters are not constants")
         found.append(value.astype(np.float64).ravel())
     return found
 
 
-def _dequantized(tensor: _Quantized) -> np.ndarray:
+def _dequantized(tensor: Quantized) -> np.ndarray:
     scale, zero = (
         value if value.size == 1 else _along(value, tensor.codes.ndim, tensor.axis)
         for value in (tensor.scale, tensor.zero_point)
@@ -260,7 +174,7 @@ def _layout(layer: onnx.NodeProto, shape: tuple[int, ...]) -> tuple[WeightLayout
     """Where a weight's output channels are; the axis is None for a grouped transposed convolution, which has two."""
     groups = int(attribute(layer, "group", 1))
     if len(shape) < 2 or (layer.op_type in ("Gemm", "MatMul") and len(shape) != 2):
-        raise _Kept(f"the weight of the {layer.op_type} has {len(shape)} axes")
+        raise Kept(f"the weight of the {layer.op_type} has {len(shape)} axes")
     if layer.op_type == "ConvTranspose":
         layout = WeightLayout(len(shape), True, groups, shape[0])
         return layout, 1 if groups == 1 else None
@@ -270,7 +184,7 @@ def _layout(layer: onnx.NodeProto, shape: tuple[int, ...]) -> tuple[WeightLayout
     return WeightLayout(2, False, 1, shape[1]), 0 if is_transposed else 1
 
 
-def _old_bias(graph: _Graph, layer: onnx.NodeProto, channels: int) -> np.ndarray:
+def _old_bias(graph: EditedGraph, layer: onnx.NodeProto, channels: int) -> np.ndarray:
     """The bias per channel, float64 ``[C]``."""
     if layer.op_type == "MatMul" or len(layer.input) < 3 or not layer.input[2]:
         return np.zeros(channels)
@@ -280,22 +194,22 @@ def _old_bias(graph: _Graph, layer: onnx.NodeProto, channels: int) -> np.ndarray
         value = _dequantized(behind)
     fits = value is not None and (value.size == 1 or value.shape in ((channels,), (1, channels)))
     if value is None or not fits:
-        raise _Kept(f"the bias of the {layer.op_type} is not a constant, or not one per channel")
+        raise Kept(f"the bias of the {layer.op_type} is not a constant, or not one per channel")
     used = attribute(layer, "beta", 1.0) != 0 or layer.op_type != "Gemm"
     return np.broadcast_to(value.astype(np.float64).ravel(), channels) * float(used)
 
 
 def _fold_codes(
-    graph: _Graph, layer: onnx.NodeProto, name: str, weight: _Quantized, gain: np.ndarray, factor: np.ndarray,
+    graph: EditedGraph, layer: onnx.NodeProto, name: str, weight: Quantized, gain: np.ndarray, factor: np.ndarray,
     axis: Optional[int],
 ) -> tuple[str, np.ndarray]:  # fmt: skip
     """New codes and scales behind a new DequantizeLinear; returns its output and the scale per channel."""
     if axis is None:
-        raise _Kept("a grouped transposed convolution needs a scale per group and channel, ONNX has one axis")
+        raise Kept("a grouped transposed convolution needs a scale per group and channel, ONNX has one axis")
     if weight.scale.size > 1 and weight.axis != axis:
-        raise _Kept("its weight has scales along another axis than the output channels")
+        raise Kept("its weight has scales along another axis than the output channels")
     if graph.opset < 13:
-        raise _Kept(f"opset {graph.opset} has no scales per channel; 13 has")
+        raise Kept(f"opset {graph.opset} has no scales per channel; 13 has")
     zero = weight.zero_point.astype(np.int64)
     zeros = zero if zero.size == 1 else _along(zero, weight.codes.ndim, axis)
     scale = np.broadcast_to(weight.scale.astype(np.float64).ravel(), gain.shape)
@@ -306,7 +220,7 @@ def _fold_codes(
     codes = (weight.codes.astype(np.int64) - zeros) * sign.astype(np.int64) + zeros
     low, high = _limits(graph, weight)
     if codes.min(initial=0) < low or codes.max(initial=0) > high:
-        raise _Kept(f"a negative gamma meets the code {low}, whose negative the type does not have")
+        raise Kept(f"a negative gamma meets the code {low}, whose negative the type does not have")
     new_scale = np.where(vanishes, scale, new_scale).astype(weight.scale.dtype)
     zero_point = np.broadcast_to(weight.zero_point.ravel(), gain.shape).copy()
     inputs = [
@@ -322,7 +236,7 @@ def _fold_codes(
     return output, new_scale.astype(np.float64)
 
 
-def _limits(graph: _Graph, weight: _Quantized) -> tuple[int, int]:
+def _limits(graph: EditedGraph, weight: Quantized) -> tuple[int, int]:
     """The range of the type of the codes, 4-bit ones included."""
     kind = int(graph.constants.tensors[weight.node.input[0]].data_type)
     bits = {int(onnx.TensorProto.INT4): (-8, 7), int(onnx.TensorProto.UINT4): (0, 15)}
@@ -332,7 +246,7 @@ def _limits(graph: _Graph, weight: _Quantized) -> tuple[int, int]:
     return int(info.min), int(info.max)
 
 
-def _bias_step(graph: _Graph, layer: onnx.NodeProto, scale: np.ndarray) -> Optional[np.ndarray]:
+def _bias_step(graph: EditedGraph, layer: onnx.NodeProto, scale: np.ndarray) -> Optional[np.ndarray]:
     """The grid of an int32 bias per channel, None if the input is not quantized with one known scale."""
     source = graph.makers.get(layer.input[0])
     if source is None or source.op_type != "DequantizeLinear" or len(layer.input) < 2 or layer.op_type == "MatMul":
@@ -346,7 +260,7 @@ def _bias_step(graph: _Graph, layer: onnx.NodeProto, scale: np.ndarray) -> Optio
 
 
 def _new_bias(
-    graph: _Graph, layer: onnx.NodeProto, name: str, bias: np.ndarray, step: Optional[np.ndarray], dtype: np.dtype
+    graph: EditedGraph, layer: onnx.NodeProto, name: str, bias: np.ndarray, step: Optional[np.ndarray], dtype: np.dtype
 ) -> str:
     """A tensor that is the bias: a constant, or int32 codes and a DequantizeLinear."""
     if step is not None:
@@ -367,7 +281,7 @@ def _new_bias(
     return output
 
 
-def _set_output(graph: _Graph, layer: onnx.NodeProto, bn: onnx.NodeProto, bias: str) -> None:
+def _set_output(graph: EditedGraph, layer: onnx.NodeProto, bn: onnx.NodeProto, bias: str) -> None:
     """The layer gives what the batch norm gave, which goes."""
     position = next(i for i, node in enumerate(graph.graph.node) if node is bn)
     if layer.op_type == "MatMul":
@@ -382,24 +296,3 @@ def _set_output(graph: _Graph, layer: onnx.NodeProto, bn: onnx.NodeProto, bias: 
             if layer.op_type == "Gemm" and item.name == "beta" and item.f == 0:
                 item.f = 1.0
     graph.graph.node.remove(bn)
-
-
-def _drop_unused(graph: onnx.GraphProto) -> None:
-    """Operations and initializers that nothing reads any more, and what was said about them."""
-    outputs = {item.name for item in graph.output}
-    while True:
-        read = set(constants_of(graph).readers) | outputs
-        unread = [node for node in graph.node if not read & set(node.output)]
-        if not unread:
-            break
-        for node in unread:
-            graph.node.remove(node)
-    read = set(constants_of(graph).readers) | outputs
-    dropped = {tensor.name for tensor in graph.initializer} - read
-    for items in (graph.initializer, graph.input):
-        for item in [item for item in items if item.name in dropped]:
-            items.remove(item)
-    for item in [item for item in graph.value_info if item.name not in read]:
-        graph.value_info.remove(item)
-    for note in [note for note in graph.quantization_annotation if note.tensor_name not in read]:
-        graph.quantization_annotation.remove(note)

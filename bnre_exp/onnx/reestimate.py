@@ -22,9 +22,9 @@ from bnre_exp.onnx.constants import (
     is_batch_norm,
     names_of,
     opset_of,
-    unique,
     why_not_in_inference,
 )
+from bnre_exp.ort.names import unique
 from bnre_exp.ort.session import feeds, open_session, run_session
 from bnre_exp.progress import Progress, no_progress
 from bnre_exp.stages.inputs import Passes, take_batches

@@ -11,7 +11,7 @@ from typing import Union
 
 import onnx
 
-from bnre_exp.errors import UserError
+from bnre_exp.errors import UserError, first_line
 
 LARGEST = 2**31 - 2**20  # protobuf holds no more in one piece; weights then go to a file beside the model
 
@@ -27,8 +27,7 @@ def load_model(path: Union[str, os.PathLike[str]]) -> onnx.ModelProto:
     try:
         model = onnx.load(target)
     except Exception as error:  # protobuf, onnx and the file system each have their own
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{target} is not an ONNX model, or a damaged one ({lines[0]}).") from error
+        raise UserError(f"{target} is not an ONNX model, or a damaged one ({first_line(error)}).") from error
     if not model.graph.node or not model.opset_import:
         raise UserError(f"{target} is not an ONNX model: it has no operations.")
     return model

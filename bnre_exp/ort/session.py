@@ -14,7 +14,7 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from bnre_exp.errors import UserError
+from bnre_exp.errors import UserError, first_line
 from bnre_exp.ort.files import LARGEST
 
 KINDS = {
@@ -39,8 +39,9 @@ def open_session(
         except Exception:  # ONNX Runtime 1.32 cannot prepare 8-bit weights that two layers share for that
             return _open(model, chosen, optimized_to, is_precise=False)
     except Exception as error:  # the runtime has a class for each of its status codes
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"ONNX Runtime {onnxruntime.__version__} does not take the model: {lines[0]}") from error
+        raise UserError(
+            f"ONNX Runtime {onnxruntime.__version__} does not take the model: {first_line(error)}"
+        ) from error
 
 
 def _open(
@@ -88,9 +89,8 @@ def run_session(session: onnxruntime.InferenceSession, given: dict[str, np.ndarr
     try:
         return list(session.run(None, given))
     except Exception as error:  # the runtime has a class for each of its status codes
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         shapes = ", ".join(str(list(value.shape)) for value in given.values())
-        raise UserError(f"ONNX Runtime cannot run the model on {shapes}: {lines[0]}") from error
+        raise UserError(f"ONNX Runtime cannot run the model on {shapes}: {first_line(error)}") from error
 
 
 def _fitting(value: Any, declared: Any) -> np.ndarray:

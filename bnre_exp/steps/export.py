@@ -16,7 +16,8 @@ from bnre_exp.errors import UserError
 from bnre_exp.export.checkpoint import save_folded
 from bnre_exp.export.encodings import MODEL, VERSIONS, write_encodings
 from bnre_exp.export.onnx import check_exportable, write_model, write_qdq
-from bnre_exp.export.plain import Plain, plain_network
+from bnre_exp.export.plain import plain_network
+from bnre_exp.export.records import Plain
 from bnre_exp.preprocess import METADATA
 from bnre_exp.quantsim.nodes import is_layer
 from bnre_exp.stages.bias import input_quantizer

@@ -34,13 +34,12 @@ def load_checkpoint(request: Mapping[str, Any]) -> tuple[Predict, Describe]:
     """A folded checkpoint, in torch. request: path, device; model: how to build what the checkpoint does not hold."""
     from bnre_exp.export.checkpoint import load_folded
     from bnre_exp.models import build_model
+    from bnre_exp.stages.evaluate import logits_of
 
     model = build_model(**request["model"]).module.eval() if request.get("model") else None
     network = load_folded(request["path"], model).to(request["device"]).eval()
 
     def predict(x: np.ndarray) -> np.ndarray:
-        from bnre_exp.stages.evaluate import logits_of
-
         with torch.no_grad():
             return logits_of(network(torch.from_numpy(x).to(request["device"]))).float().cpu().numpy()
 
