@@ -17,6 +17,7 @@ from bnre_exp.stages.bias import quantize_biases
 from bnre_exp.stages.calibrate import calibrate
 from bnre_exp.stages.evaluate import evaluate
 from bnre_exp.stages.fold import fold_batch_norms
+from bnre_exp.stages.integers import integer_simulation
 from bnre_exp.stages.reestimate import reestimate_bn_stats
 from bnre_exp.stages.train import train
 
@@ -33,6 +34,7 @@ __all__ = [
     "export_encodings",
     "export_onnx",
     "fold_batch_norms",
+    "integer_simulation",
     "list_layers",
     "load_folded",
     "quantize",

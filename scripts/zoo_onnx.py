@@ -275,6 +275,7 @@ def main() -> int:
     parser.add_argument("--filter", nargs="+", default=["*"])
     parser.add_argument("--output", type=Path, default=Path("docs/zoo_onnx"))
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--memory", type=float, default=16, help="GiB for one network (default 16)")
     parser.add_argument("--again", action="store_true")
     options = parser.parse_args()
     names = [n for n in zoo.names_of("torchvision") if any(fnmatch.fnmatchcase(n, p) for p in options.filter)]
@@ -284,7 +285,7 @@ def main() -> int:
         with file.open(newline="") as stream:
             known = {row["name"]: row for row in csv.DictReader(stream)}
     todo = [("torchvision", name) for name in names if name not in known]
-    for row in zoo.results(todo, options.jobs, 1200, 16, run):
+    for row in zoo.results(todo, options.jobs, 1800, options.memory, run):
         print(row["name"], row.get("status"), row.get("error", ""), f"{row['seconds']} s", flush=True)
         known[row["name"]] = row
         with file.open("w", newline="") as stream:

@@ -12,6 +12,7 @@ from bnre_exp.stages.bias import BiasReport, quantize_biases
 from bnre_exp.stages.compare import compare_logits
 from bnre_exp.stages.evaluate import evaluate
 from bnre_exp.stages.fold import FoldReport, fold_batch_norms
+from bnre_exp.stages.integers import integer_simulation
 from bnre_exp.stages.size import packed_megabytes
 from bnre_exp.steps.outcome import Measured, Outcome
 from bnre_exp.steps.setting import Setting, seed, timed
@@ -45,15 +46,18 @@ def fold(setting: Setting, sim: nn.Module, snapshots: Optional[SnapshotFolder]) 
         "folded_bns": float(len(report.folded)),
         "kept_bns": float(len(report.kept)),
     }
-    evaluation = unrounded
     if config.fold.bias_bits is not None:
         _report_biases(outcome, quantize_biases(folded, config.fold.bias_bits))
-        evaluation = evaluate(folded, setting.loaders.test, progress=setting.progress, description="fold: evaluate")
+    shipped = integer_simulation(folded)
+    evaluation = evaluate(shipped, setting.loaders.test, progress=setting.progress, description="fold: evaluate")
+    if config.fold.bias_bits is not None:
         metrics["bias_delta_top1"] = evaluation.top1 - unrounded.top1
     metrics["megabytes"] = packed_megabytes(folded)
     if setting.loaders.validation is not None:  # what a search may use: test data are only reported
-        validation = setting.loaders.validation
-        metrics["val_top1"] = evaluate(folded, validation, progress=setting.progress, description="fold: validate").top1
+        held_out = evaluate(
+            shipped, setting.loaders.validation, progress=setting.progress, description="fold: validate"
+        )
+        metrics["val_top1"] = held_out.top1
     note = _note(report, difference.relative)
     outcome.measured.append(Measured("fold", "fold", evaluation, seconds, before, note, metrics))
     return outcome, folded

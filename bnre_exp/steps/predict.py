@@ -31,13 +31,15 @@ Describe = Callable[[np.ndarray], dict[str, float]]
 
 
 def load_checkpoint(request: Mapping[str, Any]) -> tuple[Predict, Describe]:
-    """A folded checkpoint, in torch. request: path, device; model: how to build what the checkpoint does not hold."""
+    """A folded checkpoint, in torch, computed on integers. request: path, device; model: how to build what the
+    checkpoint does not hold."""
     from bnre_exp.export.checkpoint import load_folded
     from bnre_exp.models import build_model
     from bnre_exp.stages.evaluate import logits_of
+    from bnre_exp.stages.integers import integer_simulation
 
     model = build_model(**request["model"]).module.eval() if request.get("model") else None
-    network = load_folded(request["path"], model).to(request["device"]).eval()
+    network = integer_simulation(load_folded(request["path"], model).to(request["device"])).eval()
 
     def predict(x: np.ndarray) -> np.ndarray:
         with torch.no_grad():

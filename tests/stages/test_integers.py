@@ -1,0 +1,163 @@
+"""The network on integers: against integer arithmetic written out, and against ONNX Runtime's integer kernels."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from bnre_exp import (
+    QuantScheme,
+    activation_quantizers,
+    bypassed,
+    calibrate,
+    export_onnx,
+    fold_batch_norms,
+    integer_simulation,
+    quantize,
+    quantize_biases,
+    reestimate_bn_stats,
+)
+from bnre_exp.ort.session import feeds, open_session
+from tests.export.saving import folded_network
+from tests.networks import Net, flat_cnn, randomize
+
+IMAGES = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def run(network: nn.Module, *x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return network(*x)
+
+
+def through_onnx_runtime(folded, path, x: Tensor) -> Tensor:
+    export_onnx(folded, x, path)
+    session = open_session(onnx.load(path))
+    return torch.from_numpy(session.run(None, feeds(session, x))[0])
+
+
+@pytest.mark.parametrize(("weight_bits", "act_bits"), [(8, 8), (4, 8), (3, 5)])
+def test_layer_by_layer_in_int64(weight_bits, act_bits):
+    """Each conv with its ReLU and quantizer, from the codes that it got, in numpy's integers."""
+    folded = folded_network(randomize(flat_cnn()), IMAGES, weight_bits=weight_bits, act_bits=act_bits)
+    network, seen = integer_simulation(folded), []
+    for node in network.graph.nodes:
+        if str(node.target).endswith("_in_integers"):  # conv, quantizer, conv, quantizer, ...
+            network.get_submodule(node.target).register_forward_hook(lambda _, x, y: seen.append((x[0], y)))
+    run(network, IMAGES)
+    convs = [module for module in folded.modules() if isinstance(module, nn.Conv2d)]
+    grids = [
+        (quantizer.scale.detach().numpy(), int(quantizer.zero_point.round()))
+        for quantizer in activation_quantizers(folded).values()
+    ]
+    assert len(convs) == 3 and len(seen) == 8
+    for index, conv in enumerate(convs):
+        (scale_in, _), (scale_out, zero_out) = grids[index], grids[index + 1]
+        weight, bias = conv.parametrizations.weight, conv.parametrizations.bias
+        codes = np.rint(seen[2 * index][0].numpy() / scale_in)
+        how = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        sums = F.conv2d(torch.from_numpy(codes).double(), weight.original.double(), bias.original.double(), *how)
+        assert torch.equal(sums, sums.round())
+        multiplier = scale_in * weight[0].scale.numpy() / scale_out
+        wanted = np.rint(sums.numpy().astype(np.float32) * multiplier[:, None, None])
+        wanted = np.clip(wanted + zero_out, 0, 2**act_bits - 1) - zero_out
+        np.testing.assert_array_equal(np.rint(seen[2 * index + 1][1].numpy() / scale_out), wanted)
+
+
+def plain(self, x):
+    return self.head(torch.flatten(F.relu6(self.bn(self.conv(x))), 1))
+
+
+def limited(self, x):
+    y = F.hardtanh(self.bn(self.conv(x)), -0.3, max_val=0.7)
+    return self.head(torch.flatten(self.act(y), 1))
+
+
+def without_requantization(self, x):
+    return self.head(torch.flatten(torch.tanh(self.bn(self.conv(x))), 1))
+
+
+NETWORKS = {
+    "flat": lambda: flat_cnn(),
+    "relu6": lambda: Net(
+        plain, conv=nn.Conv2d(3, 8, 3, padding=1), bn=nn.BatchNorm2d(8), head=nn.Linear(8 * 256, 10)
+    ),
+    "hardtanh": lambda: Net(
+        limited, conv=nn.Conv2d(3, 9, 3, groups=3, stride=2, padding=1), bn=nn.BatchNorm2d(9), act=nn.Hardtanh(0, 0.5),
+        head=nn.Linear(9 * 64, 10),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("weight_bits", "act_bits"), [(8, 8), (4, 4), (3, 8)])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_equals_onnx_runtime(name, weight_bits, act_bits, tmp_path):
+    torch.manual_seed(0)
+    folded = folded_network(randomize(NETWORKS[name]()), IMAGES, weight_bits=weight_bits, act_bits=act_bits)
+    x = torch.randn(64, 3, 16, 16)
+    assert torch.equal(run(integer_simulation(folded), x), through_onnx_runtime(folded, tmp_path / "net.onnx", x))
+
+
+@pytest.mark.parametrize("name", ["googlenet", "shufflenet_v2_x0_5"])
+def test_real_networks_equal_onnx_runtime(name, tmp_path):
+    """Networks without additions, which ONNX Runtime's kernels round in their own ways."""
+    torch.manual_seed(0)
+    options = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
+    model = randomize(torchvision.models.get_model(name, num_classes=10, **options))
+    batches = [torch.randn(8, 3, 64, 64) for _ in range(3)]
+    sim = quantize(model, batches[0], QuantScheme(weight_bits=8, act_bits=8))
+    with bypassed(sim):
+        reestimate_bn_stats(sim, batches, 3)
+    calibrate(sim, batches, 3)
+    folded, _ = fold_batch_norms(sim)
+    quantize_biases(folded)
+    found = through_onnx_runtime(folded, tmp_path / "net.onnx", batches[0])
+    assert torch.equal(run(integer_simulation(folded), batches[0]), found)
+
+
+def test_the_batch_size_does_not_matter():
+    folded = folded_network(randomize(flat_cnn()), IMAGES, weight_bits=4)
+    network = integer_simulation(folded)
+    assert torch.equal(run(network, IMAGES), torch.cat([run(network, x[None]) for x in IMAGES]))
+
+
+def test_folded_stays_as_it_was():
+    folded = folded_network(randomize(flat_cnn()), IMAGES, weight_bits=4)
+    state, code, before = copy.deepcopy(folded.state_dict()), folded.code, run(folded, IMAGES)
+    network = integer_simulation(folded)
+    run(network, IMAGES)
+    assert folded.code == code and torch.equal(run(folded, IMAGES), before)
+    assert all(torch.equal(value, state[name]) for name, value in folded.state_dict().items())
+    assert not network.training
+
+
+@pytest.mark.parametrize("act_bits", [None, 16])
+def test_what_is_not_in_integers_stays(act_bits):
+    folded = folded_network(randomize(flat_cnn()), IMAGES, weight_bits=4, act_bits=act_bits)
+    assert torch.equal(run(integer_simulation(folded), IMAGES), run(folded, IMAGES))
+
+
+def test_layers_with_float_biases_stay():
+    sim = quantize(randomize(flat_cnn()), IMAGES, QuantScheme(weight_bits=4, act_bits=8))
+    calibrate(sim, [IMAGES], 1)
+    folded, _ = fold_batch_norms(sim)
+    assert torch.equal(run(integer_simulation(folded), IMAGES), run(folded, IMAGES))
+
+
+def test_sums_that_are_not_requantized(tmp_path):
+    """A layer before tanh: its output is the sum times the two scales."""
+    net = Net(
+        without_requantization, conv=nn.Conv2d(3, 8, 3, padding=1), bn=nn.BatchNorm2d(8), head=nn.Linear(8 * 256, 10)
+    )
+    folded = folded_network(randomize(net), IMAGES, weight_bits=4)
+    wanted = run(folded.double(), IMAGES.double())
+    found = run(integer_simulation(folded.float()), IMAGES)
+    step = float(list(activation_quantizers(folded).values())[-1].scale.detach())
+    assert float(((found - wanted) / step).abs().max()) < 1.01
+    assert float(((found - wanted) / step).abs().mean()) < 0.01
