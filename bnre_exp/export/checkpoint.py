@@ -19,6 +19,7 @@ from bnre_exp.export.rebuild import outside_names, rebuild, some_of
 from bnre_exp.export.tensors import encode_tensors
 from bnre_exp.export.value_json import encode_value
 from bnre_exp.quantsim.quantizer import ActivationQuantizer, WeightQuantizer
+from bnre_exp.stages.integers import IntegerLayer
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,8 @@ def check_folded(folded: nn.Module) -> None:
     for name, module in folded.named_modules():
         if isinstance(module, WeightQuantizer):
             raise UserError("it is not folded yet; call fold_batch_norms(sim) first, and save what that returns")
+        if isinstance(module, IntegerLayer):
+            raise UserError("it is what integer_simulation() made of a folded network; give the folded network")
         if isinstance(module, ActivationQuantizer) and (module.bypassed or module.observer is not None):
             raise UserError(f"the quantizer {name} is bypassed or being calibrated; save outside of that block")
 

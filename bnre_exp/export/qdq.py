@@ -12,6 +12,7 @@ from bnre_exp.export.records import Codes, Grid, Plain
 from bnre_exp.ort.names import unique
 from bnre_exp.ort.opset import drop_unused
 
+ENDS = (("low", 0), ("high", 255))
 WIDE_OPSET = 21  # (u)int4 and (u)int16 came with it
 
 
@@ -42,6 +43,7 @@ def insert_qdq(plain: Plain, int4: bool) -> Any:
         _dequantize(graph, codes, has_int4, taken)
     for grid in plain.grids:
         _quantize(graph, tensors[grid.name], grid, taken)
+    _keep_apart(graph, taken)
     drop_unused(graph)
     graph.sort()
     return plain.model
@@ -105,6 +107,25 @@ def _quantize(graph: Any, tensor: Any, grid: Grid, taken: set[str]) -> None:
                 graph.outputs[index] = result
         if not tensor.is_graph_input():  # the output keeps its name
             result.name, tensor.name = tensor.name, unique(f"{grid.name}_float", taken)
+
+
+def _keep_apart(graph: Any, taken: set[str]) -> None:
+    """Where a tensor on one grid is rounded to another, a clip of the codes that changes none: ONNX Runtime would make
+    one of the two grids, and it is neither."""
+    import onnx_ir as ir
+
+    for node in list(graph):
+        before = node.inputs[0].producer() if node.op_type == "QuantizeLinear" else None
+        codes = node.outputs[0]
+        is_clipped = any(use.node.op_type == "Clip" for use in codes.uses())
+        if before is None or before.op_type != "DequantizeLinear" or is_clipped or codes.dtype == ir.DataType.UINT16:
+            continue
+        ends = [_constant(graph, f"{node.name}_{end}", code, ir.DataType.UINT8, taken) for end, code in ENDS]
+        clip = ir.node("Clip", [codes, *ends], name=f"{node.name}_apart")
+        clip.outputs[0].name = unique(f"{node.name}_apart", taken)
+        ir.convenience.replace_all_uses_with(codes, clip.outputs[0])
+        clip.replace_input_with(0, codes)
+        graph.insert_after(node, clip)
 
 
 def _prepend(graph: Any, nodes: list[Any]) -> None:

@@ -9,6 +9,8 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from bnre_exp.ort.names import all_nodes
+
 ONNX = ("", "ai.onnx")  # how the domain of ONNX's own operations is written
 QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 
@@ -84,25 +86,6 @@ def why_not_in_inference(node: onnx.NodeProto) -> Optional[str]:
     if not attribute(node, "spatial", 1):
         return "normalizes every position by statistics of its own (spatial=0)"
     return None
-
-
-def names_of(graph: onnx.GraphProto) -> set[str]:
-    """All names of a graph, and of the graphs inside it."""
-    found = {item.name for items in (graph.input, graph.output, graph.initializer) for item in items}
-    for node in all_nodes(graph):
-        found |= {node.name, *node.input, *node.output}
-    return found
-
-
-def all_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """The nodes of a graph and of the graphs inside it."""
-    found = []
-    for node in graph.node:
-        found.append(node)
-        for attribute in node.attribute:
-            for inner in [attribute.g, *attribute.graphs] if attribute.type in (5, 10) else []:
-                found += all_nodes(inner)
-    return found
 
 
 def opset_of(model: onnx.ModelProto) -> int:

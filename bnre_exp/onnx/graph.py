@@ -9,8 +9,8 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from bnre_exp.onnx.constants import ONNX, Constants, attribute, constants_of, names_of, opset_of
-from bnre_exp.ort.names import unique
+from bnre_exp.onnx.constants import ONNX, Constants, attribute, constants_of, opset_of
+from bnre_exp.ort.names import names_of, unique
 
 
 class Kept(Exception):

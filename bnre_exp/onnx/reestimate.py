@@ -20,11 +20,10 @@ from bnre_exp.onnx.constants import (
     constants_of,
     inner_batch_norms,
     is_batch_norm,
-    names_of,
     opset_of,
     why_not_in_inference,
 )
-from bnre_exp.ort.names import unique
+from bnre_exp.ort.names import names_of, unique
 from bnre_exp.ort.session import feeds, open_session, run_session
 from bnre_exp.progress import Progress, no_progress
 from bnre_exp.stages.inputs import Passes, take_batches

@@ -5,17 +5,20 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import numpy as np
 import onnx
 import onnxruntime
 import torch
+from onnx import TensorProto
 from torch import Tensor
 
 from bnre_exp.errors import UserError, first_line
 from bnre_exp.ort.files import LARGEST
+from bnre_exp.ort.names import names_of, unique
 
 KINDS = {
     "tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16,
@@ -34,26 +37,54 @@ def open_session(
     """
     chosen = list(providers or ["CPUExecutionProvider"])
     try:
-        try:
-            return _open(model, chosen, optimized_to, is_precise=True)
-        except Exception:  # ONNX Runtime 1.32 cannot prepare 8-bit weights that two layers share for that
-            return _open(model, chosen, optimized_to, is_precise=False)
+        return _open(model, chosen, optimized_to)
     except Exception as error:  # the runtime has a class for each of its status codes
+        with suppress(Exception):
+            return _open(_unshared(model), chosen, optimized_to)
         raise UserError(
             f"ONNX Runtime {onnxruntime.__version__} does not take the model: {first_line(error)}"
         ) from error
 
 
-def _open(
-    model: onnx.ModelProto, providers: list[str], optimized_to: Optional[Path], is_precise: bool
-) -> onnxruntime.InferenceSession:
+def _unshared(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy in which every layer has 8-bit weights of its own: ONNX Runtime 1.32 cannot prepare shared ones for exact
+    products."""
+    copied = copy.deepcopy(model)
+    graph = copied.graph
+    weights = {item.name: item for item in graph.initializer if item.data_type == TensorProto.INT8 and item.dims}
+    dequantized = {
+        node.output[0]: node for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in weights
+    }
+    taken = names_of(graph)
+    for shared in (dequantized, weights):
+        read: set[str] = set()
+        for node in list(graph.node):
+            for index, name in enumerate(node.input):
+                if name in shared and name in read:
+                    node.input[index] = _repeat(graph, shared[name], unique(name, taken))
+                read.add(name)
+    return copied
+
+
+def _repeat(graph: onnx.GraphProto, original: Union[onnx.NodeProto, TensorProto], name: str) -> str:
+    again = copy.deepcopy(original)
+    again.name = name
+    if isinstance(again, TensorProto):
+        graph.initializer.append(again)
+    else:
+        again.output[0] = name
+        graph.node.insert(0, again)
+    return name
+
+
+def _open(model: onnx.ModelProto, providers: list[str], optimized_to: Optional[Path]) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     if optimized_to is not None:
         options.optimized_model_filepath = str(optimized_to)
     options.log_severity_level = 4  # what goes wrong is told once, by the exception
     # Without VNNI, AVX2's fast product of uint8 and int8 saturates; with this, it is taken only where it is exact.
-    options.add_session_config_entry("session.x64quantprecision", "1" if is_precise else "0")
+    options.add_session_config_entry("session.x64quantprecision", "1")
     if model.ByteSize() < LARGEST:
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)
     with tempfile.TemporaryDirectory() as folder:

@@ -10,50 +10,57 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
+from bnre_exp.errors import UserError
 from bnre_exp.quantsim.nodes import is_layer, module_of, sole_user
-from bnre_exp.quantsim.quantizer import ActivationQuantizer, Dequantize, positive
+from bnre_exp.quantsim.quantizer import ActivationQuantizer, Dequantize, WeightQuantizer, positive
 from bnre_exp.stages.bias import input_quantizer
 
 KERNEL_BITS = 8  # integer kernels multiply no wider codes
+PRECISE = (torch.float32, torch.float64)  # a scale in half precision is another
 RELU_CALLS = {torch.relu, F.relu, "relu"}
 
 
 @torch.no_grad()
 def integer_simulation(folded: fx.GraphModule) -> fx.GraphModule:
-    """The network with its layers computed on integer codes, as the target does; ``folded`` is unchanged.
+    """A copy of the network with its layers computed on integer codes, as the target does.
 
-    A layer adds up products of codes and its bias's code, exactly while sums stay below 2^24. Where its output is
-    quantized, at most ReLU or a clip between, the sum is multiplied by float32 ``s_in * s_w / s_out`` and rounded half
-    to even, which is what ONNX Runtime's integer kernels do; else by ``s_in * s_w``. ``folded`` itself computes with
-    products of codes and scales in floating point, whose rounding puts a few values on the next code; here neither the
-    order of the sums nor the batch size matters.
+    folded: from :func:`~bnre_exp.fold_batch_norms` (or ``load_folded``), with biases from
+    :func:`~bnre_exp.quantize_biases`. A layer adds up products of codes and its bias's code, in float32: exactly while
+    sums stay below 2^24. Where its output is quantized, at most ReLU or a clip between, the sum is multiplied by
+    float32 ``s_in * s_w / s_out`` and rounded half to even, which is what ONNX Runtime's integer kernels do; else by
+    ``s_in * s_w``. ``folded`` itself computes with products of codes and scales in floating point, whose rounding puts
+    a few values on the next code.
 
-    Layers whose input, weight or bias is not in integers, or in more than 8 bits (bias: 32), and all other operations
-    are computed as in ``folded``. The result is for evaluation: it holds what ``folded`` held when it was made.
+    Layers whose input, weight or bias is not in integers, or in more than 8 bits (bias: 32), those with a forward hook,
+    and all other operations are computed as in ``folded``. The result is for evaluation; it is no network to export.
+
+    Raises ``UserError`` if the network is not folded.
     """
-    network = fx.GraphModule(folded, copy.deepcopy(folded.graph), type(folded).__name__)
-    network.train(folded.training)
+    if not isinstance(folded, fx.GraphModule) or any(isinstance(m, WeightQuantizer) for m in folded.modules()):
+        raise UserError("integer_simulation: expected a network that fold_batch_norms() or load_folded() returned.")
+    network = copy.deepcopy(folded)
     inputs = {node: input_quantizer(node) for node in network.graph.nodes if is_layer(node)}
     targets = {node: _requantization(node) for node in inputs}
     for node, quantizer in inputs.items():
-        if quantizer is None or not _is_in_use(quantizer):
+        layer, target = module_of(node), targets[node]
+        if quantizer is None or not _is_in_use(quantizer) or _has_hooks(layer):
             continue
-        layer, target, input_step = module_of(node), targets[node], positive(quantizer.scale)
-        multiplier = _output_step(layer, input_step)
+        multiplier = _output_step(layer, _step(quantizer))
         if multiplier is None:
             continue
         if target is not None:
             reader = module_of(target)
-            multiplier = multiplier / positive(reader.scale)
-            _clip_in_steps(node, target, positive(reader.scale))
+            multiplier = multiplier / _step(reader)
+            _clip_in_steps(node, target, _step(reader))
             _replace(network, target, _Requantize(reader))
-        _replace(network, node, _IntegerLayer(layer, input_step, multiplier))
+        _replace(network, node, IntegerLayer(layer, _step(quantizer), multiplier))
+    network.delete_all_unused_submodules()
     network.graph.lint()
     network.recompile()
     return network
 
 
-class _IntegerLayer(nn.Module):
+class IntegerLayer(nn.Module):
     """A layer of codes: from values on the input's grid to its sums times ``multiplier`` (``[C_out]`` or ``[1]``)."""
 
     input_step: Tensor
@@ -63,13 +70,13 @@ class _IntegerLayer(nn.Module):
         super().__init__()
         self.layer = copy.deepcopy(layer)
         for parametrizations in self.layer.parametrizations.values():
-            parametrizations[0].scale = torch.ones_like(parametrizations[0].scale)
+            parametrizations[0].scale = torch.ones_like(parametrizations[0].scale, dtype=torch.float32)
         self.register_buffer("input_step", input_step.clone())
         self.register_buffer("multiplier", multiplier.reshape(-1, *[1] * (layer.weight.ndim - 2)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        sums: Tensor = self.layer(torch.round(x / self.input_step))
-        return sums.round_() * self.multiplier
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        sums: Tensor = self.layer(torch.round(x.float() / self.input_step), *args, **kwargs)
+        return (sums.round_() * self.multiplier).to(x.dtype)
 
 
 class _Requantize(nn.Module):
@@ -81,12 +88,21 @@ class _Requantize(nn.Module):
     def __init__(self, quantizer: ActivationQuantizer) -> None:
         super().__init__()
         self.quant_max = quantizer.quant_max
-        self.register_buffer("scale", positive(quantizer.scale).clone())
+        self.register_buffer("scale", _step(quantizer))
         self.register_buffer("zero_point", quantizer.grid_zero_point().clone())
 
     def forward(self, x: Tensor) -> Tensor:
         codes = torch.round(x).add_(self.zero_point).clamp_(0, self.quant_max)
         return codes.sub_(self.zero_point).mul_(self.scale)
+
+
+def _step(quantizer: ActivationQuantizer) -> Tensor:
+    """What one code is worth, ``[1]``."""
+    return positive(quantizer.scale).detach().float().clone()
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _is_in_use(quantizer: Any) -> bool:
@@ -97,6 +113,8 @@ def _is_in_use(quantizer: Any) -> bool:
         and not quantizer.bypassed
         and quantizer.observer is None
         and quantizer.bits <= KERNEL_BITS
+        and quantizer.scale.dtype in PRECISE
+        and not _has_hooks(quantizer)
     )
 
 
@@ -105,11 +123,11 @@ def _output_step(layer: Any, input_step: Tensor) -> Optional[Tensor]:
     weight = _dequantize(layer, "weight")
     if weight is None or weight.bits > KERNEL_BITS:
         return None
-    step = input_step * weight.scale
+    step = input_step * weight.scale.float()
     if layer.bias is None:
         return step
     bias = _dequantize(layer, "bias")
-    return step if bias is not None and torch.equal(bias.scale, step.expand_as(bias.scale)) else None
+    return step if bias is not None and torch.equal(bias.scale.float(), step.expand_as(bias.scale)) else None
 
 
 def _dequantize(layer: Any, name: str) -> Optional[Dequantize]:
@@ -132,16 +150,17 @@ def _is_relu(node: fx.Node) -> bool:
 
 
 def _limits(node: fx.Node) -> Optional[tuple[float, float]]:
-    """The limits of a ReLU6 or hardtanh, else None."""
+    """The limits of a ReLU6 or hardtanh if they are numbers, else None."""
     module = module_of(node)
     if isinstance(module, nn.Hardtanh):
         return module.min_val, module.max_val
     if node.target is F.relu6:
         return 0.0, 6.0
-    if node.target is F.hardtanh:
-        given: dict[str, Any] = dict(zip(("min_val", "max_val"), node.args[1:3])) | dict(node.kwargs)
-        return given.get("min_val", -1.0), given.get("max_val", 1.0)
-    return None
+    if node.target is not F.hardtanh:
+        return None
+    given: dict[str, Any] = dict(zip(("min_val", "max_val"), node.args[1:3])) | dict(node.kwargs)
+    low, high = given.get("min_val", -1.0), given.get("max_val", 1.0)
+    return (low, high) if all(isinstance(limit, (int, float)) for limit in (low, high)) else None
 
 
 def _clip_in_steps(layer: fx.Node, quantizer: fx.Node, step: Tensor) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bnre_exp import (
     QuantScheme,
+    UserError,
     activation_quantizers,
     bypassed,
     calibrate,
@@ -23,6 +24,7 @@ from bnre_exp import (
     quantize,
     quantize_biases,
     reestimate_bn_stats,
+    save_folded,
 )
 from bnre_exp.ort.session import feeds, open_session
 from tests.export.saving import folded_network
@@ -130,11 +132,72 @@ def test_the_batch_size_does_not_matter():
 def test_folded_stays_as_it_was():
     folded = folded_network(randomize(flat_cnn()), IMAGES, weight_bits=4)
     state, code, before = copy.deepcopy(folded.state_dict()), folded.code, run(folded, IMAGES)
+    modes = [module.training for module in folded.modules()]
     network = integer_simulation(folded)
-    run(network, IMAGES)
+    after = run(network, IMAGES)
+    network.double().train()
     assert folded.code == code and torch.equal(run(folded, IMAGES), before)
     assert all(torch.equal(value, state[name]) for name, value in folded.state_dict().items())
-    assert not network.training
+    assert [module.training for module in folded.modules()] == modes
+    network = integer_simulation(folded)
+    with bypassed(folded):  # what is done to one is not done to the other
+        assert torch.equal(run(network, IMAGES), after)
+
+
+def test_no_weight_is_held_twice():
+    folded = folded_network(randomize(flat_cnn()), IMAGES, weight_bits=4)
+    sizes = [sum(x.numel() for x in net.state_dict().values()) for net in (folded, integer_simulation(folded))]
+    assert sizes[1] < 1.2 * sizes[0]
+
+
+def test_in_float64_as_in_float32():
+    folded = folded_network(randomize(flat_cnn()), IMAGES, weight_bits=8)
+    wanted = run(integer_simulation(folded), IMAGES)
+    found = run(integer_simulation(folded.double()), IMAGES.double())
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found.float(), wanted, rtol=1e-6, atol=0)
+
+
+def test_half_precision_stays():
+    folded = folded_network(randomize(flat_cnn()), IMAGES, weight_bits=8).bfloat16()
+    assert torch.equal(run(integer_simulation(folded), IMAGES.bfloat16()), run(folded, IMAGES.bfloat16()))
+
+
+def upsampled(self, x):
+    return self.up(F.relu(self.conv(x)), [33, 33])
+
+
+def limited_by_size(self, x):
+    return self.up(F.hardtanh(self.conv(x), -0.5, x.shape[1] / 4))
+
+
+@pytest.mark.parametrize("forward", [upsampled, limited_by_size])
+def test_other_arguments_are_handed_on(forward):
+    net = Net(forward, conv=nn.Conv2d(3, 6, 3, padding=1), up=nn.ConvTranspose2d(6, 4, 3, stride=2))
+    folded = folded_network(randomize(net), IMAGES, weight_bits=4)
+    wanted, found = run(folded, IMAGES), run(integer_simulation(folded), IMAGES)
+    assert found.shape == wanted.shape and not torch.isclose(found, wanted, rtol=1e-5, atol=1e-6).logical_not().any()
+
+
+def test_hooks_see_what_they_are_made_for():
+    net = randomize(Net(lambda m, x: m.two(F.relu(m.one(x))), one=nn.Conv2d(3, 6, 3), two=nn.Conv2d(6, 4, 3)))
+    net.one.register_forward_hook(lambda module, x, y: y.clamp(-1, 1))
+    folded = folded_network(net, IMAGES, weight_bits=4)
+    torch.testing.assert_close(run(integer_simulation(folded), IMAGES), run(folded, IMAGES), rtol=1e-5, atol=1e-6)
+    quantizer = list(activation_quantizers(folded).values())[1]
+    quantizer.register_forward_hook(lambda module, x, y: y * 0.5)
+    torch.testing.assert_close(run(integer_simulation(folded), IMAGES), run(folded, IMAGES), rtol=1e-5, atol=1e-6)
+
+
+def test_refused(tmp_path):
+    for other in (flat_cnn(), quantize(flat_cnn(), IMAGES, QuantScheme(weight_bits=4))):
+        with pytest.raises(UserError, match="integer_simulation: expected a network that fold_batch_norms"):
+            integer_simulation(other)
+    network = integer_simulation(folded_network(flat_cnn(), IMAGES, weight_bits=4))
+    with pytest.raises(UserError, match=r"integer_simulation\(\) made of a folded network; give the folded network"):
+        save_folded(network, tmp_path / "net")
+    with pytest.raises(UserError, match="give the folded network"):
+        export_onnx(network, IMAGES, tmp_path / "net.onnx")
 
 
 @pytest.mark.parametrize("act_bits", [None, 16])
