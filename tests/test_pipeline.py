@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ from rich.console import Console
 from bnre_exp import UserError, evaluate, load_folded
 from bnre_exp.__main__ import compose_config
 from bnre_exp.pipeline import run
+from bnre_exp.stages.compare import Difference
 
 TINY = [
     "dataset.train_limit=192", "dataset.test_limit=64", "dataset.batch_size=32", "train.epochs=2", "qat.epochs=1",
@@ -341,3 +343,13 @@ def test_what_cannot_be_exported_stops_before_training(tmp_path):
     with pytest.raises(UserError, match=r"export: opset 13 has no integers of 9 to 16 bits.*use opset=21"):
         job(tmp_path, "export=default", "export.opset=13", "quant.act_bits=10")
     assert not (tmp_path / "run" / "fp32.safetensors").exists()
+
+
+def test_a_network_that_qat_ruined_is_no_defect_of_ours(tmp_path, monkeypatch):
+    import bnre_exp.steps.fold as step
+
+    monkeypatch.setattr(step, "compare_logits", lambda *_, **__: Difference(math.nan, math.nan))
+    with pytest.raises(
+        UserError, match=r"training has most likely diverged \(top-1 before folding: 0\.\d+\); try a lower"
+    ):
+        job(tmp_path)

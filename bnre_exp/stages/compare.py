@@ -17,10 +17,15 @@ from bnre_exp.stages.inputs import ForwardFn, device_of, evaluation_mode, feed, 
 
 @dataclass(frozen=True)
 class Difference:
-    """largest: the largest absolute difference of a logit; relative: that divided by the largest absolute logit."""
+    """largest: the largest absolute difference of a logit; magnitude: the largest absolute logit of the first network;
+    relative: the one divided by the other. Logits that are not finite make them so."""
 
     largest: float
-    relative: float
+    magnitude: float
+
+    @property
+    def relative(self) -> float:
+        return self.largest / self.magnitude if self.magnitude > 0 else self.largest
 
 
 @torch.no_grad()
@@ -44,4 +49,4 @@ def compare_logits(
             a, b = (logits_of(feed(model, batch, device, forward_fn)).double().cpu() for model in (first, second))
             largest = torch.maximum(largest, (a - b).abs().amax())
             magnitude = torch.maximum(magnitude, a.abs().amax())
-    return Difference(float(largest), float(largest / magnitude) if magnitude > 0 else float(largest))
+    return Difference(float(largest), float(magnitude))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Optional
 
 from torch import fx, nn
 
+from bnre_exp.errors import UserError
 from bnre_exp.quantsim.listing import list_layers
 from bnre_exp.report.layers import layers_columns
 from bnre_exp.stages.bias import BiasReport, quantize_biases
@@ -32,6 +34,12 @@ def fold(setting: Setting, sim: nn.Module, snapshots: Optional[SnapshotFolder]) 
     outcome.except_for("BN not folded", report.kept)
     outcome.except_for("folded with loss", report.lossy)
     difference = compare_logits(sim, folded, setting.loaders.test, progress=setting.progress)
+    if not math.isfinite(difference.magnitude):
+        raise UserError(
+            "Folding cannot be checked: without its activation quantizers the network's logits are not finite. Its "
+            f"training has most likely diverged (top-1 before folding: {setting.evaluations[before].top1:.4f}); try a "
+            "lower qat.lr, or another seed."
+        )
     if not report.lossy and not difference.relative <= LARGEST_FOLD_ERROR:
         raise RuntimeError(
             f"Folding changed the network: its logits differ by {difference.relative:.2e} of the largest. This is a "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -143,3 +144,7 @@ def test_compare_logits_bypasses_quantizers_and_measures_the_largest_difference(
         second.get_submodule("11").bias[3] += 0.5
     difference = compare_logits(first, second, labelled())
     assert difference.largest == pytest.approx(0.5, rel=1e-4) and 0 < difference.relative < difference.largest
+    with torch.no_grad():
+        first.get_submodule("11").bias[3] = torch.nan
+    difference = compare_logits(first, first, labelled())
+    assert math.isnan(difference.magnitude) and math.isnan(difference.relative)
