@@ -47,7 +47,7 @@ ALLOWED = {
     "mistakes": {"config", "errors"},
     "provenance": set(),
     "typed_text": set(),
-    "tracking": {"errors", "filesystems", "journal", "provenance", "typed_text"},
+    "tracking": {"errors", "filesystems", "journal", "ort", "provenance", "typed_text"},
     **{name: DATA_AND_MODELS | LEAVES | {"ort"} for name in DATA_AND_MODELS},
     "steps": {"config", "quantsim", "stages", "export", "ort", "report"} | DATA_AND_MODELS | LEAVES,
     "plan": {"config", "stages", "steps"} | DATA_AND_MODELS | LEAVES,

@@ -20,6 +20,8 @@ from bnre_exp.errors import UserError, first_line
 from bnre_exp.ort.files import LARGEST
 from bnre_exp.ort.names import names_of, unique
 
+# Options of a session. Without VNNI, AVX2's fast product of uint8 and int8 saturates; so it is taken only where exact.
+EXACT = {"session.x64quantprecision": "1"}
 KINDS = {
     "tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16,
     "tensor(uint8)": np.uint8, "tensor(int8)": np.int8, "tensor(int32)": np.int32, "tensor(int64)": np.int64,
@@ -40,15 +42,15 @@ def open_session(
         return _open(model, chosen, optimized_to)
     except Exception as error:  # the runtime has a class for each of its status codes
         with suppress(Exception):
-            return _open(_unshared(model), chosen, optimized_to)
+            return _open(unshared(model), chosen, optimized_to)
         raise UserError(
             f"ONNX Runtime {onnxruntime.__version__} does not take the model: {first_line(error)}"
         ) from error
 
 
-def _unshared(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy in which every layer has 8-bit weights of its own: ONNX Runtime 1.32 cannot prepare shared ones for exact
-    products."""
+def unshared(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy in which every layer has 8-bit weights of its own: ONNX Runtime 1.32 cannot prepare shared ones for
+    :data:`EXACT` products."""
     copied = copy.deepcopy(model)
     graph = copied.graph
     weights = {item.name: item for item in graph.initializer if item.data_type == TensorProto.INT8 and item.dims}
@@ -83,8 +85,8 @@ def _open(model: onnx.ModelProto, providers: list[str], optimized_to: Optional[P
     if optimized_to is not None:
         options.optimized_model_filepath = str(optimized_to)
     options.log_severity_level = 4  # what goes wrong is told once, by the exception
-    # Without VNNI, AVX2's fast product of uint8 and int8 saturates; with this, it is taken only where it is exact.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    for key, value in EXACT.items():
+        options.add_session_config_entry(key, value)
     if model.ByteSize() < LARGEST:
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)
     with tempfile.TemporaryDirectory() as folder:
