@@ -12,7 +12,7 @@ from bnre_exp.export.records import Codes, Grid, Plain
 from bnre_exp.ort.names import unique
 from bnre_exp.ort.opset import drop_unused
 
-ENDS = (("low", 0), ("high", 255))
+LARGEST_CODE = 255  # of uint8
 WIDE_OPSET = 21  # (u)int4 and (u)int16 came with it
 
 
@@ -120,7 +120,7 @@ def _keep_apart(graph: Any, taken: set[str]) -> None:
         is_clipped = any(use.node.op_type == "Clip" for use in codes.uses())
         if before is None or before.op_type != "DequantizeLinear" or is_clipped or codes.dtype == ir.DataType.UINT16:
             continue
-        ends = [_constant(graph, f"{node.name}_{end}", code, ir.DataType.UINT8, taken) for end, code in ENDS]
+        ends = [_constant(graph, f"{node.name}_end", end, ir.DataType.UINT8, taken) for end in (0, LARGEST_CODE)]
         clip = ir.node("Clip", [codes, *ends], name=f"{node.name}_apart")
         clip.outputs[0].name = unique(f"{node.name}_apart", taken)
         ir.convenience.replace_all_uses_with(codes, clip.outputs[0])
@@ -155,7 +155,7 @@ def _rounding(
     """The nodes that put a tensor on its grid, with codes between ``ends``, and what the last of them gives."""
     import onnx_ir as ir
 
-    dtype, capacity = (ir.DataType.UINT8, 255) if grid.bits <= 8 else (ir.DataType.UINT16, 65535)
+    dtype, capacity = (ir.DataType.UINT8, LARGEST_CODE) if grid.bits <= 8 else (ir.DataType.UINT16, 65535)
     needs_clip = ends[0] > 0 or ends[1] < capacity
     nodes: list[Any] = []
 
