@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
-from typing import Any, Callable, ClassVar, Dict, List, Optional
+from typing import Any, ClassVar
 
 from bnre_exp.errors import UserError
 
@@ -112,11 +113,11 @@ def opt(
     default: Any = None,
     doc: str = "",
     *,
-    factory: Optional[Callable[[], Any]] = None,
-    ge: Optional[float] = None,
-    gt: Optional[float] = None,
-    le: Optional[float] = None,
-    lt: Optional[float] = None,
+    factory: Callable[[], Any] | None = None,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
 ) -> Any:
     """A documented field; a number (or each of a list of numbers) must lie within the given bounds. None is allowed
     where the type is Optional, and is never compared."""
@@ -126,7 +127,7 @@ def opt(
     return field(default=default, metadata=metadata)
 
 
-_COMPARE: Dict[str, Callable[[float, float], bool]] = {
+_COMPARE: dict[str, Callable[[float, float], bool]] = {
     "at least": lambda value, bound: value >= bound,
     "greater than": lambda value, bound: value > bound,
     "at most": lambda value, bound: value <= bound,
@@ -153,18 +154,18 @@ class ModelConfig:
 
     group: ClassVar[str] = "model"
     _target_: str = opt("bnre_exp.models.torchvision_model", "dotted path of the callable that builds the network")
-    name: Optional[str] = opt(None, "architecture name, for the torchvision and timm builders")
-    path: Optional[str] = opt(None, "file of the network, for model=onnx")
-    kwargs: Dict[str, Any] = opt(factory=dict, doc="keyword arguments of the callable")
-    weights: Optional[str] = opt(None, "pretrained weights: a torchvision weights name (DEFAULT), or true for timm")
-    checkpoint: Optional[str] = opt(None, "path of a .safetensors or .pth state dict to load")
-    strip_prefixes: List[str] = opt(
+    name: str | None = opt(None, "architecture name, for the torchvision and timm builders")
+    path: str | None = opt(None, "file of the network, for model=onnx")
+    kwargs: dict[str, Any] = opt(factory=dict, doc="keyword arguments of the callable")
+    weights: str | None = opt(None, "pretrained weights: a torchvision weights name (DEFAULT), or true for timm")
+    checkpoint: str | None = opt(None, "path of a .safetensors or .pth state dict to load")
+    strip_prefixes: list[str] = opt(
         factory=lambda: ["module.", "model.", "_orig_mod."],
         doc="removed from the checkpoint's keys where every key has them",
     )
     strict: bool = opt(True, "false: missing and unexpected keys of the checkpoint are listed, not refused")
     replace_head: bool = opt(False, "true: replace a head whose class count is not the dataset's by a new one")
-    leaf_modules: List[str] = opt(factory=list, doc="module or class names that tracing does not look into")
+    leaf_modules: list[str] = opt(factory=list, doc="module or class names that tracing does not look into")
 
     def __post_init__(self) -> None:
         if not self._target_:
@@ -177,22 +178,22 @@ class DatasetConfig:
 
     group: ClassVar[str] = "dataset"
     _target_: str = opt("bnre_exp.data.digits", "dotted path of the callable that builds one split")
-    kwargs: Dict[str, Any] = opt(factory=dict, doc="more keyword arguments of the callable")
-    root: Optional[str] = opt(None, "folder of the data files; null: the dataset's own default")
+    kwargs: dict[str, Any] = opt(factory=dict, doc="more keyword arguments of the callable")
+    root: str | None = opt(None, "folder of the data files; null: the dataset's own default")
     num_classes: int = opt(10, "number of classes", ge=2)
-    image_size: Optional[int] = opt(None, "height and width fed to the network [pixels]; null: as the weights", ge=8)
-    mean: Optional[List[float]] = opt(None, "a value per channel, of pixels in [0, 1]; null: as the weights")
-    std: Optional[List[float]] = opt(None, "a value per channel, of pixels in [0, 1]; null: as the weights", gt=0)
+    image_size: int | None = opt(None, "height and width fed to the network [pixels]; null: as the weights", ge=8)
+    mean: list[float] | None = opt(None, "a value per channel, of pixels in [0, 1]; null: as the weights")
+    std: list[float] | None = opt(None, "a value per channel, of pixels in [0, 1]; null: as the weights", gt=0)
     default_image_size: int = opt(32, "image_size where the weights do not say [pixels]", ge=8)
-    default_mean: List[float] = opt(factory=lambda: [0.5], doc="mean where the weights do not say")
-    default_std: List[float] = opt(factory=lambda: [0.5], doc="std where the weights do not say", gt=0)
+    default_mean: list[float] = opt(factory=lambda: [0.5], doc="mean where the weights do not say")
+    default_std: list[float] = opt(factory=lambda: [0.5], doc="std where the weights do not say", gt=0)
     in_memory: bool = opt(True, "keep the resized images in memory (8 bits a value) instead of reading them anew")
     augment: bool = opt(False, "random crop and horizontal flip of training images")
     batch_size: int = opt(128, "images a batch, for training, calibration and re-estimation", ge=2)
     eval_batch_size: int = opt(256, "images a batch, for validation and test", ge=1)
     val_fraction: float = opt(0.1, "part of the training data kept for validation", ge=0, lt=1)
-    train_limit: Optional[int] = opt(None, "use at most this many training images; null: all", ge=2)
-    test_limit: Optional[int] = opt(None, "use at most this many test images; null: all", ge=1)
+    train_limit: int | None = opt(None, "use at most this many training images; null: all", ge=2)
+    test_limit: int | None = opt(None, "use at most this many test images; null: all", ge=1)
     train_epochs: int = opt(15, "FP32 epochs where train.epochs is null", ge=0)
 
     def __post_init__(self) -> None:
@@ -204,7 +205,7 @@ class TrainConfig:
     """FP32 training."""
 
     group: ClassVar[str] = "train"
-    epochs: Optional[int] = opt(
+    epochs: int | None = opt(
         None, "passes over the training data; null: dataset.train_epochs, or 0 where weights are loaded", ge=0
     )
     lr: float = opt(0.05, "peak learning rate", gt=0)
@@ -235,8 +236,8 @@ class LayerOverride:
 
     group: ClassVar[str] = "quant.overrides[]"
     pattern: str = opt("", "names, with * and ?, as the run's report lists them: layer3.*, classifier.1")
-    weight_bits: Optional[int] = opt(None, "bits of weights; null: as the scheme", ge=2, le=16)
-    act_bits: Optional[int] = opt(None, "bits of the output; null: as the scheme", ge=2, le=16)
+    weight_bits: int | None = opt(None, "bits of weights; null: as the scheme", ge=2, le=16)
+    act_bits: int | None = opt(None, "bits of the output; null: as the scheme", ge=2, le=16)
     off: bool = opt(False, "true: neither weights nor output are quantized")
 
     def __post_init__(self) -> None:
@@ -254,14 +255,14 @@ class QuantConfig:
     """The quantization scheme and its calibration."""
 
     group: ClassVar[str] = "quant"
-    weight_bits: Optional[int] = opt(8, "bits of weights, 2 to 16; null: float weights", ge=2, le=16)
-    act_bits: Optional[int] = opt(8, "bits of activations, 2 to 16; null: float activations", ge=2, le=16)
+    weight_bits: int | None = opt(8, "bits of weights, 2 to 16; null: float weights", ge=2, le=16)
+    act_bits: int | None = opt(8, "bits of activations, 2 to 16; null: float activations", ge=2, le=16)
     per_channel: bool = opt(True, "one weight scale per output channel; false: one per tensor")
     range_learning: bool = opt(True, "QAT trains the scales (LSQ); false: they stay as calibrated")
-    first_last_bits: Optional[int] = opt(
+    first_last_bits: int | None = opt(
         None, "bits of the first and last layer (weights, inputs, and the output); null: as the others", ge=2, le=16
     )
-    overrides: List[LayerOverride] = opt(factory=list, doc="exceptions by layer: [{pattern: 'layer3.*', act_bits: 8}]")
+    overrides: list[LayerOverride] = opt(factory=list, doc="exceptions by layer: [{pattern: 'layer3.*', act_bits: 8}]")
     weight_range: RangeEstimator = opt(RangeEstimator.mse, "range estimator of weights: mse, minmax or percentile")
     act_range: RangeEstimator = opt(RangeEstimator.mse, "range estimator of activations: mse, minmax or percentile")
     percentile: float = opt(99.99, "of values, kept by the percentile estimator [percent]", gt=50, le=100)
@@ -317,7 +318,7 @@ class FoldConfig:
     mode: FoldMode = opt(
         FoldMode.scale, "scale: into the weight scale, exact (per-channel weights); weight: quantize the weights anew"
     )
-    bias_bits: Optional[int] = opt(32, "bits of biases on the grid s_in*s_w; null: float biases", ge=8, le=32)
+    bias_bits: int | None = opt(32, "bits of biases on the grid s_in*s_w; null: float biases", ge=8, le=32)
 
     def __post_init__(self) -> None:
         _check_bounds(self, self.group)
@@ -328,7 +329,7 @@ class ExportConfig:
     """The files that a run leaves of the folded network."""
 
     group: ClassVar[str] = "export"
-    formats: List[ExportFormat] = opt(
+    formats: list[ExportFormat] = opt(
         factory=lambda: [ExportFormat.checkpoint, ExportFormat.onnx],
         doc="any of checkpoint (for torch), onnx (with Q/DQ), encodings (plain ONNX and AIMET encodings)",
     )
@@ -351,7 +352,7 @@ class RuntimeConfig:
     group: ClassVar[str] = "runtime"
     device: Device = opt(Device.auto, "cpu, cuda, or auto: cuda where there is one")
     precision: Precision = opt(Precision.float32, "of training: float32, or bfloat16 (autocast)")
-    threads: Optional[int] = opt(None, "CPU threads of torch; null: torch's own choice", ge=1)
+    threads: int | None = opt(None, "CPU threads of torch; null: torch's own choice", ge=1)
     memory_format: MemoryFormat = opt(MemoryFormat.channels_last, "channels_last or contiguous")
     workers: int = opt(0, "data-loading processes; 0: load in the main process", ge=0)
     output_dir: str = opt("outputs", "folder of everything that a run writes")
@@ -371,7 +372,7 @@ class StoreConfig:
     mode: StoreMode = opt(
         StoreMode.reuse, "reuse; refresh: compute anew and replace; off: keep nothing, and nothing to resume from"
     )
-    dir: Optional[str] = opt(None, "folder of the store; null: store in runtime.output_dir")
+    dir: str | None = opt(None, "folder of the store; null: store in runtime.output_dir")
     max_gb: float = opt(20.0, "size above which the least recently used results go [GB, 1e9 bytes]", gt=0)
 
     def __post_init__(self) -> None:
@@ -385,9 +386,9 @@ class TrackingConfig:
 
     group: ClassVar[str] = "tracking"
     enabled: bool = opt(True, "false: nothing goes to MLflow")
-    uri: Optional[str] = opt(None, "MLflow tracking URI; null: an SQLite store in runtime.output_dir")
+    uri: str | None = opt(None, "MLflow tracking URI; null: an SQLite store in runtime.output_dir")
     experiment: str = opt("bnre_exp", "MLflow experiment name")
-    run_name: Optional[str] = opt(None, "MLflow run name; null: made of model, dataset, bits and batches")
+    run_name: str | None = opt(None, "MLflow run name; null: made of model, dataset, bits and batches")
 
     def __post_init__(self) -> None:
         if not self.experiment.strip():
@@ -418,10 +419,10 @@ class Config:
         _check_bounds(self, self.group)
 
 
-def flatten(config: Any, prefix: str = "") -> Dict[str, Any]:
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """Flat ``{"quant.weight_bits": 4, ...}`` with the names the user types; enums as their names."""
     items = {f.name: getattr(config, f.name) for f in fields(config)} if is_dataclass(config) else dict(config)
-    flat: Dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in items.items():
         name = f"{prefix}{key}"
         if isinstance(value, Enum):

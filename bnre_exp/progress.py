@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Optional, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 T = TypeVar("T")
 
@@ -11,9 +11,9 @@ T = TypeVar("T")
 class Progress(Protocol):
     """Wraps an iterable: yields its items unchanged and shows how many of ``total`` are done."""
 
-    def __call__(self, iterable: Iterable[T], description: str, total: Optional[int] = None) -> Iterable[T]: ...
+    def __call__(self, iterable: Iterable[T], description: str, total: int | None = None) -> Iterable[T]: ...
 
 
-def no_progress(iterable: Iterable[T], description: str, total: Optional[int] = None) -> Iterable[T]:
+def no_progress(iterable: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
     """Show nothing: what library functions use unless told otherwise."""
     return iterable

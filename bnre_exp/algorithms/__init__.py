@@ -1,1 +1,1 @@
-"""The algorithms, torch only, one file a stage."""
+"""The algorithms, torch only: train, calibrate, re-estimate, fold, compare."""

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.nn.utils import parametrize
 
 from bnre_exp.errors import UserError
-from bnre_exp.quantsim.codes import set_codes
-from bnre_exp.quantsim.nodes import is_layer, module_of, source_of
-from bnre_exp.quantsim.operations import is_preserving
-from bnre_exp.quantsim.quantizer import ActivationQuantizer, Dequantize, positive
+from bnre_exp.quantsim.nodes import is_layer
+from bnre_exp.quantsim.operations import input_quantizer
+from bnre_exp.quantsim.quantizers.codes import set_codes
+from bnre_exp.quantsim.quantizers.quantizer import ActivationQuantizer, Dequantize, positive
 
 SMALLEST_STEP = 2.0**-126  # the smallest float32 of full precision
 
@@ -63,15 +63,6 @@ def quantize_biases(folded: fx.GraphModule, bits: int = 32) -> BiasReport:
             rounded.append(name)
             rescaled += [(name, channels)] if channels else []
     return BiasReport(tuple(rounded), tuple(kept), tuple(rescaled))
-
-
-def input_quantizer(layer: fx.Node) -> Optional[ActivationQuantizer]:
-    """The quantizer whose grid the layer's input is on, also through operations that only move values."""
-    source = source_of(layer)
-    while isinstance(source, fx.Node) and is_preserving(source):
-        source = source_of(source)
-    module = module_of(source)
-    return module if isinstance(module, ActivationQuantizer) else None
 
 
 def _largest_code(quantizer: ActivationQuantizer) -> int:

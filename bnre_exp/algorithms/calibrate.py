@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import nn
 
+from bnre_exp.algorithms.feeding import ForwardFn, device_of, evaluation_mode, feed, take_batches
 from bnre_exp.progress import Progress, no_progress
-from bnre_exp.quantsim.insert import activation_quantizers, sim_report
-from bnre_exp.quantsim.quantizer import RangeObserver
-from bnre_exp.stages.inputs import ForwardFn, device_of, evaluation_mode, feed, take_batches
+from bnre_exp.quantsim.quantizers.quantizer import RangeObserver
+from bnre_exp.quantsim.sim import activation_quantizers, sim_report
 
 
 @torch.no_grad()
@@ -19,7 +19,7 @@ def calibrate(
     sim: nn.Module,
     dataloader: Iterable[Any],
     num_batches: int = 8,
-    forward_fn: Optional[ForwardFn] = None,
+    forward_fn: ForwardFn | None = None,
     *,
     progress: Progress = no_progress,
 ) -> None:

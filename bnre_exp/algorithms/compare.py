@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import nn
 
+from bnre_exp.algorithms.feeding import (
+    ForwardFn,
+    cached_weights,
+    device_of,
+    evaluation_mode,
+    feed,
+    length_of,
+    logits_of,
+)
 from bnre_exp.progress import Progress, no_progress
-from bnre_exp.quantsim.insert import bypassed
-from bnre_exp.stages.evaluate import cached_weights, logits_of
-from bnre_exp.stages.inputs import ForwardFn, device_of, evaluation_mode, feed, length_of
+from bnre_exp.quantsim.sim import bypassed
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ def compare_logits(
     first: nn.Module,
     second: nn.Module,
     dataloader: Iterable[Any],
-    forward_fn: Optional[ForwardFn] = None,
+    forward_fn: ForwardFn | None = None,
     *,
     progress: Progress = no_progress,
 ) -> Difference:

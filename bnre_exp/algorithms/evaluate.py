@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize
+from torch import Tensor, nn
 
+from bnre_exp.algorithms.feeding import (
+    ForwardFn,
+    cached_weights,
+    device_of,
+    evaluation_mode,
+    feed,
+    length_of,
+    logits_of,
+)
 from bnre_exp.errors import UserError
 from bnre_exp.progress import Progress, no_progress
-from bnre_exp.stages.inputs import ForwardFn, device_of, evaluation_mode, feed, length_of
 
 
 @dataclass(frozen=True)
@@ -31,33 +37,11 @@ class Evaluation:
     predictions: Tensor
 
 
-@contextmanager
-def cached_weights(model: nn.Module) -> Iterator[None]:
-    """Quantize each weight once for the whole block. Only for graphs of ours, under ``no_grad``, and while weights do
-    not change: the cache of parametrize is global and knows no invalidation."""
-    if isinstance(model, fx.GraphModule) and not torch.is_grad_enabled():
-        with parametrize.cached():
-            yield
-    else:
-        yield
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits ``[N, classes]`` of a network's output: the tensor, or the first tensor of a tuple or dict."""
-    if isinstance(output, dict):
-        output = next(iter(output.values()), None)
-    if isinstance(output, (tuple, list)) and output:
-        output = output[0]
-    if not isinstance(output, Tensor):
-        raise UserError(f"The network returns {type(output).__name__}; expected logits [N, classes].")
-    return output
-
-
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
     dataloader: Iterable[Any],
-    forward_fn: Optional[ForwardFn] = None,
+    forward_fn: ForwardFn | None = None,
     *,
     progress: Progress = no_progress,
     description: str = "evaluate",

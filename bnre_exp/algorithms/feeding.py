@@ -6,10 +6,11 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
 from bnre_exp.errors import UserError
 
@@ -24,7 +25,7 @@ class Passes:
     passes: int = field(default=0)
 
 
-def take_batches(loader: Iterable[Any], num_batches: int, count: Optional[Passes] = None) -> Iterator[Any]:
+def take_batches(loader: Iterable[Any], num_batches: int, count: Passes | None = None) -> Iterator[Any]:
     """Yield exactly ``num_batches`` batches; a loader that is shorter is iterated again.
 
     ``count`` is kept up to date. Raises ``UserError`` if num_batches is below 1 or the loader yields nothing (an
@@ -49,7 +50,7 @@ def take_batches(loader: Iterable[Any], num_batches: int, count: Optional[Passes
             )
 
 
-def feed(model: nn.Module, batch: Any, device: torch.device, forward_fn: Optional[ForwardFn] = None) -> Any:
+def feed(model: nn.Module, batch: Any, device: torch.device, forward_fn: ForwardFn | None = None) -> Any:
     """Run the model on a batch: a tensor as it is, of a tuple or list the first element, moved to ``device``.
 
     ``forward_fn(model, batch)`` replaces that for other batches; tensors at the top level of its batch are moved too.
@@ -85,7 +86,7 @@ def device_of(model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
-def length_of(dataloader: Iterable[Any]) -> Optional[int]:
+def length_of(dataloader: Iterable[Any]) -> int | None:
     """Batches of a loader, None where it has no length."""
     return len(dataloader) if isinstance(dataloader, Sized) else None
 
@@ -100,3 +101,25 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def cached_weights(model: nn.Module) -> Iterator[None]:
+    """Quantize each weight once for the whole block. Only for graphs of ours, under ``no_grad``, and while weights do
+    not change: the cache of parametrize is global and knows no invalidation."""
+    if isinstance(model, fx.GraphModule) and not torch.is_grad_enabled():
+        with parametrize.cached():
+            yield
+    else:
+        yield
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits ``[N, classes]`` of a network's output: the tensor, or the first tensor of a tuple or dict."""
+    if isinstance(output, dict):
+        output = next(iter(output.values()), None)
+    if isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    if not isinstance(output, Tensor):
+        raise UserError(f"The network returns {type(output).__name__}; expected logits [N, classes].")
+    return output

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict, dataclass
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from bnre_exp.errors import UserError
-from bnre_exp.quantsim.affine import ChannelAffine
-from bnre_exp.quantsim.codes import set_codes
 from bnre_exp.quantsim.groups import PLAIN_BN, Group, find_groups, num_features
-from bnre_exp.quantsim.insert import sim_report
-from bnre_exp.quantsim.layout import BATCH_NORMS, layout_of
 from bnre_exp.quantsim.nodes import module_of, source_of
 from bnre_exp.quantsim.operations import does_nothing_in_evaluation
-from bnre_exp.quantsim.quantizer import Dequantize, WeightQuantizer, positive
-from bnre_exp.quantsim.ranges import fit_symmetric_scale
+from bnre_exp.quantsim.quantizers.affine import ChannelAffine
+from bnre_exp.quantsim.quantizers.codes import set_codes
+from bnre_exp.quantsim.quantizers.layout import BATCH_NORMS, layout_of
+from bnre_exp.quantsim.quantizers.quantizer import Dequantize, WeightQuantizer, positive
+from bnre_exp.quantsim.quantizers.ranges import fit_symmetric_scale
+from bnre_exp.quantsim.sim import sim_report
 
 MODES = ("scale", "weight")
 SMALLEST_SCALE = 1e-30  # a channel scaled below this adds nothing in float32, and its scale would near the denormals
@@ -131,7 +131,7 @@ def _keep(folded: fx.GraphModule, name: str, reason: str) -> str:
     return reason
 
 
-def _affine_for(layer: Any, group: Group) -> Optional[_Affine]:
+def _affine_for(layer: Any, group: Group) -> _Affine | None:
     """The group's BN per output channel of the layer."""
     bn = module_of(group.bn)
     affine = None if bn is None else bn_affine(bn)
@@ -152,8 +152,8 @@ def _fold_bias(layer: Any, affine: _Affine, bn_before: bool) -> None:
 
 
 def _with_codes(
-    layer: Any, affine: Optional[_Affine], mode: str, estimator: str, percentile: float
-) -> tuple[nn.Module, Optional[str]]:
+    layer: Any, affine: _Affine | None, mode: str, estimator: str, percentile: float
+) -> tuple[nn.Module, str | None]:
     """A layer with codes in place of a quantized weight, BN's gain in its scale, and why that is lossy, if it is."""
     quantizer: WeightQuantizer = layer.parametrizations.weight[0]
     original: Tensor = layer.parametrizations.weight.original

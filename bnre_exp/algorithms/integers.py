@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,8 @@ from torch.nn.utils import parametrize
 
 from bnre_exp.errors import UserError
 from bnre_exp.quantsim.nodes import is_layer, module_of, sole_user
-from bnre_exp.quantsim.quantizer import ActivationQuantizer, Dequantize, WeightQuantizer, positive
-from bnre_exp.stages.bias import input_quantizer
+from bnre_exp.quantsim.operations import input_quantizer
+from bnre_exp.quantsim.quantizers.quantizer import ActivationQuantizer, Dequantize, WeightQuantizer, positive
 
 KERNEL_BITS = 8  # integer kernels multiply no wider codes
 PRECISE = (torch.float32, torch.float64)  # a scale in half precision is another
@@ -118,7 +118,7 @@ def _is_in_use(quantizer: Any) -> bool:
     )
 
 
-def _output_step(layer: Any, input_step: Tensor) -> Optional[Tensor]:
+def _output_step(layer: Any, input_step: Tensor) -> Tensor | None:
     """``s_in * s_w``, what one unit of a layer's sums is worth, ``[C_out]`` or ``[1]``; None unless all is integers."""
     weight = _dequantize(layer, "weight")
     if weight is None or weight.bits > KERNEL_BITS:
@@ -130,14 +130,14 @@ def _output_step(layer: Any, input_step: Tensor) -> Optional[Tensor]:
     return step if bias is not None and torch.equal(bias.scale.float(), step.expand_as(bias.scale)) else None
 
 
-def _dequantize(layer: Any, name: str) -> Optional[Dequantize]:
+def _dequantize(layer: Any, name: str) -> Dequantize | None:
     if not parametrize.is_parametrized(layer, name):
         return None
     chain = layer.parametrizations[name]
     return chain[0] if len(chain) == 1 and isinstance(chain[0], Dequantize) else None
 
 
-def _requantization(layer: fx.Node) -> Optional[fx.Node]:
+def _requantization(layer: fx.Node) -> fx.Node | None:
     """The quantizer that a kernel ends with: the only reader of the layer's output, behind ReLU or a clip if any."""
     node = sole_user(layer)
     while node is not None and (_is_relu(node) or _limits(node) is not None):
@@ -149,7 +149,7 @@ def _is_relu(node: fx.Node) -> bool:
     return isinstance(module_of(node), nn.ReLU) or (node.op != "call_module" and node.target in RELU_CALLS)
 
 
-def _limits(node: fx.Node) -> Optional[tuple[float, float]]:
+def _limits(node: fx.Node) -> tuple[float, float] | None:
     """The limits of a ReLU6 or hardtanh if they are numbers, else None."""
     module = module_of(node)
     if isinstance(module, nn.Hardtanh):

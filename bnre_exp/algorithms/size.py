@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.utils import parametrize
 
-from bnre_exp.quantsim.quantizer import ActivationQuantizer, Dequantize
+from bnre_exp.quantsim.quantizers.quantizer import ActivationQuantizer, Dequantize
 
 
 def packed_megabytes(folded: nn.Module) -> float:

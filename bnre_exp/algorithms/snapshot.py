@@ -7,7 +7,7 @@ import json
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Optional, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ class Snapshot:
 class Snapshots(Protocol):
     """Where a training leaves its state after every epoch, and finds it again."""
 
-    def load(self) -> Optional[Snapshot]:
+    def load(self) -> Snapshot | None:
         """The snapshot saved last, bit for bit; None where there is none yet."""
 
     def save(self, snapshot: Snapshot) -> None:

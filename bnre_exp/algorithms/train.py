@@ -7,17 +7,17 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import asdict, dataclass
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bnre_exp.algorithms.evaluate import evaluate
+from bnre_exp.algorithms.feeding import ForwardFn, device_of, feed, logits_of
+from bnre_exp.algorithms.snapshot import Snapshots, Training, capture, restore, restore_random
 from bnre_exp.errors import TrainingDivergedError, UserError
 from bnre_exp.progress import Progress, no_progress
-from bnre_exp.stages.evaluate import evaluate, logits_of
-from bnre_exp.stages.inputs import ForwardFn, device_of, feed
-from bnre_exp.stages.snapshot import Snapshots, Training, capture, restore, restore_random
 
 LossFn = Callable[[Any, Tensor], Tensor]
 
@@ -31,8 +31,8 @@ class Epoch:
     loss: float
     lr: float
     seconds: float
-    val_top1: Optional[float]
-    val_loss: Optional[float]
+    val_top1: float | None
+    val_loss: float | None
 
 
 def train(
@@ -47,13 +47,13 @@ def train(
     schedule: str = "cosine",
     label_smoothing: float = 0.0,
     precision: str = "float32",
-    validation: Optional[Iterable[Any]] = None,
-    forward_fn: Optional[ForwardFn] = None,
-    loss_fn: Optional[LossFn] = None,
-    on_epoch: Optional[Callable[[Epoch], None]] = None,
+    validation: Iterable[Any] | None = None,
+    forward_fn: ForwardFn | None = None,
+    loss_fn: LossFn | None = None,
+    on_epoch: Callable[[Epoch], None] | None = None,
     progress: Progress = no_progress,
     description: str = "train",
-    snapshots: Optional[Snapshots] = None,
+    snapshots: Snapshots | None = None,
 ) -> list[Epoch]:
     """Train in place for ``epochs`` passes over ``dataloader``, which has a length and yields ``(input, label)``.
 
@@ -71,7 +71,7 @@ def train(
 
     Raises :class:`~bnre_exp.errors.TrainingDivergedError` when the loss is not finite, ``UserError`` for a loader
     without a length or batches, for a snapshot that does not fit (other arguments, other parameters; the model is then
-    as it was), and with ``snapshots`` for what a snapshot cannot hold (:func:`~bnre_exp.stages.snapshot.capture`).
+    as it was), and with ``snapshots`` for what a snapshot cannot hold (:func:`~bnre_exp.algorithms.snapshot.capture`).
     """
     if epochs < 1:
         raise UserError(f"epochs={epochs}: expected at least 1; to leave training out, do not call it.")
@@ -104,7 +104,7 @@ def train(
     return history
 
 
-def _resume(training: Training, snapshots: Snapshots, on_epoch: Optional[Callable[[Epoch], None]]) -> list[Epoch]:
+def _resume(training: Training, snapshots: Snapshots, on_epoch: Callable[[Epoch], None] | None) -> list[Epoch]:
     """Put the snapshot back, if there is one, and report its epochs, which are returned."""
     snapshot = snapshots.load()
     if snapshot is None:
@@ -144,7 +144,7 @@ def _train_epoch(
 
 
 def _loss_of_batch(
-    model: nn.Module, precision: str, forward_fn: Optional[ForwardFn], loss_fn: LossFn
+    model: nn.Module, precision: str, forward_fn: ForwardFn | None, loss_fn: LossFn
 ) -> Callable[[Any], Tensor]:
     device = device_of(model)
 

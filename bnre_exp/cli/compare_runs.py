@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.text import Text
 
 from bnre_exp.errors import UserError
+from bnre_exp.jobs.sweep import job_rows, leave_comparison
 from bnre_exp.report.comparison import RunRow, comparison_table
-from bnre_exp.sweep import job_rows, leave_comparison
 from bnre_exp.tracking import read_runs
 
 

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, ValidationError
 
@@ -30,7 +30,7 @@ def exit_status(error: BaseException) -> int:
     return 1
 
 
-def explain_failure(error: BaseException, log_file: Optional[Path]) -> str:
+def explain_failure(error: BaseException, log_file: Path | None) -> str:
     """The message for an error that ended a job; with the traceback only where the defect is ours."""
     if isinstance(error, UserError):
         return f"Error: {error}"
@@ -45,7 +45,7 @@ def explain_failure(error: BaseException, log_file: Optional[Path]) -> str:
     return f"{lines}\nThis is unexpected, and likely a defect of bnre_exp.{log} {type(error).__name__}: {error}"
 
 
-def _causes(error: Optional[BaseException]) -> Iterator[BaseException]:
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
@@ -61,7 +61,7 @@ def is_full_disk(error: BaseException) -> bool:
     )
 
 
-def _full_folder(error: BaseException, log_file: Optional[Path]) -> str:
+def _full_folder(error: BaseException, log_file: Path | None) -> str:
     names = [cause.filename for cause in _causes(error) if isinstance(cause, OSError) and cause.filename]
     if names:
         return f"in {Path(str(names[0])).absolute().parent}"
@@ -99,7 +99,7 @@ def explain_configuration(error: BaseException) -> str:
     return _explain_override(error, _first_line(texts[0]))
 
 
-def _unknown_name(texts: Sequence[str], name: str, override: str) -> Optional[str]:
+def _unknown_name(texts: Sequence[str], name: str, override: str) -> str | None:
     """The name that the schema does not have, if that is what the errors say."""
     target = _search(r"Could not (?:override|delete from config\.) '([^'\n]+)'", texts)
     key = _search(r"Key '([^'\n]+)' (?:is )?not in ", texts)
@@ -122,7 +122,7 @@ def _explain_override(error: BaseException, text: str) -> str:
     return f"{text}. {SEE_HELP}"
 
 
-def _search(pattern: str, texts: Sequence[str]) -> Optional[str]:
+def _search(pattern: str, texts: Sequence[str]) -> str | None:
     for text in texts:
         match = re.search(pattern, text, re.MULTILINE)
         if match:

@@ -14,8 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bnre_exp.store import Entry, Store
-from bnre_exp.typed_text import typed
+from bnre_exp.jobs.store import Entry, Store
+from bnre_exp.tracking.typed_text import typed
 
 ORDER = ("fp32", "ptq", "qat", "reest", "fold", "export")
 IDENTIFYING = ("model.name", "model._target_", "dataset._target_")

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.progress import track
 
 from bnre_exp.errors import UserError
-from bnre_exp.journal import NAME
-from bnre_exp.runs import held_if_dead
+from bnre_exp.jobs.folders import held_if_dead
 from bnre_exp.tracking import sync, undelivered
+from bnre_exp.tracking.journal import NAME
 
 
 def waiting(output: Path) -> list[Path]:

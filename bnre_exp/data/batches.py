@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from bnre_exp.errors import UserError
-from bnre_exp.preprocess import (
+from bnre_exp.data.preprocess import (
     Preprocessing,
     as_channels,
     normalise,
@@ -26,6 +25,7 @@ from bnre_exp.preprocess import (
     resize_and_crop,
     to_uint8,
 )
+from bnre_exp.errors import UserError
 
 Batch = tuple[Tensor, Tensor]
 BatchKey = tuple[list[int], int]

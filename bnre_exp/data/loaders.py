@@ -16,28 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from bnre_exp.batches import Batch, MemoryView, SeededBatches
-from bnre_exp.datasets import ImageTensors, cifar10, cifar100, digits, fashion_mnist, image_folder, imagenet
+from bnre_exp.data.batches import Batch, MemoryView, SeededBatches
+from bnre_exp.data.preprocess import Preprocessing
+from bnre_exp.data.splits import Split, load_split
+from bnre_exp.digests import digest, stream_seed, tensors_digest
 from bnre_exp.errors import UserError
-from bnre_exp.fingerprint import digest, tensors_digest
-from bnre_exp.preprocess import Preprocessing, resolve_preprocessing
 from bnre_exp.progress import Progress, no_progress
-from bnre_exp.splits import Split, load_split, stream_seed
-
-__all__ = [
-    "ImageTensors",
-    "Loaders",
-    "Preprocessing",
-    "build_loaders",
-    "check_labels",
-    "cifar10",
-    "cifar100",
-    "digits",
-    "fashion_mnist",
-    "image_folder",
-    "imagenet",
-    "resolve_preprocessing",
-]
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnre_exp.batches import ItemView, MemoryView, PreparedImages, own_random_state, read_item
-from bnre_exp.datasets import ImageTensors
+from bnre_exp.data.batches import ItemView, MemoryView, PreparedImages, own_random_state, read_item
+from bnre_exp.data.datasets import ImageTensors
+from bnre_exp.data.preprocess import Preprocessing, as_channels, resize_and_crop
+from bnre_exp.digests import file_sha256, stream_seed
 from bnre_exp.errors import UserError
-from bnre_exp.fingerprint import file_sha256
-from bnre_exp.preprocess import Preprocessing, as_channels, resize_and_crop
 from bnre_exp.progress import Progress
 from bnre_exp.targets import call_target, resolve_target
 
@@ -129,11 +129,6 @@ def _digest(parts: Sequence[Any]) -> str:
     for part in parts:
         sha.update(part.encode() + b"\n" if isinstance(part, str) else np.ascontiguousarray(part).tobytes())
     return sha.hexdigest()
-
-
-def stream_seed(seed: int, purpose: str) -> int:
-    """A seed of its own for every purpose, the same in every process (hash() is not)."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:7], "big")
 
 
 def _chosen(count: int, limit: int | None, train: bool, seed: int) -> Tensor:

@@ -1,1 +1,1 @@
-"""What leaves the framework: checkpoints."""
+"""What leaves the framework: checkpoints, ONNX models, encodings."""

@@ -6,16 +6,16 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 import numpy as np
 from torch import Tensor, fx
 
 from bnre_exp.errors import UserError
-from bnre_exp.export.files import write_file
-from bnre_exp.export.onnx import write_model
-from bnre_exp.export.plain import EXPORTER_OPSET, plain_network
-from bnre_exp.export.records import Codes, Grid, Plain, along
+from bnre_exp.export.onnx.model import write_model
+from bnre_exp.export.onnx.plain import EXPORTER_OPSET, plain_network
+from bnre_exp.export.onnx.records import Codes, Grid, Plain, along
+from bnre_exp.files import write_file
 
 VERSIONS = ("1.0.0", "2.0.0")
 MODEL = "model.onnx"
@@ -23,8 +23,8 @@ MODEL = "model.onnx"
 
 def export_encodings(
     folded: fx.GraphModule,
-    example_input: Union[Tensor, Sequence[Tensor]],
-    path: Union[str, os.PathLike[str]],
+    example_input: Tensor | Sequence[Tensor],
+    path: str | os.PathLike[str],
     *,
     versions: Sequence[str] = VERSIONS,
     opset: int = EXPORTER_OPSET,
@@ -137,7 +137,7 @@ def read_encodings(folder: Path, version: str) -> Plain:
     return Plain(model, tuple(grids), tuple(parameters))
 
 
-_Entry = tuple[str, int, bool, np.ndarray, int, Optional[int]]  # name, bits, is signed, scale, zero point, axis
+_Entry = tuple[str, int, bool, np.ndarray, int, int | None]  # name, bits, is signed, scale, zero point, axis
 
 
 def _from_1(entry: dict[str, Any]) -> _Entry:
@@ -161,7 +161,7 @@ def _channel_axis(value: Any) -> int:
     return 0 if first else 1
 
 
-def _codes(value: Any, bits: int, scale: np.ndarray, axis: Optional[int]) -> Codes:
+def _codes(value: Any, bits: int, scale: np.ndarray, axis: int | None) -> Codes:
     weight = value.const_value.numpy()
     codes = np.rint(weight.astype(np.float64) / along(scale, weight.ndim, axis))
     largest = 2 ** (bits - 1)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ast
-import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import logging
 import os
 import site
@@ -16,41 +14,15 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
-import torch
-from torch import Tensor
+from bnre_exp.digests import digest, file_sha256
 
 PACKAGE = "bnre_exp"
 logger = logging.getLogger(__name__)
 
 _CHANGED: set[Path] = set()  # source files that were found changed since they were imported
 LIBRARIES = ("torch", "torchvision", "numpy", "pillow")
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of a value that JSON can hold, whatever the order of its keys; 40 hexadecimal digits."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:40]
-
-
-def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, dtypes, shapes and values."""
-    sha = hashlib.sha256()
-    for name, tensor in tensors.items():
-        plain = tensor.detach().cpu().contiguous()
-        sha.update(f"{name} {plain.dtype} {tuple(plain.shape)}\n".encode())
-        sha.update(plain.reshape(-1).view(torch.uint8).numpy().data if plain.numel() else b"")
-    return sha.hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's contents."""
-    sha = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(2**20):
-            sha.update(chunk)
-    return sha.hexdigest()
 
 
 def code_digest(modules: Iterable[str]) -> str:
@@ -96,9 +68,9 @@ def _version(distribution: str) -> str:
         return "another"
 
 
-def _closure(modules: tuple[str, ...], wanted: Any) -> dict[str, Optional[Path]]:
+def _closure(modules: tuple[str, ...], wanted: Any) -> dict[str, Path | None]:
     """Module -> source file, None for an installed package; standard library and unwanted ones are left out."""
-    found: dict[str, Optional[Path]] = {}
+    found: dict[str, Path | None] = {}
     seen: set[str] = set()
     waiting = list(modules)
     while waiting:
@@ -120,7 +92,7 @@ def _closure(modules: tuple[str, ...], wanted: Any) -> dict[str, Optional[Path]]
     return found
 
 
-def _source_of(module: str) -> Optional[Path]:
+def _source_of(module: str) -> Path | None:
     """The file of a module, found without importing anything: a script that some branch imports must not run."""
     name, spec, places = "", None, None
     for part in module.split("."):

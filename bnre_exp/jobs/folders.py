@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Optional
 
 from filelock import FileLock, Timeout
 
@@ -34,11 +33,11 @@ class RunRecord:
     label: str
     started: float
     status: str = RUNNING
-    error: Optional[str] = None
-    exit_status: Optional[int] = None
+    error: str | None = None
+    exit_status: int | None = None
 
 
-def read_record(folder: Path) -> Optional[RunRecord]:
+def read_record(folder: Path) -> RunRecord | None:
     """The record of a folder; None where there is none, or none that can be read."""
     try:
         return RunRecord(**json.loads((folder / RECORD).read_text()))
@@ -57,7 +56,7 @@ def write_record(folder: Path, record: RunRecord) -> None:
 
 
 @contextmanager
-def claim(folder: Path, on_wait: Optional[Callable[[], None]] = None) -> Iterator[None]:
+def claim(folder: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
     """Hold a folder as the one that runs there. If another process holds it, wait for its end after ``on_wait()``;
     without ``on_wait`` raise ``UserError``."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -126,7 +125,7 @@ def is_alive(folder: Path) -> bool:
     return False
 
 
-def find_unfinished(parent: Path, identity: str) -> Optional[Path]:
+def find_unfinished(parent: Path, identity: str) -> Path | None:
     """The newest folder in ``parent`` with this identity that was interrupted or killed and that nobody holds."""
     for folder in sorted(_folders(parent), reverse=True):
         record = read_record(folder)

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from bnre_exp.algorithms.snapshot import hidden_buffers
 from bnre_exp.config import Config, RangeEstimator, ReestMethod, flatten
-from bnre_exp.fingerprint import PACKAGE, code_digest, digest, environment, tensors_digest, users_code
-from bnre_exp.stages.snapshot import hidden_buffers
-from bnre_exp.steps.fp32 import epochs_of
-from bnre_exp.steps.setting import Setting
+from bnre_exp.digests import digest, tensors_digest
+from bnre_exp.jobs.code_identity import PACKAGE, code_digest, environment, users_code
+from bnre_exp.jobs.stages.fp32 import epochs_of
+from bnre_exp.jobs.stages.setting import Setting
 from bnre_exp.targets import resolve_target
 
 # What of the configuration a stage reads itself; what the stages before it read comes with their keys.
@@ -54,7 +55,11 @@ def plan(setting: Setting) -> list[Planned]:
         shown = {**shown, **own}
         if stage == "ptq":
             own = {**own, "model.leaf_modules": list(setting.config.model.leaf_modules)}
-        depends: dict[str, Any] = {"stage": stage, "config": own, "code": code_digest([f"{PACKAGE}.steps.{stage}"])}
+        depends: dict[str, Any] = {
+            "stage": stage,
+            "config": own,
+            "code": code_digest([f"{PACKAGE}.jobs.stages.{stage}"]),
+        }
         if planned:
             depends["upstream"] = digest(planned[-1].depends)
         else:
@@ -112,5 +117,5 @@ def _modules(config: Config) -> set[str]:
 
 def code_identity(config: Config) -> str:
     """Digest of all code that a job of this configuration runs, ours and the user's."""
-    own = code_digest([f"{PACKAGE}.steps.{stage}" for stage in SECTIONS] + [f"{PACKAGE}.data"])
+    own = code_digest([f"{PACKAGE}.jobs.stages.{stage}" for stage in SECTIONS] + [f"{PACKAGE}.data"])
     return digest([own, users_code(_modules(config)), environment()])

@@ -7,28 +7,28 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
 
 import torch
 from rich.console import Console
 
+from bnre_exp.algorithms.bn_statistics import has_running_statistics
 from bnre_exp.config import Config, Device, MemoryFormat
-from bnre_exp.data import Loaders, Preprocessing, build_loaders, check_labels, resolve_preprocessing
+from bnre_exp.data.loaders import Loaders, Preprocessing, build_loaders, check_labels
+from bnre_exp.data.preprocess import resolve_preprocessing
 from bnre_exp.errors import UserError
-from bnre_exp.models import build_model, check_head
-from bnre_exp.plan import Planned, plan
-from bnre_exp.provenance import compare_link, ui_address, ui_command
+from bnre_exp.jobs.plan import Planned, plan
+from bnre_exp.jobs.stages.export import check_export
+from bnre_exp.jobs.stages.network import check_storable
+from bnre_exp.jobs.stages.outcome import Outcome
+from bnre_exp.jobs.stages.setting import Setting, scheme, seed
+from bnre_exp.jobs.store import Store
+from bnre_exp.models.build import build_model, check_head
 from bnre_exp.quantsim.insert import quantize
 from bnre_exp.report.console import ConsoleProgress
 from bnre_exp.report.layers import layers_markdown
 from bnre_exp.report.summary import RUN_FOLDER, StageResult, Summary, markdown
-from bnre_exp.stages.reestimate import has_running_statistics
-from bnre_exp.steps.export import check_export
-from bnre_exp.steps.network import check_storable
-from bnre_exp.steps.outcome import Outcome
-from bnre_exp.steps.setting import Setting, scheme, seed
-from bnre_exp.store import Store
 from bnre_exp.tracking import RunLog
+from bnre_exp.tracking.links import compare_link, ui_address, ui_command
 
 DEFAULT_THREADS = torch.get_num_threads()  # of the process, before a job changes it
 
@@ -39,7 +39,7 @@ class Results:
 
     metrics: dict[str, float]
     summary: Summary
-    folded: Optional[Path] = None
+    folded: Path | None = None
 
 
 @dataclass

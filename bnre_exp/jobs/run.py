@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Optional
 
 from rich.console import Console
 from safetensors.torch import save_model
@@ -15,24 +14,24 @@ from torch import nn
 
 from bnre_exp.config import Config, ExportFormat, flatten
 from bnre_exp.errors import UserError
-from bnre_exp.job import Job, Results, leave_report, open_store, prepare
-from bnre_exp.plan import Planned
-from bnre_exp.provenance import git_tags
+from bnre_exp.jobs.plan import Planned
+from bnre_exp.jobs.prepare import Job, Results, leave_report, open_store, prepare
+from bnre_exp.jobs.provenance import git_tags
+from bnre_exp.jobs.stages.export import export, exported
+from bnre_exp.jobs.stages.fold import fold, fold_again
+from bnre_exp.jobs.stages.fp32 import fp32
+from bnre_exp.jobs.stages.network import STATE, Passing, save_state
+from bnre_exp.jobs.stages.outcome import Outcome, read_outcome, write_outcome
+from bnre_exp.jobs.stages.ptq import ptq
+from bnre_exp.jobs.stages.qat import qat
+from bnre_exp.jobs.stages.reest import reest
+from bnre_exp.jobs.stages.setting import Setting
+from bnre_exp.jobs.stages.training import SnapshotFolder
+from bnre_exp.jobs.store import Entry, Slot
 from bnre_exp.report.summary import Summary, print_summary
-from bnre_exp.steps.export import export, exported
-from bnre_exp.steps.fold import fold, fold_again
-from bnre_exp.steps.fp32 import fp32
-from bnre_exp.steps.network import STATE, Passing, save_state
-from bnre_exp.steps.outcome import Outcome, read_outcome, write_outcome
-from bnre_exp.steps.ptq import ptq
-from bnre_exp.steps.qat import qat
-from bnre_exp.steps.reest import reest
-from bnre_exp.steps.setting import Setting
-from bnre_exp.steps.training import SnapshotFolder
-from bnre_exp.store import Entry, Slot
 from bnre_exp.tracking import open_run
 
-Work = Callable[[Setting, nn.Module, Optional[SnapshotFolder]], tuple[Outcome, nn.Module]]
+Work = Callable[[Setting, nn.Module, SnapshotFolder | None], tuple[Outcome, nn.Module]]
 WORK: dict[str, Work] = {"fp32": fp32, "ptq": ptq, "qat": qat, "reest": reest, "fold": fold}
 
 
@@ -42,8 +41,8 @@ def run(
     run_dir: Path,
     overrides: Sequence[str] = (),
     console: Console,
-    parent: Optional[Path] = None,
-    since: Optional[float] = None,
+    parent: Path | None = None,
+    since: float | None = None,
 ) -> Results:
     """Run all stages of one job; everything it leaves is below ``run_dir``, in the store and in MLflow.
 
@@ -87,7 +86,7 @@ def run(
 def run_name(config: Config) -> str:
     """What a run is called unless ``tracking.run_name`` says: network, dataset, bits, QAT or PTQ, batches."""
 
-    def bits(value: Optional[int]) -> str:
+    def bits(value: int | None) -> str:
         return "fp" if value is None else str(value)
 
     file = Path(config.model.path).stem if config.model.path else None
@@ -102,7 +101,7 @@ def _run_stages(job: Job) -> None:
     config, passing = job.config, Passing(job.setting)
     off = {"QAT": (config.qat.epochs, "qat.epochs"), "re-estimation": (config.reest.num_batches, "reest.num_batches")}
     job.exceptions("note", [(what, f"off ({name}=0)") for what, (value, name) in off.items() if not value])
-    folded: Optional[nn.Module] = None
+    folded: nn.Module | None = None
     for planned in job.planned:
         if planned.stage == "export":
             _export(job, planned, passing, folded)
@@ -113,7 +112,7 @@ def _run_stages(job: Job) -> None:
     job.log.connect()
 
 
-def _stage(job: Job, planned: Planned, passing: Passing) -> Optional[nn.Module]:
+def _stage(job: Job, planned: Planned, passing: Passing) -> nn.Module | None:
     """Find or compute one stage and report it. Returns the folded network if this stage has just made it."""
     stage, folded = planned.stage, None
     with job.store.stage(stage, planned.depends, _waiting(job, stage), passing.content) as slot:
@@ -137,12 +136,12 @@ def _stage(job: Job, planned: Planned, passing: Passing) -> Optional[nn.Module]:
     return folded
 
 
-def _content(entry: Optional[Entry]) -> Optional[str]:
+def _content(entry: Entry | None) -> str | None:
     """SHA-256 of the network that an entry holds."""
     return None if entry is None else str(entry.files[STATE]["sha256"])
 
 
-def _keep(slot: Slot, planned: Planned, outcome: Outcome, network: Optional[nn.Module]) -> None:
+def _keep(slot: Slot, planned: Planned, outcome: Outcome, network: nn.Module | None) -> None:
     def fill(folder: Path) -> None:
         write_outcome(folder, outcome)
         if network is not None:
@@ -174,7 +173,7 @@ def _keep_fp32(job: Job, passing: Passing) -> None:
         )
 
 
-def _export(job: Job, planned: Planned, passing: Passing, folded: Optional[nn.Module]) -> None:
+def _export(job: Job, planned: Planned, passing: Passing, folded: nn.Module | None) -> None:
     with job.store.stage("export", planned.depends, _waiting(job, "export"), passing.content) as slot:
         if slot.entry is not None:
             outcome, how = read_outcome(slot.entry.folder), "reused"

@@ -19,12 +19,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from bnre_exp.fingerprint import digest, file_sha256
+from bnre_exp.digests import digest, file_sha256
 
 FORMAT = 1
 ENTRY = "entry.json"
@@ -45,7 +45,7 @@ class Entry:
     key: str
     depends: Mapping[str, Any]
     config: Mapping[str, Any]
-    upstream: Optional[str]
+    upstream: str | None
     files: Mapping[str, Mapping[str, Any]]
     created: float
     used: float
@@ -63,10 +63,10 @@ class Slot:
     store); it is removed once the result is written.
     """
 
-    def __init__(self, entry: Optional[Entry], partial: Optional[Path], write: Callable[..., Optional[Entry]]) -> None:
+    def __init__(self, entry: Entry | None, partial: Path | None, write: Callable[..., Entry | None]) -> None:
         self.entry, self.partial, self._write = entry, partial, write
 
-    def write(self, config: Mapping[str, Any], fill: Callable[[Path], None]) -> Optional[Entry]:
+    def write(self, config: Mapping[str, Any], fill: Callable[[Path], None]) -> Entry | None:
         """Keep the files that ``fill(folder)`` writes; returns None, with a warning logged, if the disk refuses."""
         self.entry = self._write(config, fill)
         return self.entry
@@ -99,7 +99,7 @@ class Store:
         stage: str,
         depends: Mapping[str, Any],
         on_wait: Callable[[str], None] = lambda who: None,
-        upstream: Optional[str] = None,
+        upstream: str | None = None,
     ) -> Iterator[Slot]:
         """The place of the result of ``stage`` that depends on ``depends``; waits while another process holds it.
 
@@ -119,7 +119,7 @@ class Store:
             if self.mode == "refresh" and _newest(partial) < self.since:
                 self._remove(partial)
 
-            def write(config: Mapping[str, Any], fill: Callable[[Path], None]) -> Optional[Entry]:
+            def write(config: Mapping[str, Any], fill: Callable[[Path], None]) -> Entry | None:
                 return self._write(stage, key, depends, config, upstream, fill)
 
             yield Slot(entry, partial, write)
@@ -152,7 +152,7 @@ class Store:
     def _is_too_old(self, entry: Entry) -> bool:
         return self.mode == "refresh" and entry.created < self.since
 
-    def _find(self, stage: str, key: str, upstream: Optional[str]) -> Optional[Entry]:
+    def _find(self, stage: str, key: str, upstream: str | None) -> Entry | None:
         folder = self.folder / "entries" / f"{stage}-{key}"
         if not folder.exists():
             return None
@@ -178,9 +178,9 @@ class Store:
         key: str,
         depends: Mapping[str, Any],
         config: Mapping[str, Any],
-        upstream: Optional[str],
+        upstream: str | None,
         fill: Callable[[Path], None],
-    ) -> Optional[Entry]:
+    ) -> Entry | None:
         target, new = self.folder / "entries" / f"{stage}-{key}", self.folder / "tmp" / uuid.uuid4().hex
         try:
             new.mkdir(parents=True)
@@ -234,12 +234,12 @@ class Store:
         found = [_read(folder) for folder in folders.iterdir()] if folders.is_dir() else []
         return sorted((entry for entry in found if entry is not None), key=lambda entry: entry.used)
 
-    def evict(self, max_bytes: Optional[float] = None, older_than: float = 0.0) -> list[Entry]:
+    def evict(self, max_bytes: float | None = None, older_than: float = 0.0) -> list[Entry]:
         """Remove what was used least recently, results and unfinished work, until the store fits ``max_bytes``
         (default: its own limit), and all last used before ``older_than`` (seconds since 1970). What a running job uses
         stays. Returns the removed results."""
         limit, removed = self.max_bytes if max_bytes is None else max_bytes, []
-        found: list[tuple[float, Path, int, Optional[Entry]]] = []
+        found: list[tuple[float, Path, int, Entry | None]] = []
         found += [(entry.used, entry.folder, entry.size, entry) for entry in self.entries()]
         partial = self.folder / "partial"
         for folder in partial.iterdir() if partial.is_dir() else []:
@@ -290,7 +290,7 @@ def _who_holds(holder: Path) -> str:
         return "another process"
 
 
-def _read(folder: Path) -> Optional[Entry]:
+def _read(folder: Path) -> Entry | None:
     """The entry as its entry.json describes it; None if that is missing, cut short or changed."""
     try:
         record = json.loads((folder / ENTRY).read_bytes())
@@ -304,7 +304,7 @@ def _read(folder: Path) -> Optional[Entry]:
         return None
 
 
-def _problem(entry: Entry) -> Optional[str]:
+def _problem(entry: Entry) -> str | None:
     for name, expected in entry.files.items():
         try:
             if file_sha256(entry.folder / name) != expected["sha256"]:

@@ -8,25 +8,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
 
 from rich.console import Console
 from rich.text import Text
 
 from bnre_exp.config import RuntimeConfig, TrackingConfig
 from bnre_exp.errors import SweepFailed, UserError
-from bnre_exp.journal import last_metrics, read_records
-from bnre_exp.provenance import compare_link, git_tags, ui_address, ui_command
-from bnre_exp.report.comparison import (
-    RunRow,
-    comparison_csv,
-    comparison_markdown,
-    comparison_table,
-    differing_params,
-    measured,
-)
-from bnre_exp.report.plots import save_plots
-from bnre_exp.runs import (
+from bnre_exp.jobs.folders import (
     FAILED,
     FINISHED,
     KILLED,
@@ -38,7 +26,19 @@ from bnre_exp.runs import (
     set_aside,
     write_record,
 )
+from bnre_exp.jobs.provenance import git_tags
+from bnre_exp.report.comparison import (
+    RunRow,
+    comparison_csv,
+    comparison_markdown,
+    comparison_table,
+    differing_params,
+    measured,
+)
+from bnre_exp.report.plots import save_plots
 from bnre_exp.tracking import RunLog, end_run, open_run, sync
+from bnre_exp.tracking.journal import last_metrics, read_records
+from bnre_exp.tracking.links import compare_link, ui_address, ui_command
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def run_sweep(plan: SweepPlan, launch: Callable[[], None], console: Console) -> 
         plan.folder, params={}, tags=tags, output_dir=output, experiment=tracking.experiment, run_name=plan.label,
         uri=tracking.uri, enabled=tracking.enabled, connect=False,
     ) as log:  # fmt: skip
-        error: Optional[BaseException] = None
+        error: BaseException | None = None
         try:
             launch()
         except BaseException as caught:

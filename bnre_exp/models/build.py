@@ -11,42 +11,29 @@ import torch
 from torch import Tensor, nn
 
 from bnre_exp.errors import UserError
-from bnre_exp.targets import call_target, resolve_target
-from bnre_exp.weights import load_checkpoint
-from bnre_exp.zoo import (
+from bnre_exp.models.weights import load_checkpoint
+from bnre_exp.models.zoo import (
     BuiltModel,
     build_timm,
     build_torchvision,
     head_names,
     replace_heads,
     timm_model,
-    timm_preprocessing,
     torchvision_model,
-    torchvision_preprocessing,
     weights_setting,
 )
-
-__all__ = [
-    "BuiltModel",
-    "build_model",
-    "check_head",
-    "onnx_model",
-    "timm_model",
-    "timm_preprocessing",
-    "torchvision_model",
-    "torchvision_preprocessing",
-]
+from bnre_exp.targets import call_target, resolve_target
 
 _BUILDERS = {torchvision_model: build_torchvision, timm_model: build_timm}
 
 
 def onnx_model(path: str) -> nn.Module:
-    """The network of an ONNX file, as a torch module. Raises UserError as :func:`bnre_exp.convert.build_onnx` does."""
+    """The network of an ONNX file, as a torch module. Raises UserError as ``build_onnx`` does."""
     return _build_onnx(path).module
 
 
 def _build_onnx(path: str) -> BuiltModel:
-    from bnre_exp.convert import build_onnx  # onnx and its runtime take a second to import
+    from bnre_exp.models.from_onnx import build_onnx  # onnx and its runtime take a second to import
 
     return build_onnx(path)
 

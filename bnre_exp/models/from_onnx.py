@@ -10,12 +10,12 @@ import onnx
 import torch
 from torch import fx, nn
 
+from bnre_exp.data.preprocess import stored_preprocessing
 from bnre_exp.errors import UserError
-from bnre_exp.ort.files import load_model
-from bnre_exp.ort.opset import lower
-from bnre_exp.ort.session import feeds, open_session, run_session
-from bnre_exp.preprocess import stored_preprocessing
-from bnre_exp.zoo import BuiltModel
+from bnre_exp.models.zoo import BuiltModel
+from bnre_exp.onnx_io.files import load_model
+from bnre_exp.onnx_io.opset import lower
+from bnre_exp.onnx_io.session import feeds, open_session, run_session
 
 CONVERTED_OPSET = 15  # the converter knows few operations in newer forms
 ASSUMED_SIZE = 64  # of an axis that the model leaves open [pixels]

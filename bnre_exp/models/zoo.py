@@ -11,8 +11,8 @@ from typing import Any
 import torchvision
 from torch import nn
 
+from bnre_exp.data.preprocess import Preprocessing
 from bnre_exp.errors import UserError
-from bnre_exp.preprocess import Preprocessing
 
 logger = logging.getLogger(__name__)
 

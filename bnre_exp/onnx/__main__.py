@@ -9,14 +9,14 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from bnre_exp.algorithms.bn_statistics import METHODS
 from bnre_exp.errors import UserError
+from bnre_exp.onnx.command_data import batches_of
 from bnre_exp.onnx.compare import compare_outputs, random_batches
-from bnre_exp.onnx.data import batches_of
 from bnre_exp.onnx.fold import fold_batch_norms
 from bnre_exp.onnx.reestimate import reestimate_bn_stats
-from bnre_exp.ort.files import load_model, save_model
+from bnre_exp.onnx_io.files import load_model, save_model
 from bnre_exp.report.console import ConsoleProgress
-from bnre_exp.stages.reestimate import METHODS
 
 # How much outputs may differ after folding, relative to the largest: float rounding, or codes beyond a tie.
 LARGEST_FLOAT, LARGEST_QUANTIZED = 1e-3, 0.2

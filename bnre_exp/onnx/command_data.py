@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,9 +13,9 @@ import yaml
 from PIL import Image
 from torch.utils.data import Dataset
 
-from bnre_exp.data import build_loaders
+from bnre_exp.data.loaders import build_loaders
+from bnre_exp.data.preprocess import Preprocessing, stored_preprocessing
 from bnre_exp.errors import UserError
-from bnre_exp.preprocess import Preprocessing, stored_preprocessing
 
 NAMED = ("digits", "fashion_mnist", "cifar10", "cifar100")
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -111,7 +111,7 @@ def _preprocessing(model: onnx.ModelProto, options: argparse.Namespace) -> Prepr
     )  # fmt: skip
 
 
-def _image_shape(model: onnx.ModelProto) -> tuple[Optional[int], Optional[int]]:
+def _image_shape(model: onnx.ModelProto) -> tuple[int | None, int | None]:
     """Channels and height of a model's only input, where it says."""
     weights = {tensor.name for tensor in model.graph.initializer}
     inputs = [item for item in model.graph.input if item.name not in weights]

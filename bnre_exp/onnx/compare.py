@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 import onnx
 
 from bnre_exp.errors import UserError
-from bnre_exp.ort.session import KINDS, feeds, open_session, run_session
+from bnre_exp.onnx_io.session import KINDS, feeds, open_session, run_session
 
 COMPARED = 4  # batches
 
@@ -40,7 +40,7 @@ def compare_outputs(first: onnx.ModelProto, second: onnx.ModelProto, batches: It
     return worst
 
 
-def random_batches(model: onnx.ModelProto, seed: int = 0) -> Optional[list[dict[str, np.ndarray]]]:
+def random_batches(model: onnx.ModelProto, seed: int = 0) -> list[dict[str, np.ndarray]] | None:
     """One batch of normal numbers that the model can run on, None where its inputs' shapes do not tell."""
     session = open_session(model)
     for size in (2, 1):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from bnre_exp.ort.names import all_nodes
+from bnre_exp.onnx_io.names import all_nodes
 
 ONNX = ("", "ai.onnx")  # how the domain of ONNX's own operations is written
 QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
@@ -22,7 +21,7 @@ class Constants:
     tensors: dict[str, onnx.TensorProto]
     readers: dict[str, list[tuple[onnx.NodeProto, int]]]
 
-    def value(self, name: str) -> Optional[np.ndarray]:
+    def value(self, name: str) -> np.ndarray | None:
         """The values, None if they are not known."""
         return numpy_helper.to_array(self.tensors[name]) if name in self.tensors else None
 
@@ -79,7 +78,7 @@ def inner_batch_norms(model: onnx.ModelProto) -> list[tuple[onnx.NodeProto, str]
     return [(node, "is in the body of an If or Loop") for node in bodies] + [(node, in_function) for node in functions]
 
 
-def why_not_in_inference(node: onnx.NodeProto) -> Optional[str]:
+def why_not_in_inference(node: onnx.NodeProto) -> str | None:
     """Why a batch norm does not normalize by its statistics, channel by channel; None if it does."""
     if attribute(node, "training_mode", 0) or sum(map(bool, node.output)) > 1 or not attribute(node, "is_test", 1):
         return "is in training mode: it normalizes each batch by its own statistics"

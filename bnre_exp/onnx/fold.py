@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Optional
 
 import numpy as np
 import onnx
 import torch
 from onnx import helper
 
+from bnre_exp.algorithms.bias import SMALLEST_STEP
+from bnre_exp.algorithms.fold import SMALLEST_SCALE
 from bnre_exp.errors import UserError
 from bnre_exp.onnx.constants import (
     ONNX,
@@ -22,10 +23,8 @@ from bnre_exp.onnx.constants import (
     why_not_in_inference,
 )
 from bnre_exp.onnx.graph import EditedGraph, Kept, Quantized, drop_unused, edited_graph, ranks_of
-from bnre_exp.ort.names import unique
-from bnre_exp.quantsim.layout import WeightLayout
-from bnre_exp.stages.bias import SMALLEST_STEP
-from bnre_exp.stages.fold import SMALLEST_SCALE
+from bnre_exp.onnx_io.names import unique
+from bnre_exp.quantsim.quantizers.layout import WeightLayout
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 DEFAULT_EPSILON = 1e-5  # of BatchNormalization
@@ -170,7 +169,7 @@ def _along(values: np.ndarray, ndim: int, axis: int) -> np.ndarray:
     return values.reshape(shape)
 
 
-def _layout(layer: onnx.NodeProto, shape: tuple[int, ...]) -> tuple[WeightLayout, Optional[int]]:
+def _layout(layer: onnx.NodeProto, shape: tuple[int, ...]) -> tuple[WeightLayout, int | None]:
     """Where a weight's output channels are; the axis is None for a grouped transposed convolution, which has two."""
     groups = int(attribute(layer, "group", 1))
     if len(shape) < 2 or (layer.op_type in ("Gemm", "MatMul") and len(shape) != 2):
@@ -201,7 +200,7 @@ def _old_bias(graph: EditedGraph, layer: onnx.NodeProto, channels: int) -> np.nd
 
 def _fold_codes(
     graph: EditedGraph, layer: onnx.NodeProto, name: str, weight: Quantized, gain: np.ndarray, factor: np.ndarray,
-    axis: Optional[int],
+    axis: int | None,
 ) -> tuple[str, np.ndarray]:  # fmt: skip
     """New codes and scales behind a new DequantizeLinear; returns its output and the scale per channel."""
     if axis is None:
@@ -246,7 +245,7 @@ def _limits(graph: EditedGraph, weight: Quantized) -> tuple[int, int]:
     return int(info.min), int(info.max)
 
 
-def _bias_step(graph: EditedGraph, layer: onnx.NodeProto, scale: np.ndarray) -> Optional[np.ndarray]:
+def _bias_step(graph: EditedGraph, layer: onnx.NodeProto, scale: np.ndarray) -> np.ndarray | None:
     """The grid of an int32 bias per channel, None if the input is not quantized with one known scale."""
     source = graph.makers.get(layer.input[0])
     if source is None or source.op_type != "DequantizeLinear" or len(layer.input) < 2 or layer.op_type == "MatMul":
@@ -260,7 +259,7 @@ def _bias_step(graph: EditedGraph, layer: onnx.NodeProto, scale: np.ndarray) -> 
 
 
 def _new_bias(
-    graph: EditedGraph, layer: onnx.NodeProto, name: str, bias: np.ndarray, step: Optional[np.ndarray], dtype: np.dtype
+    graph: EditedGraph, layer: onnx.NodeProto, name: str, bias: np.ndarray, step: np.ndarray | None, dtype: np.dtype
 ) -> str:
     """A tensor that is the bias: a constant, or int32 codes and a DequantizeLinear."""
     if step is not None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
 
 from bnre_exp.onnx.constants import ONNX, Constants, attribute, constants_of, opset_of
-from bnre_exp.ort.names import names_of, unique
+from bnre_exp.onnx_io.names import names_of, unique
 
 
 class Kept(Exception):
@@ -55,7 +54,7 @@ class EditedGraph:
         self.graph.node.insert(index, node)
         self.makers.update({name: self.graph.node[index] for name in node.output})
 
-    def quantized(self, name: str) -> Optional[Quantized]:
+    def quantized(self, name: str) -> Quantized | None:
         """The codes behind a tensor, if a DequantizeLinear of constants gives it."""
         node = self.makers.get(name)
         if node is None or node.op_type != "DequantizeLinear":

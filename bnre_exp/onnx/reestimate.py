@@ -6,13 +6,15 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from bnre_exp.algorithms.bn_statistics import METHODS, Estimator
+from bnre_exp.algorithms.feeding import Passes, take_batches
 from bnre_exp.errors import UserError
 from bnre_exp.onnx.constants import (
     bn_name,
@@ -23,11 +25,9 @@ from bnre_exp.onnx.constants import (
     opset_of,
     why_not_in_inference,
 )
-from bnre_exp.ort.names import names_of, unique
-from bnre_exp.ort.session import feeds, open_session, run_session
+from bnre_exp.onnx_io.names import names_of, unique
+from bnre_exp.onnx_io.session import feeds, open_session, run_session
 from bnre_exp.progress import Progress, no_progress
-from bnre_exp.stages.inputs import Passes, take_batches
-from bnre_exp.stages.reestimate import METHODS, Estimator
 
 OLDEST_OPSET = 9  # before, a batch norm could normalize every position by itself
 MEAN, VAR = 3, 4  # inputs of a BatchNormalization node
@@ -56,7 +56,7 @@ class OnnxReestimationHandle:
         return self
 
     def __exit__(
-        self, kind: Optional[type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
 
@@ -78,7 +78,7 @@ def reestimate_bn_stats(
     *,
     method: str = "batch_average",
     momentum: float = 0.1,
-    providers: Optional[Sequence[str]] = None,
+    providers: Sequence[str] | None = None,
     progress: Progress = no_progress,
 ) -> OnnxReestimationHandle:
     """Replace mean and variance of every BatchNormalization of an ONNX model; in place, and nothing else changes.

@@ -7,7 +7,6 @@ import os
 import uuid
 from contextlib import suppress
 from pathlib import Path
-from typing import Union
 
 import onnx
 
@@ -16,7 +15,7 @@ from bnre_exp.errors import UserError, first_line
 LARGEST = 2**31 - 2**20  # protobuf holds no more in one piece; weights then go to a file beside the model
 
 
-def load_model(path: Union[str, os.PathLike[str]]) -> onnx.ModelProto:
+def load_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
     """Read an ONNX file, with the weights that are in files beside it.
 
     Raises ``UserError`` if it is not there or is no ONNX file.
@@ -33,7 +32,7 @@ def load_model(path: Union[str, os.PathLike[str]]) -> onnx.ModelProto:
     return model
 
 
-def save_model(model: onnx.ModelProto, path: Union[str, os.PathLike[str]]) -> None:
+def save_model(model: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
     """Write a model; weights above two gigabytes go to a file ``<name>.….data`` beside it.
 
     Raises ``UserError`` if the disk refuses.

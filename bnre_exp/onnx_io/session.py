@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,8 +17,8 @@ from onnx import TensorProto
 from torch import Tensor
 
 from bnre_exp.errors import UserError, first_line
-from bnre_exp.ort.files import LARGEST
-from bnre_exp.ort.names import names_of, unique
+from bnre_exp.onnx_io.files import LARGEST
+from bnre_exp.onnx_io.names import names_of, unique
 
 # Options of a session. Without VNNI, AVX2's fast product of uint8 and int8 saturates; so it is taken only where exact.
 EXACT = {"session.x64quantprecision": "1"}
@@ -30,7 +30,7 @@ KINDS = {
 
 
 def open_session(
-    model: onnx.ModelProto, providers: Optional[Sequence[str]] = None, optimized_to: Optional[Path] = None
+    model: onnx.ModelProto, providers: Sequence[str] | None = None, optimized_to: Path | None = None
 ) -> onnxruntime.InferenceSession:
     """A session of ONNX Runtime, with as many threads as torch has. providers: None: the CPU; optimized_to: where to
     write the graph that really runs.
@@ -68,7 +68,7 @@ def unshared(model: onnx.ModelProto) -> onnx.ModelProto:
     return copied
 
 
-def _repeat(graph: onnx.GraphProto, original: Union[onnx.NodeProto, TensorProto], name: str) -> str:
+def _repeat(graph: onnx.GraphProto, original: onnx.NodeProto | TensorProto, name: str) -> str:
     again = copy.deepcopy(original)
     again.name = name
     if isinstance(again, TensorProto):
@@ -79,7 +79,7 @@ def _repeat(graph: onnx.GraphProto, original: Union[onnx.NodeProto, TensorProto]
     return name
 
 
-def _open(model: onnx.ModelProto, providers: list[str], optimized_to: Optional[Path]) -> onnxruntime.InferenceSession:
+def _open(model: onnx.ModelProto, providers: list[str], optimized_to: Path | None) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     if optimized_to is not None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 from torch import fx, nn
 from torch.nn.utils import parametrize
 from torchvision.ops import FrozenBatchNorm2d
 
-from bnre_exp.quantsim.layout import CONVS, out_channels
 from bnre_exp.quantsim.nodes import (
     describe,
     is_bn,
@@ -23,8 +22,9 @@ from bnre_exp.quantsim.nodes import (
     sole_user,
     source_of,
 )
-from bnre_exp.quantsim.quantizer import ActivationQuantizer
-from bnre_exp.quantsim.trace import BatchNormNd
+from bnre_exp.quantsim.quantizers.layout import CONVS, out_channels
+from bnre_exp.quantsim.quantizers.quantizer import ActivationQuantizer
+from bnre_exp.quantsim.tracing.trace import BatchNormNd
 
 PLAIN_BN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormNd, FrozenBatchNorm2d)
 
@@ -37,9 +37,9 @@ class Group:
     """
 
     layer: fx.Node
-    bn: Optional[fx.Node]
+    bn: fx.Node | None
     bn_before: bool
-    activation: Optional[fx.Node]
+    activation: fx.Node | None
     output: fx.Node
 
     @property
@@ -87,7 +87,7 @@ def find_groups(graph: fx.GraphModule) -> Grouping:
     return Grouping(tuple(groups), kept)
 
 
-def _why_not_after_layer(bns: list[fx.Node], calls: dict[Any, list[fx.Node]]) -> Optional[str]:
+def _why_not_after_layer(bns: list[fx.Node], calls: dict[Any, list[fx.Node]]) -> str | None:
     """None if all calls of this BN can be folded into the layer before it; else the reason in words."""
     bn = module_of(bns[0])
     if type(bn) not in PLAIN_BN:
@@ -128,7 +128,7 @@ def num_features(bn: Any) -> int:
     return int(bn.running_mean.numel())
 
 
-def _why_not_pair(layer_node: fx.Node, bn_node: fx.Node, bn: Any) -> Optional[str]:
+def _why_not_pair(layer_node: fx.Node, bn_node: fx.Node, bn: Any) -> str | None:
     layer = module_of(layer_node)
     if any(module._forward_hooks or module._forward_pre_hooks for module in (layer, bn)):
         return f"a forward hook on the BN or on {layer_node.target}"

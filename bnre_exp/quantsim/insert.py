@@ -2,53 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Optional, Union
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from bnre_exp.errors import UserError
 from bnre_exp.quantsim.groups import Grouping, find_groups
-from bnre_exp.quantsim.layout import BATCH_NORMS, LAYERS, layout_of
+from bnre_exp.quantsim.node_facts import record
 from bnre_exp.quantsim.nodes import is_layer, is_relu_like, module_of, sole_user, source_of
 from bnre_exp.quantsim.operations import is_nonnegative, is_preserving
-from bnre_exp.quantsim.quantizer import ActivationQuantizer, WeightQuantizer, narrow_quant_max
-from bnre_exp.quantsim.ranges import fit_symmetric_scale
-from bnre_exp.quantsim.record import record
-from bnre_exp.quantsim.scheme import QuantScheme
-from bnre_exp.quantsim.trace import trace
-from bnre_exp.quantsim.verify import check_same_behaviour
-
-CONTAINER = "act_quantizers"  # submodule of a simulation that holds its activation quantizers, by node name
+from bnre_exp.quantsim.quantizers.layout import BATCH_NORMS, LAYERS, layout_of
+from bnre_exp.quantsim.quantizers.quantizer import ActivationQuantizer, WeightQuantizer, narrow_quant_max
+from bnre_exp.quantsim.quantizers.ranges import fit_symmetric_scale
+from bnre_exp.quantsim.quantizers.scheme import QuantScheme
+from bnre_exp.quantsim.sim import CONTAINER, SimReport, names_of, sim_report
+from bnre_exp.quantsim.tracing.same_behaviour import check_same_behaviour
+from bnre_exp.quantsim.tracing.trace import trace
 
 READ_DIRECTLY = "a constant or parameter that the graph reads directly"
 
 
-@dataclass(frozen=True)
-class SimReport:
-    """What a simulation does not do, as ``(name, reason)``: quantizers left out, BNs of the original that are gone."""
-
-    scheme: QuantScheme
-    unquantized: tuple[tuple[str, str], ...]
-    unreached_bns: tuple[str, ...]
-    notes: tuple[str, ...]
-
-
-def sim_report(sim: nn.Module) -> SimReport:
-    """The report of a simulation. Raises ``UserError`` for any other module."""
-    report = getattr(sim, "meta", {}).get("bnre_exp") if isinstance(sim, fx.GraphModule) else None
-    if not isinstance(report, SimReport):
-        raise UserError(f"Expected a network that quantize() returned, got {type(sim).__name__}.")
-    return report
-
-
 def quantize(
     model: nn.Module,
-    example_input: Union[Tensor, Sequence[Tensor]],
-    scheme: Optional[QuantScheme] = None,
+    example_input: Tensor | Sequence[Tensor],
+    scheme: QuantScheme | None = None,
     *,
     leaf_modules: Sequence[str] = (),
 ) -> fx.GraphModule:
@@ -66,7 +46,7 @@ def quantize(
 
 def rebuild_sim(
     model: nn.Module,
-    example_input: Union[Tensor, Sequence[Tensor]],
+    example_input: Tensor | Sequence[Tensor],
     scheme: QuantScheme,
     *,
     leaf_modules: Sequence[str] = (),
@@ -78,7 +58,7 @@ def rebuild_sim(
     return sim.train(model.training)
 
 
-def _inputs(example_input: Union[Tensor, Sequence[Tensor]]) -> tuple[Tensor, ...]:
+def _inputs(example_input: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     inputs = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
     if not inputs or not all(isinstance(x, Tensor) and x.dim() > 0 and len(x) for x in inputs):
         raise UserError("example_input: expected a tensor [N, ...] with N >= 1, or a non-empty tuple of tensors.")
@@ -131,11 +111,6 @@ class _Unquantized:
     def add(self, name: str, reason: str) -> None:
         if (name, reason) not in self.rows:
             self.rows.append((name, reason))
-
-
-def names_of(*nodes: Optional[fx.Node]) -> tuple[str, ...]:
-    """The names by which overrides and reports know operations: module paths, and node names of functions."""
-    return tuple(str(n.target) if n.op in ("call_module", "get_attr") else n.name for n in nodes if n is not None)
 
 
 def _check_overrides(sim: fx.GraphModule, grouping: Grouping, scheme: QuantScheme) -> None:
@@ -227,7 +202,7 @@ def _insert_activation_quantizers(
     return tensors
 
 
-def _why_no_quantizer(node: fx.Node, scheme: QuantScheme) -> Optional[str]:
+def _why_no_quantizer(node: fx.Node, scheme: QuantScheme) -> str | None:
     """None: it gets one. "": it needs none. Otherwise why it goes without, in words."""
     if is_preserving(node):
         fresh_relu = is_relu_like(node) and _is_sole_relu_of_an_operation(node)
@@ -309,31 +284,3 @@ def _name_other_weights(sim: fx.GraphModule, unquantized: _Unquantized) -> None:
     for node in sim.graph.find_nodes(op="get_attr"):
         if node.meta.get("is_float"):
             unquantized.add(str(node.target), READ_DIRECTLY)
-
-
-def activation_quantizers(sim: nn.Module) -> dict[str, ActivationQuantizer]:
-    """All activation quantizers of a simulation or folded network by module name, in order of execution."""
-    return {name: module for name, module in sim.named_modules() if isinstance(module, ActivationQuantizer)}
-
-
-def weight_quantizers(sim: nn.Module) -> dict[str, WeightQuantizer]:
-    """All weight quantizers by the name of their layer."""
-    suffix = ".parametrizations.weight.0"
-    found = {name: module for name, module in sim.named_modules() if isinstance(module, WeightQuantizer)}
-    return {name.removesuffix(suffix): module for name, module in found.items()}
-
-
-@contextmanager
-def bypassed(sim: nn.Module, *, activations: bool = True, weights: bool = False) -> Iterator[None]:
-    """Within the block, activation (and weight) quantizers pass their input through; restored afterwards."""
-    chosen: list[Union[ActivationQuantizer, WeightQuantizer]] = []
-    chosen += list(activation_quantizers(sim).values()) if activations else []
-    chosen += list(weight_quantizers(sim).values()) if weights else []
-    before = [quantizer.bypassed for quantizer in chosen]
-    for quantizer in chosen:
-        quantizer.bypassed = True
-    try:
-        yield
-    finally:
-        for quantizer, was in zip(chosen, before):
-            quantizer.bypassed = was

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 from torch import fx
 
 from bnre_exp.errors import UserError
 from bnre_exp.quantsim.groups import find_groups
-from bnre_exp.quantsim.insert import names_of, sim_report
 from bnre_exp.quantsim.nodes import is_bn, is_relu_like, module_of, sole_user
 from bnre_exp.quantsim.operations import is_preserving
-from bnre_exp.quantsim.quantizer import ActivationQuantizer, WeightQuantizer, positive
+from bnre_exp.quantsim.quantizers.quantizer import ActivationQuantizer, WeightQuantizer, positive
+from bnre_exp.quantsim.sim import names_of, sim_report
 
 
 @dataclass(frozen=True)
@@ -30,13 +29,13 @@ class LayerRow:
 
     name: str
     kind: str
-    weight_bits: Optional[int]
-    weight_scales: Optional[int]
+    weight_bits: int | None
+    weight_scales: int | None
     bn: str
     activation: str
-    act_bits: Optional[int]
-    unsigned: Optional[bool]
-    range: Optional[tuple[float, float]]
+    act_bits: int | None
+    unsigned: bool | None
+    range: tuple[float, float] | None
     note: str
 
 
@@ -106,7 +105,7 @@ def _kind(node: fx.Node) -> str:
     return type(module).__name__.removeprefix("Parametrized")
 
 
-def _range(quantizer: ActivationQuantizer) -> Optional[tuple[float, float]]:
+def _range(quantizer: ActivationQuantizer) -> tuple[float, float] | None:
     if not quantizer.has_range:
         return None
     scale, zero_point = float(positive(quantizer.scale)), float(quantizer.grid_zero_point())

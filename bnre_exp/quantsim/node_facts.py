@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from bnre_exp.quantsim.layout import LAYERS
 from bnre_exp.quantsim.nodes import is_rearranging, module_of, source_of
-from bnre_exp.quantsim.subclasses import scales_with_weight
-from bnre_exp.quantsim.tracer import reads_training, resized
+from bnre_exp.quantsim.quantizers.layout import LAYERS
+from bnre_exp.quantsim.tracing.subclasses import scales_with_weight
+from bnre_exp.quantsim.tracing.tracer import reads_training, resized
 
 RESHAPING = {torch.reshape, "reshape", "view", "reshape_as", "view_as", "unflatten"}
 
@@ -54,7 +54,7 @@ class _Recorder(fx.Interpreter):
         n.meta["channel_axis"] = self._channel_axis(n, module, result)
         return result
 
-    def _channel_axis(self, node: fx.Node, module: Any, result: Any) -> Optional[int]:
+    def _channel_axis(self, node: fx.Node, module: Any, result: Any) -> int | None:
         if not isinstance(result, Tensor):
             return None
         if isinstance(module, nn.Linear):

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from bnre_exp.quantsim.layout import BATCH_NORMS, LAYERS
-from bnre_exp.quantsim.tracer import METADATA_ATTRIBUTES, METADATA_METHODS, check_decision
+from bnre_exp.quantsim.quantizers.layout import BATCH_NORMS, LAYERS
+from bnre_exp.quantsim.tracing.tracer import METADATA_ATTRIBUTES, METADATA_METHODS, check_decision
 
 RELU_LIKE_MODULES = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardtanh)
 RELU_LIKE_CALLS = {torch.relu, F.relu, F.relu6, F.leaky_relu, F.hardtanh, "relu"}

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import fx, nn
 
-from bnre_exp.quantsim.nodes import module_of
-from bnre_exp.quantsim.quantizer import ActivationQuantizer
-from bnre_exp.quantsim.trace import FollowTraining
+from bnre_exp.quantsim.nodes import module_of, source_of
+from bnre_exp.quantsim.quantizers.quantizer import ActivationQuantizer
+from bnre_exp.quantsim.tracing.trace import FollowTraining
 
 # These move or select values, so a value on the grid stays on it.
 PRESERVING_MODULES = (
@@ -104,3 +104,12 @@ def is_nonnegative(node: Any) -> bool:
     values = [] if is_preserving(node) else [*node.args, *node.kwargs.values()]  # add(x, y, alpha=-1) subtracts
     constants = [value for value in values if isinstance(value, (int, float))]
     return passes_on and bool(operands) and all(is_nonnegative(operand) for operand in (*operands, *constants))
+
+
+def input_quantizer(layer: fx.Node) -> ActivationQuantizer | None:
+    """The quantizer whose grid the layer's input is on, also through operations that only move values."""
+    source = source_of(layer)
+    while isinstance(source, fx.Node) and is_preserving(source):
+        source = source_of(source)
+    module = module_of(source)
+    return module if isinstance(module, ActivationQuantizer) else None

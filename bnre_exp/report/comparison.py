@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -51,7 +51,7 @@ def differing_params(rows: Sequence[RunRow]) -> list[str]:
     return [name for name in names if len({row.params.get(name) for row in rows}) > 1]
 
 
-def number(text: Optional[str]) -> Optional[float]:
+def number(text: str | None) -> float | None:
     """The number that a param's text is, None if it is none."""
     try:
         value = float(text) if text is not None else math.nan
@@ -108,7 +108,7 @@ def _values(rows: Sequence[RunRow], name: str) -> list[str]:
     return last if name.endswith("_target_") and len(set(last)) == len(set(texts)) else texts
 
 
-def _cell(metric: str, value: Optional[float]) -> str:
+def _cell(metric: str, value: float | None) -> str:
     if value is None:
         return NOTHING
     if metric.endswith("megabytes"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator
-from typing import Optional, TextIO, TypeVar
+from typing import TextIO, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -21,7 +21,7 @@ class ConsoleProgress:
     def __init__(self, console: Console) -> None:
         self.console = console
 
-    def __call__(self, iterable: Iterable[T], description: str, total: Optional[int] = None) -> Iterator[T]:
+    def __call__(self, iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
         if not self.console.is_terminal:
             yield from iterable
             return

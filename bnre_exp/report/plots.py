@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from bnre_exp.report.comparison import COLUMNS, RunRow, differing_params, number, ordered, short_names
 
@@ -40,26 +40,26 @@ class SizePoint:
     label: str
 
 
-def before(row: RunRow) -> Optional[float]:
+def before(row: RunRow) -> float | None:
     """Top-1 of what re-estimation starts from: recalibrated only, else after QAT, else quantized."""
     values = (_metric(row, name) for name in ("recal_only/top1", "qat/top1", "ptq/top1"))
     return next((value for value in values if value is not None), None)
 
 
-def fair_before(rows: Sequence[RunRow]) -> set[Optional[float]]:
+def fair_before(rows: Sequence[RunRow]) -> set[float | None]:
     """What runs that differ in re-estimation alone start from. Where some were recalibrated for comparison, the others'
     top-1 under old ranges is no fair start: it would credit re-estimation with what new ranges do."""
     recalibrated = {value for row in rows if (value := _metric(row, "recal_only/top1")) is not None}
     return recalibrated or {before(row) for row in rows}  # type: ignore[return-value]
 
 
-def bits_of(row: RunRow) -> Optional[float]:
+def bits_of(row: RunRow) -> float | None:
     """Bits of the weights, infinity for float weights, None where the run does not say."""
     text = row.params.get(BITS)
     return math.inf if text == "null" else number(text)
 
 
-def _metric(row: RunRow, name: str) -> Optional[float]:
+def _metric(row: RunRow, name: str) -> float | None:
     value = row.metrics.get(name, math.nan)
     return value if math.isfinite(value) else None
 
@@ -135,7 +135,7 @@ def _grouped(rows: Sequence[RunRow], names: Sequence[str]) -> dict[str, list[Run
     return groups
 
 
-def _points(pairs: set[tuple[float, Optional[float]]]) -> Points:
+def _points(pairs: set[tuple[float, float | None]]) -> Points:
     return sorted((x, y) for x, y in pairs if y is not None and math.isfinite(y))
 
 
@@ -188,12 +188,12 @@ def _style(number: int) -> dict[str, Any]:
     return {"color": COLOURS[number % len(COLOURS)], "marker": marker, "markersize": 6}
 
 
-def _draw_fp32(axes: Any, value: Optional[float]) -> None:
+def _draw_fp32(axes: Any, value: float | None) -> None:
     if value is not None:
         axes.axhline(value, color="#777777", linewidth=1, zorder=1, label=f"FP32, {value:.4f}")
 
 
-def _draw_bits(axes: Any, series: Sequence[Series], fp32: Optional[float]) -> None:
+def _draw_bits(axes: Any, series: Sequence[Series], fp32: float | None) -> None:
     _draw_fp32(axes, fp32)
     ticks = _bits(series)  # at equal distances: 8 bits and float weights are no further away than 4
     several = len(series) > 1
@@ -213,7 +213,7 @@ def _draw_bits(axes: Any, series: Sequence[Series], fp32: Optional[float]) -> No
     axes.set_title("Top-1 before and after BN re-estimation, by weight bits")
 
 
-def _draw_batches(axes: Any, series: Sequence[Series], fp32: Optional[float]) -> None:
+def _draw_batches(axes: Any, series: Sequence[Series], fp32: float | None) -> None:
     _draw_fp32(axes, fp32)
     for n, one in enumerate(series):
         name = f"{one.label}: " if one.label else ""

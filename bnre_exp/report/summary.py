@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Optional
 
 from rich.console import Console
 from rich.table import Table
@@ -22,7 +21,7 @@ class StageResult:
 
     stage: str
     top1: float
-    delta: Optional[float]
+    delta: float | None
     loss: float
     seconds: float
     note: str = ""

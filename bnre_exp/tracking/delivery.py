@@ -9,14 +9,14 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from bnre_exp.errors import UserError
-from bnre_exp.journal import Journal, read_records
 from bnre_exp.tracking import stores
-from bnre_exp.tracking.records import send
+from bnre_exp.tracking.journal import Journal, read_records
+from bnre_exp.tracking.send import send
 from bnre_exp.tracking.stores import check_reachable, client_of, code_of, experiment_of, first_line, is_busy, turn
 
 LONGEST_TAG = 5000  # characters that MLflow takes
@@ -41,14 +41,14 @@ class Delivery:
         self._client: Any = None
         self._is_open = self._is_checked = False
         self._next_try = 0.0
-        self.problem: Optional[str] = None
+        self.problem: str | None = None
 
     @property
-    def run_id(self) -> Optional[str]:
+    def run_id(self) -> str | None:
         return self._note.get("run_id")
 
     @property
-    def experiment_id(self) -> Optional[str]:
+    def experiment_id(self) -> str | None:
         return self._note.get("experiment_id")
 
     @property

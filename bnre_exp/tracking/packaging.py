@@ -19,7 +19,7 @@ def package_onnx(path: Path, folder: Path, example: np.ndarray) -> None:
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
 
-    from bnre_exp.ort.session import EXACT, open_session, unshared
+    from bnre_exp.onnx_io.session import EXACT, open_session, unshared
 
     model = unshared(onnx.load(path))  # so that it loads with the options below
     session = open_session(model)

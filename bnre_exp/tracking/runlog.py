@@ -9,17 +9,17 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 
 from bnre_exp.errors import UserError
-from bnre_exp.journal import Journal, json_numbers, read_records
-from bnre_exp.provenance import user_name
 from bnre_exp.tracking.delivery import LONGEST_TAG, Delivery, goes_to_mlflow, missing, read_note
+from bnre_exp.tracking.journal import Journal, json_numbers, read_records
+from bnre_exp.tracking.links import user_name
 from bnre_exp.tracking.packaging import package_onnx
 from bnre_exp.tracking.stores import absolute_uri
-from bnre_exp.typed_text import as_params
+from bnre_exp.tracking.typed_text import as_params
 
 
 class RunLog:
@@ -28,19 +28,19 @@ class RunLog:
     run_id, experiment_id: of MLflow, None without it or while it is out of reach. uri: of the store, None without it.
     """
 
-    def __init__(self, journal: Journal, delivery: Optional[Delivery]) -> None:
+    def __init__(self, journal: Journal, delivery: Delivery | None) -> None:
         self.run_dir, self._journal, self._delivery = journal.folder, journal, delivery
 
     @property
-    def uri(self) -> Optional[str]:
+    def uri(self) -> str | None:
         return self._delivery.uri if self._delivery else None
 
     @property
-    def run_id(self) -> Optional[str]:
+    def run_id(self) -> str | None:
         return self._delivery.run_id if self._delivery else None
 
     @property
-    def experiment_id(self) -> Optional[str]:
+    def experiment_id(self) -> str | None:
         return self._delivery.experiment_id if self._delivery else None
 
     @property
@@ -100,7 +100,7 @@ class RunLog:
             package_onnx(path, folder, example)
             self.model(folder, name, "onnx", params, metrics)
 
-    def view(self, params: Sequence[str], metrics: Sequence[str]) -> Optional[str]:
+    def view(self, params: Sequence[str], metrics: Sequence[str]) -> str | None:
         """Save a view of the runs nested in this one: ``params`` against ``metrics``, and a chart of each metric.
         Returns its key for a link, None if MLflow is out of reach."""
         self._add("view", {"params": list(params), "metrics": list(metrics)})
@@ -110,7 +110,7 @@ class RunLog:
         if self._journal.add(kind, value, **more) and self._delivery is not None:
             self._delivery.flush()
 
-    def _end(self, status: str, error: Optional[BaseException]) -> None:
+    def _end(self, status: str, error: BaseException | None) -> None:
         described = _describe(error) if error else None
         try:
             self._journal.add("status", status, error=described)
@@ -133,9 +133,9 @@ def open_run(
     output_dir: Path,
     experiment: str,
     run_name: str,
-    uri: Optional[str] = None,
+    uri: str | None = None,
     enabled: bool = True,
-    parent: Optional[Path] = None,
+    parent: Path | None = None,
     connect: bool = True,
 ) -> Iterator[RunLog]:
     """Log to ``run_dir/metrics.jsonl`` and, if ``enabled``, to an MLflow run that ends with the block.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bnre_exp.tracking.charts import charts
-from bnre_exp.typed_text import metric_key, model_name
+from bnre_exp.tracking.typed_text import metric_key, model_name
 
 
 def send(client: Any, folder: Path, note: Mapping[str, Any], record: Mapping[str, Any]) -> None:

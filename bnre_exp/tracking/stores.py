@@ -12,12 +12,12 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from bnre_exp.errors import UserError
-from bnre_exp.filesystems import is_on_network
+from bnre_exp.tracking.filesystems import is_on_network
 
 PATIENCE = 3.0  # seconds that a call waits for a locked or silent store; MLflow itself waits 20, or minutes
 
@@ -57,7 +57,7 @@ def absolute_uri(uri: str) -> str:
     return uri if path == uri else f"sqlite:///{Path(path).absolute()}"
 
 
-def database_of(uri: str) -> Optional[Path]:
+def database_of(uri: str) -> Path | None:
     """The file of an SQLite store, None of any other."""
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
@@ -155,7 +155,7 @@ def experiment_of(client: Any, name: str, uri: str, artifacts: str) -> str:
     return str(found.experiment_id)
 
 
-def _create_experiment(client: Any, name: str, artifacts: Optional[str]) -> Any:
+def _create_experiment(client: Any, name: str, artifacts: str | None) -> Any:
     from mlflow.exceptions import MlflowException
 
     try:
@@ -171,7 +171,7 @@ def is_busy(error: Exception) -> bool:
     return isinstance(error, Timeout) or any(word in str(error).lower() for word in ("database is locked", "busy"))
 
 
-def code_of(error: Exception) -> Optional[str]:
+def code_of(error: Exception) -> str | None:
     """MLflow's code of an error, None of any other."""
     return getattr(error, "error_code", None)
 

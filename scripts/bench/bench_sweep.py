@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What a sweep over re-estimation batches costs, with the stage store and without: scripts/bench_sweep.py FOLDER.
+"""What a sweep over re-estimation batches costs, with the stage store and without: scripts/bench/bench_sweep.py FOLDER.
 
 MobileNetV2 on Fashion-MNIST, 4 FP32 epochs and 1 QAT epoch, ten values of reest.num_batches. The time with the store is
 compared with that of its own first job plus the stages downstream of QAT of the other nine, as those runs timed them,
@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bnre_exp.journal import last_metrics, read_records
+from bnre_exp.tracking.journal import last_metrics, read_records
 
 BATCHES = "1,2,5,10,20,50,80,100,150,200"
 DOWNSTREAM = ("reest", "fold", "export")

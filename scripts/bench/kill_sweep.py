@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Kill a sweep at random moments, repeat the command each time, and compare the end with an undisturbed sweep.
 
-scripts/kill_sweep.py FOLDER [--kills 20] [--seed 0] [-- OVERRIDES]. Exit status 1, with the differences, if any run
-is missing, doubled, not FINISHED, or has other metrics (times aside).
+scripts/bench/kill_sweep.py FOLDER [--kills 20] [--seed 0] [-- OVERRIDES]. Exit status 1, with the differences, if
+any run is missing, doubled, not FINISHED, or has other metrics (times aside).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from bnre_exp import (
     reestimate_bn_stats,
     weight_quantizers,
 )
-from bnre_exp.quantsim.affine import ChannelAffine
+from bnre_exp.quantsim.quantizers.affine import ChannelAffine
 from tests.networks import BN, CONV, TRANSPOSED, Net, flat_cnn, randomize, unequal_batches
 
 W4 = QuantScheme(weight_bits=4, act_bits=None)

@@ -26,7 +26,7 @@ from bnre_exp import (
     reestimate_bn_stats,
     save_folded,
 )
-from bnre_exp.ort.session import feeds, open_session
+from bnre_exp.onnx_io.session import feeds, open_session
 from tests.export.saving import folded_network
 from tests.networks import Net, flat_cnn, randomize
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bnre_exp import QuantScheme, bypassed, calibrate, fold_batch_norms, quantize, reestimate_bn_stats
-from scripts.foldable import foldable_bns
+from scripts.bench.zoo.foldable import foldable_bns
 from tests.networks import BN, CONV, TRANSPOSED, randomize, unequal_batches
 
 CHANNELS = 4

@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from bnre_exp import QuantScheme, UserError, calibrate, quantize, train
-from bnre_exp.data import Preprocessing, build_loaders
-from bnre_exp.stages.snapshot import Snapshot, Training, capture, restore
+from bnre_exp.algorithms.snapshot import Snapshot, Training, capture, restore
+from bnre_exp.data.loaders import Preprocessing, build_loaders
 from tests.networks import Net
 
 EPOCHS = 3

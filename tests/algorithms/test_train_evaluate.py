@@ -19,7 +19,7 @@ from bnre_exp import (
     train,
     weight_quantizers,
 )
-from bnre_exp.stages.compare import compare_logits
+from bnre_exp.algorithms.compare import compare_logits
 from tests.networks import flat_cnn, randomize
 
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from scripts import zoo_network
-from scripts.foldable import foldable_bns
+from scripts.bench.zoo import zoo_network
+from scripts.bench.zoo.foldable import foldable_bns
 from tests.networks import Net
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "zoo.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "bench" / "zoo" / "zoo.py"
 X = torch.randn(3, 4, 6, 6)
 
 FAST = [

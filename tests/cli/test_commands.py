@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from bnre_exp.store import ENTRY, Store
-from scripts import store as command
+from bnre_exp.cli import store_command as command
+from bnre_exp.jobs.store import ENTRY, Store
 
 
 @pytest.fixture

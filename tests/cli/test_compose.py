@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from bnre_exp.__main__ import compose_config, config_folder
+from bnre_exp.cli.compose import compose_config, config_folder
 from bnre_exp.config import FoldMode, LayerOverride, Optimizer
 
 GROUP_FILES = sorted(config_folder().glob("*/*.yaml"))

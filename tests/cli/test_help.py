@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from bnre_exp.__main__ import config_folder, main
+from bnre_exp.cli.compose import config_folder
+from bnre_exp.cli.main import main
 from bnre_exp.config import Config, LayerOverride
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from bnre_exp import pipeline
-from bnre_exp.__main__ import main
+from bnre_exp.cli.main import main
 from bnre_exp.config import Config
 from bnre_exp.errors import Terminated, UserError
+from bnre_exp.jobs import run as pipeline
 
 
 class Job:

@@ -18,10 +18,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bnre_exp import data, datasets, splits
-from bnre_exp.data import ImageTensors, Loaders, Preprocessing, build_loaders, check_labels
+from bnre_exp.data import datasets, splits
+from bnre_exp.data import loaders as data
+from bnre_exp.data.loaders import ImageTensors, Loaders, Preprocessing, build_loaders, check_labels
+from bnre_exp.data.preprocess import normalise, random_crop_and_flip, resize_and_crop, resolve_preprocessing, to_uint8
 from bnre_exp.errors import UserError
-from bnre_exp.preprocess import normalise, random_crop_and_flip, resize_and_crop, resolve_preprocessing, to_uint8
 
 PLAIN = Preprocessing(32, 32, (0.3, 0.3, 0.3), (0.2, 0.2, 0.2))
 UNREACHABLE = "http://127.0.0.1:9/"

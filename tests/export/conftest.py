@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from bnre_exp.export.checkpoint import save_folded
+from bnre_exp.export.checkpoint.save_load import save_folded
 from tests.export.saving import IMAGES, folded_network
 from tests.networks import flat_cnn
 

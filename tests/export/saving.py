@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from bnre_exp import QuantScheme, UserError, calibrate, fold_batch_norms, quantize, quantize_biases
-from bnre_exp.export.checkpoint import load_folded, save_folded
+from bnre_exp.export.checkpoint.save_load import load_folded, save_folded
 
 IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 

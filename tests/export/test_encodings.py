@@ -14,9 +14,9 @@ from torch import nn
 
 from bnre_exp import UserError, bypassed, export_encodings, export_onnx
 from bnre_exp.export.encodings import VERSIONS, read_encodings
-from bnre_exp.export.qdq import insert_qdq
+from bnre_exp.export.onnx.qdq import insert_qdq
+from tests.export.onnx.test_model import IMAGES, outputs, session
 from tests.export.saving import folded_network
-from tests.export.test_onnx import IMAGES, outputs, session
 from tests.networks import Net, flat_cnn, randomize
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bnre_exp import fingerprint
-from bnre_exp.fingerprint import code_digest, digest, environment, tensors_digest, users_code
+from bnre_exp.digests import digest, tensors_digest
+from bnre_exp.jobs import code_identity
+from bnre_exp.jobs.code_identity import code_digest, environment, users_code
 
 
 def write(folder: Path, **files: str) -> None:
@@ -33,9 +34,9 @@ def project(tmp_path, monkeypatch):
         other_fp="import mynet_fp\n",
     )
     (tmp_path / "blocks_fp" / "__init__.py").write_text("")
-    fingerprint._place.cache_clear()
+    code_identity._place.cache_clear()
     yield tmp_path
-    fingerprint._place.cache_clear()
+    code_identity._place.cache_clear()
     for name in [name for name in sys.modules if name.partition(".")[0] in ("mynet_fp", "blocks_fp", "other_fp")]:
         del sys.modules[name]
 
@@ -48,7 +49,7 @@ def test_a_users_code_is_followed_through_its_imports(project):
     assert found["torch"].startswith("torch 2") and len(found["blocks_fp.deep"]) == 64
     write(project, blocks_fp__deep="import os, json\nx = 2\n")
     assert users_code(["mynet_fp"]) == found  # as this process saw it first
-    fingerprint._first_sha256.cache_clear()
+    code_identity._first_sha256.cache_clear()
     changed = users_code(["mynet_fp"])
     assert {name for name in found if found[name] != changed[name]} == {"blocks_fp.deep"}
     write(project, blocks_fp__unused="x = 2\n")
@@ -69,12 +70,12 @@ def test_nothing_is_imported_or_run_and_damaged_modules_do_no_harm(project):
 
 
 def test_own_code_is_that_of_the_stage_and_what_it_imports():
-    closure = fingerprint._closure(("bnre_exp.steps.fp32",), lambda name: name.startswith("bnre_exp."))
-    assert {"bnre_exp.stages.train", "bnre_exp.stages.evaluate", "bnre_exp.steps.outcome"} <= set(closure)
+    closure = code_identity._closure(("bnre_exp.jobs.stages.fp32",), lambda name: name.startswith("bnre_exp."))
+    assert {"bnre_exp.algorithms.train", "bnre_exp.algorithms.evaluate", "bnre_exp.jobs.stages.outcome"} <= set(closure)
     assert not {name for name in closure if "fold" in name or "tracking" in name or "reestimate" in name}
-    assert code_digest(["bnre_exp.steps.fp32"]) != code_digest(["bnre_exp.steps.fold"])
-    assert "bnre_exp.stages.fold" in fingerprint._closure(
-        ("bnre_exp.steps.fold",), lambda name: name.startswith("bnre_exp.")
+    assert code_digest(["bnre_exp.jobs.stages.fp32"]) != code_digest(["bnre_exp.jobs.stages.fold"])
+    assert "bnre_exp.algorithms.fold" in code_identity._closure(
+        ("bnre_exp.jobs.stages.fold",), lambda name: name.startswith("bnre_exp.")
     )
 
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from bnre_exp.errors import UserError
-from bnre_exp.filesystems import is_on_network
-from bnre_exp.runs import (
+from bnre_exp.jobs.folders import (
     FAILED,
     FINISHED,
     KILLED,
@@ -26,7 +25,8 @@ from bnre_exp.runs import (
     recorded,
     set_aside,
 )
-from bnre_exp.sweep import close_if_dead
+from bnre_exp.jobs.sweep import close_if_dead
+from bnre_exp.tracking.filesystems import is_on_network
 
 PROGRAM = """
 import sys, time

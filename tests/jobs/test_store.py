@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from bnre_exp.store import ENTRY, Entry, Store
+from bnre_exp.jobs.store import ENTRY, Entry, Store
 
 CONFIG = {"quant.weight_bits": 4}
 

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from bnre_exp.runs import read_record
+from bnre_exp.cli import compare_runs
+from bnre_exp.jobs.folders import read_record
 from bnre_exp.tracking import read_runs
-from scripts import compare_runs, kill_sweep
+from scripts.bench import kill_sweep
 
 NET = """
 from torch import nn

@@ -14,8 +14,9 @@ import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from bnre_exp.data.preprocess import Preprocessing
 from bnre_exp.errors import UserError
-from bnre_exp.models import (
+from bnre_exp.models.build import (
     BuiltModel,
     build_model,
     check_head,
@@ -24,7 +25,6 @@ from bnre_exp.models import (
     torchvision_model,
     torchvision_preprocessing,
 )
-from bnre_exp.preprocess import Preprocessing
 
 TORCHVISION = "bnre_exp.models.torchvision_model"
 TIMM = "bnre_exp.models.timm_model"
@@ -321,7 +321,7 @@ def test_head_of_another_class_count(tmp_path: Path, target: str) -> None:
 
 
 def test_a_refused_checkpoint_changes_nothing(trained: nn.Module, tmp_path: Path) -> None:
-    from bnre_exp.weights import load_checkpoint
+    from bnre_exp.models.weights import load_checkpoint
 
     module = Tiny(classes=3)
     before = {key: value.clone() for key, value in module.state_dict().items()}
@@ -386,7 +386,7 @@ def test_preprocessing_follows_torchvisions_weights() -> None:
 def test_images_come_out_as_from_torchvisions_own_transforms(name: str, levels: int) -> None:
     from PIL import Image
 
-    from bnre_exp.preprocess import normalise, resize_and_crop, to_uint8
+    from bnre_exp.data.preprocess import normalise, resize_and_crop, to_uint8
 
     transforms = torchvision.models.get_weight(name).transforms()
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ import torchvision
 from torch import nn
 
 from bnre_exp import QuantScheme, UserError, calibrate, fold_batch_norms, quantize, sim_report
-from bnre_exp.models import build_model
+from bnre_exp.models.build import build_model
 from tests.networks import Net, flat_cnn, randomize
 from tests.onnx.models import built, dynamo, torchscript
 

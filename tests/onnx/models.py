@@ -11,7 +11,7 @@ import torch
 from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
-from bnre_exp.ort.session import feeds, open_session
+from bnre_exp.onnx_io.session import feeds, open_session
 
 
 def dynamo(model: nn.Module, x: Tensor, **options) -> onnx.ModelProto:

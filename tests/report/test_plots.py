@@ -9,14 +9,7 @@ import pytest
 from PIL import Image
 
 from bnre_exp.report.comparison import RunRow
-from bnre_exp.report.plots import (
-    SizePoint,
-    batches_series,
-    bits_series,
-    pareto_front,
-    save_plots,
-    size_points,
-)
+from bnre_exp.report.plots import SizePoint, batches_series, bits_series, pareto_front, save_plots, size_points
 
 
 def row(bits: object = 4, batches: int = 100, per_channel: bool = True, **metrics: float) -> RunRow:

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from bnre_exp.cli import sync_mlflow
 from bnre_exp.errors import UserError
-from bnre_exp.journal import Journal, last_metrics, read_records
 from bnre_exp.tracking import delivery, end_run, open_run, read_runs, stores, sync, undelivered
-from scripts import sync_mlflow
+from bnre_exp.tracking.journal import Journal, last_metrics, read_records
 
 
 def free_port() -> int:

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from bnre_exp.errors import Terminated, UserError
-from bnre_exp.provenance import compare_link, git_tags, ui_command
+from bnre_exp.jobs.provenance import git_tags
 from bnre_exp.tracking import open_run
-from bnre_exp.typed_text import typed
+from bnre_exp.tracking.links import compare_link, ui_command
+from bnre_exp.tracking.typed_text import typed
 
 PARAMS = {
     "quant.weight_bits": 3,

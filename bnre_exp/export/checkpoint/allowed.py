@@ -18,10 +18,10 @@ import torchvision
 from torch import Tensor, nn
 from torch.overrides import get_testing_overrides
 
-from bnre_exp.quantsim.affine import ChannelAffine
-from bnre_exp.quantsim.quantizer import ActivationQuantizer
-from bnre_exp.quantsim.trace import BatchNormNd, FollowTraining
-from bnre_exp.quantsim.tracer import check_decision
+from bnre_exp.quantsim.quantizers.affine import ChannelAffine
+from bnre_exp.quantsim.quantizers.quantizer import ActivationQuantizer
+from bnre_exp.quantsim.tracing.trace import BatchNormNd, FollowTraining
+from bnre_exp.quantsim.tracing.tracer import check_decision
 
 OPERATORS = (
     "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "neg", "pos", "invert", "abs",
@@ -46,8 +46,14 @@ REFUSED_METHODS = {
     "resize_as_", "resize_as_sparse_", "sparse_resize_", "sparse_resize_and_clear_",
 }  # fmt: skip
 ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim", "T", "mT", "H", "mH", "real", "imag"})
-DECISION = f"{check_decision.__module__}.check_decision"
-OWN_MODULES = (ActivationQuantizer, FollowTraining, BatchNormNd, ChannelAffine)
+# Names of the format, which stay when code moves: checkpoints that were written hold them.
+DECISION = "bnre_exp.quantsim.tracer.check_decision"
+OWN_MODULES = {
+    "bnre_exp.quantsim.quantizer.ActivationQuantizer": ActivationQuantizer,
+    "bnre_exp.quantsim.trace.FollowTraining": FollowTraining,
+    "bnre_exp.quantsim.trace.BatchNormNd": BatchNormNd,
+    "bnre_exp.quantsim.affine.ChannelAffine": ChannelAffine,
+}
 
 
 @cache
@@ -88,7 +94,7 @@ def methods() -> frozenset[str]:
 @cache
 def module_classes() -> dict[str, type[nn.Module]]:
     """Module class by its qualified name."""
-    found: dict[str, type[nn.Module]] = {f"{kind.__module__}.{kind.__name__}": kind for kind in OWN_MODULES}
+    found: dict[str, type[nn.Module]] = dict(OWN_MODULES)
     for space, names in ((nn, dir(nn)), (torchvision.ops, torchvision.ops.__all__)):
         for name in names:
             kind = getattr(space, name)

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import uuid
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,22 +41,6 @@ def write_checkpoint(path: Path, document: dict[str, Any], weights: bytes) -> No
         ) from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write one file, and the folder it is in, whole or not at all. Raises ``UserError`` if the disk refuses."""
-    if not path.name or path.is_dir():
-        raise UserError(f"{str(path)!r} is no path of a file")
-    new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new.write_bytes(content)
-        os.replace(new, path)
-    except (OSError, ValueError) as error:  # ValueError: a path that is none
-        raise UserError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        with suppress(OSError):
-            new.unlink(missing_ok=True)
 
 
 def _one_line_an_entry(document: dict[str, Any]) -> str:

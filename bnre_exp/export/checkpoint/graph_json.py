@@ -10,8 +10,8 @@ from typing import Any
 from torch import fx
 
 from bnre_exp.errors import UserError
-from bnre_exp.export import allowed
-from bnre_exp.export.value_json import decode_value, encode_value
+from bnre_exp.export.checkpoint import allowed
+from bnre_exp.export.checkpoint.value_json import decode_value, encode_value
 
 JsonDict = dict[str, Any]
 # Kinds of facts about nodes that grouping relies on, and their types.

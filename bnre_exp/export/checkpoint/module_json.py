@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bnre_exp.errors import UserError
-from bnre_exp.export import allowed
-from bnre_exp.export.graph_json import JsonDict
-from bnre_exp.export.value_json import decode_value, encode_value
-from bnre_exp.quantsim.codes import set_codes
-from bnre_exp.quantsim.quantizer import Dequantize
-from bnre_exp.quantsim.trace import FollowTraining
+from bnre_exp.export.checkpoint import allowed
+from bnre_exp.export.checkpoint.graph_json import JsonDict
+from bnre_exp.export.checkpoint.value_json import decode_value, encode_value
+from bnre_exp.quantsim.quantizers.codes import set_codes
+from bnre_exp.quantsim.quantizers.quantizer import Dequantize
+from bnre_exp.quantsim.tracing.trace import FollowTraining
 
 _DEQUANTIZE_ARGS = ("bits", "ndim", "transposed", "groups", "in_channels")
 _CODE_DTYPES = (torch.int8, torch.int16, torch.int32)
 
 
-def describe_module(module: nn.Module) -> Optional[JsonDict]:
+def describe_module(module: nn.Module) -> JsonDict | None:
     """Class, constructor arguments and integer tensors, or None for a module that these cannot rebuild.
 
     It is rebuilt to find out: what a class keeps under other names than its constructor's, what was changed after
@@ -77,7 +77,7 @@ def _constructor_args(module: nn.Module, kind: type[nn.Module]) -> JsonDict:
     return args
 
 
-def describe_codes(module: nn.Module) -> Optional[JsonDict]:
+def describe_codes(module: nn.Module) -> JsonDict | None:
     """Arguments of each Dequantize of the module, or None if anything else is parametrized."""
     codes: JsonDict = {}
     for path, owner in module.named_modules():

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from bnre_exp.errors import UserError
-from bnre_exp.export.graph_json import qualified_name
-from bnre_exp.export.module_json import restore_codes
-from bnre_exp.quantsim.layout import LAYERS, out_channels
+from bnre_exp.export.checkpoint.graph_json import qualified_name
+from bnre_exp.export.checkpoint.module_json import restore_codes
+from bnre_exp.quantsim.quantizers.layout import LAYERS, out_channels
 
 
 def module_from_model(
@@ -45,7 +45,7 @@ def module_from_model(
     return module
 
 
-def _find(name: str, model: nn.Module) -> Optional[nn.Module]:
+def _find(name: str, model: nn.Module) -> nn.Module | None:
     """By its path, or by its path with underscores for dots, as the parts of a BN with an activation are named."""
     modules = dict(model.named_modules())
     alike = [module for path, module in modules.items() if path.replace(".", "_") == name]
@@ -64,7 +64,7 @@ def _check_shapes(name: str, module: nn.Module, state: Mapping[str, Tensor]) -> 
             )
 
 
-def function_finder(model: Optional[nn.Module]) -> Callable[[str], Callable[..., Any]]:
+def function_finder(model: nn.Module | None) -> Callable[[str], Callable[..., Any]]:
     """A look-up among the functions that source files of the model's classes mark with ``torch.fx.wrap``."""
     marked: dict[str, Callable[..., Any]] = {}
     if model is not None:

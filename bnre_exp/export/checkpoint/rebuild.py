@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Optional
+from typing import Any
 
 from torch import Tensor, fx, nn
 
 from bnre_exp.errors import UserError
-from bnre_exp.export.graph_json import Names, decode_graph, is_name, is_path, outside_functions
-from bnre_exp.export.module_json import build_module
-from bnre_exp.export.outside import function_finder, module_from_model
-from bnre_exp.export.tensors import decode_tensors
-from bnre_exp.export.value_json import decode_value
+from bnre_exp.export.checkpoint.graph_json import Names, decode_graph, is_name, is_path, outside_functions
+from bnre_exp.export.checkpoint.module_json import build_module
+from bnre_exp.export.checkpoint.outside import function_finder, module_from_model
+from bnre_exp.export.checkpoint.tensors import decode_tensors
+from bnre_exp.export.checkpoint.value_json import decode_value
 
 
 def outside_names(modules: Mapping[str, Mapping[str, Any]], rows: list[dict[str, Any]]) -> tuple[str, ...]:
@@ -27,7 +27,7 @@ def some_of(names: Sequence[str], shown: int = 3) -> str:
     return f"{', '.join(names[:shown])}{more}"
 
 
-def rebuild(document: Mapping[str, Any], weights: bytes, model: Optional[nn.Module]) -> fx.GraphModule:
+def rebuild(document: Mapping[str, Any], weights: bytes, model: nn.Module | None) -> fx.GraphModule:
     """The network, in evaluation mode. Raises ``UserError`` for what is not allowed or does not fit, and any other
     exception for a document that is not built as ours are."""
     modules, attributes, rows = document["modules"], document["attributes"], document["graph"]
@@ -75,9 +75,7 @@ def _owner(root: nn.Module, path: str) -> tuple[nn.Module, str]:
     return owner, parts[-1]
 
 
-def _leaf(
-    name: str, description: Mapping[str, Any], state: Mapping[str, Tensor], model: Optional[nn.Module]
-) -> nn.Module:
+def _leaf(name: str, description: Mapping[str, Any], state: Mapping[str, Tensor], model: nn.Module | None) -> nn.Module:
     try:
         if "outside" in description and model is not None:
             return module_from_model(name, description, state, model)

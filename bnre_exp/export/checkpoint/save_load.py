@@ -6,25 +6,24 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from bnre_exp.errors import UserError
-from bnre_exp.export.files import check_replaceable, read_checkpoint, write_checkpoint
-from bnre_exp.export.graph_json import encode_graph, is_name, is_path, qualified_name
-from bnre_exp.export.module_json import describe_codes, describe_module
-from bnre_exp.export.rebuild import outside_names, rebuild, some_of
-from bnre_exp.export.tensors import encode_tensors
-from bnre_exp.export.value_json import encode_value
-from bnre_exp.quantsim.quantizer import ActivationQuantizer, WeightQuantizer
-from bnre_exp.stages.integers import IntegerLayer
+from bnre_exp.export.checkpoint.files import check_replaceable, read_checkpoint, write_checkpoint
+from bnre_exp.export.checkpoint.graph_json import encode_graph, is_name, is_path, qualified_name
+from bnre_exp.export.checkpoint.module_json import describe_codes, describe_module
+from bnre_exp.export.checkpoint.rebuild import outside_names, rebuild, some_of
+from bnre_exp.export.checkpoint.tensors import encode_tensors
+from bnre_exp.export.checkpoint.value_json import encode_value
+from bnre_exp.export.folded import check_folded
 
 logger = logging.getLogger(__name__)
 
 
-def save_folded(folded: fx.GraphModule, path: Union[str, os.PathLike[str]]) -> tuple[str, ...]:
+def save_folded(folded: fx.GraphModule, path: str | os.PathLike[str]) -> tuple[str, ...]:
     """Write a folded network to the folder ``path``, whole or not at all; the network is unchanged.
 
     The folder holds ``weights.safetensors`` (every tensor as it is, weights as integer codes and scales) and
@@ -51,7 +50,7 @@ def save_folded(folded: fx.GraphModule, path: Union[str, os.PathLike[str]]) -> t
     return outside
 
 
-def load_folded(path: Union[str, os.PathLike[str]], model: Optional[nn.Module] = None) -> fx.GraphModule:
+def load_folded(path: str | os.PathLike[str], model: nn.Module | None = None) -> fx.GraphModule:
     """Return the network that :func:`save_folded` wrote, with its tensors and outputs bit for bit.
 
     It is in evaluation mode and on the CPU. Only tensor functions and modules of torch, torchvision and our own are
@@ -99,19 +98,6 @@ def _bits(modules: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
         f"{name}.parametrizations.weight.original": module["codes"].get("weight") for name, module in modules.items()
     }
     return {name: int(spec["bits"]) for name, spec in specs.items() if spec is not None}
-
-
-def check_folded(folded: nn.Module) -> None:
-    """Raise ``UserError`` unless the network is folded and its quantizers are at work."""
-    if not isinstance(folded, fx.GraphModule):
-        raise UserError(f"expected one that fold_batch_norms() returned, got a {type(folded).__name__}")
-    for name, module in folded.named_modules():
-        if isinstance(module, WeightQuantizer):
-            raise UserError("it is not folded yet; call fold_batch_norms(sim) first, and save what that returns")
-        if isinstance(module, IntegerLayer):
-            raise UserError("it is what integer_simulation() made of a folded network; give the folded network")
-        if isinstance(module, ActivationQuantizer) and (module.bypassed or module.observer is not None):
-            raise UserError(f"the quantizer {name} is bypassed or being calibrated; save outside of that block")
 
 
 def _describe_leaf(name: str, leaf: nn.Module, leaves: Mapping[str, nn.Module]) -> dict[str, Any]:

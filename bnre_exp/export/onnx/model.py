@@ -6,24 +6,24 @@ import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 from torch import Tensor, fx
 
+from bnre_exp.algorithms.bias import quantize_biases
+from bnre_exp.algorithms.fold import fold_batch_norms
 from bnre_exp.errors import UserError, first_line
-from bnre_exp.export.files import write_file
-from bnre_exp.export.plain import plain_network
-from bnre_exp.export.qdq import insert_qdq
-from bnre_exp.export.records import Plain
-from bnre_exp.quantsim.insert import activation_quantizers
-from bnre_exp.stages.bias import quantize_biases
-from bnre_exp.stages.fold import fold_batch_norms
+from bnre_exp.export.onnx.plain import plain_network
+from bnre_exp.export.onnx.qdq import insert_qdq
+from bnre_exp.export.onnx.records import Plain
+from bnre_exp.files import write_file
+from bnre_exp.quantsim.sim import activation_quantizers
 
 
 def export_onnx(
     folded: fx.GraphModule,
-    example_input: Union[Tensor, Sequence[Tensor]],
-    path: Union[str, os.PathLike[str]],
+    example_input: Tensor | Sequence[Tensor],
+    path: str | os.PathLike[str],
     *,
     opset: int = 21,
     int4: bool = True,
@@ -47,12 +47,12 @@ def export_onnx(
         raise UserError(f"{target} cannot be exported: {error}.") from error
 
 
-def check_exportable(sim: Any, example_input: Union[Tensor, Sequence[Tensor]], opset: int) -> None:
+def check_exportable(sim: Any, example_input: Tensor | Sequence[Tensor], opset: int) -> None:
     """Raise ``UserError`` if a simulation, once it is calibrated and folded, cannot be written at ``opset``.
 
     sim: as :func:`bnre_exp.quantize` returns it; it is unchanged. This finds out by folding and exporting a copy.
     """
-    from bnre_exp.ort.session import open_session
+    from bnre_exp.onnx_io.session import open_session
 
     trial = copy.deepcopy(sim)
     for quantizer in activation_quantizers(trial).values():
@@ -77,7 +77,7 @@ def checked(model: Any) -> Any:
     import onnx
     import onnx_ir as ir
 
-    from bnre_exp.ort.files import LARGEST
+    from bnre_exp.onnx_io.files import LARGEST
 
     model.producer_name = "bnre_exp"
     proto = ir.to_proto(model)

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Optional, Union
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,24 +16,23 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from bnre_exp.errors import UserError
-from bnre_exp.export.checkpoint import check_folded
-from bnre_exp.export.records import Codes, Grid, Plain
-from bnre_exp.export.resolve import DOMAIN, resolve
-from bnre_exp.ort.names import unique
-from bnre_exp.ort.opset import lower
-from bnre_exp.quantsim.insert import activation_quantizers
+from bnre_exp.export.folded import check_folded
+from bnre_exp.export.onnx.records import Codes, Grid, Plain
+from bnre_exp.export.onnx.resolve import DOMAIN, resolve
+from bnre_exp.onnx_io.names import unique
+from bnre_exp.onnx_io.opset import lower
 from bnre_exp.quantsim.nodes import is_layer, source_of
-from bnre_exp.quantsim.operations import is_preserving
-from bnre_exp.quantsim.quantizer import ActivationQuantizer, Dequantize, positive
-from bnre_exp.quantsim.tracer import check_decision
-from bnre_exp.stages.bias import input_quantizer
+from bnre_exp.quantsim.operations import input_quantizer, is_preserving
+from bnre_exp.quantsim.quantizers.quantizer import ActivationQuantizer, Dequantize, positive
+from bnre_exp.quantsim.sim import activation_quantizers
+from bnre_exp.quantsim.tracing.tracer import check_decision
 
 EXPORTER_OPSET = 18  # the lowest that torch's exporter writes by itself
 OPSETS = (13, 23)  # per-channel DequantizeLinear came with 13
 
 
 def plain_network(
-    folded: fx.GraphModule, example_input: Union[Tensor, Sequence[Tensor]], opset: int = EXPORTER_OPSET
+    folded: fx.GraphModule, example_input: Tensor | Sequence[Tensor], opset: int = EXPORTER_OPSET
 ) -> Plain:
     """Export a folded network, its quantizers left out and listed; the network is unchanged.
 
@@ -142,7 +141,7 @@ def _mark_parameters(name: str, layer: Any, marks: _Marks) -> None:
         chain[0] = _Mark("Codes", len(marks.parameters) - 1)
 
 
-def _channel_axis(name: str, dequantize: Dequantize) -> Optional[int]:
+def _channel_axis(name: str, dequantize: Dequantize) -> int | None:
     if dequantize.scale.numel() == 1 and dequantize.ndim > 1:
         return None
     if dequantize.ndim > 1 and dequantize.transposed:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from bnre_exp.ort.opset import replace_node
+from bnre_exp.onnx_io.opset import replace_node
 
 
 def pad_before_pooling(graph: Any) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 
 from bnre_exp.errors import UserError
-from bnre_exp.export.records import Codes, Grid, Plain
-from bnre_exp.ort.names import unique
-from bnre_exp.ort.opset import drop_unused
+from bnre_exp.export.onnx.records import Codes, Grid, Plain
+from bnre_exp.onnx_io.names import unique
+from bnre_exp.onnx_io.opset import drop_unused
 
 LARGEST_CODE = 255  # of uint8
 WIDE_OPSET = 21  # (u)int4 and (u)int16 came with it
@@ -135,7 +135,7 @@ def _prepend(graph: Any, nodes: list[Any]) -> None:
         graph.extend(nodes)
 
 
-def _clip_limits(node: Any, grid: Grid) -> Optional[tuple[int, int]]:
+def _clip_limits(node: Any, grid: Grid) -> tuple[int, int] | None:
     """The codes between which a Clip of known limits leaves a tensor that nothing else reads."""
     import onnx_ir as ir
 

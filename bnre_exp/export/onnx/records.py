@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +33,7 @@ class Codes:
     layer: str
     codes: np.ndarray
     scale: np.ndarray
-    axis: Optional[int]
+    axis: int | None
     bits: int
 
 
@@ -47,7 +47,7 @@ class Plain:
     parameters: tuple[Codes, ...]
 
 
-def along(values: np.ndarray, ndim: int, axis: Optional[int]) -> np.ndarray:
+def along(values: np.ndarray, ndim: int, axis: int | None) -> np.ndarray:
     """A vector ``[C]`` so that it broadcasts along an axis of a tensor with ``ndim`` axes; ``[1]`` with axis None."""
     shape = [1] * ndim
     if axis is not None:

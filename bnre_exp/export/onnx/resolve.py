@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 
-from bnre_exp.export.pooling import pad_before_pooling, pool_globally
-from bnre_exp.export.records import Codes, Grid, Plain, dequantized
-from bnre_exp.ort.names import unique
-from bnre_exp.ort.opset import drop_unused
+from bnre_exp.export.onnx.pooling import pad_before_pooling, pool_globally
+from bnre_exp.export.onnx.records import Codes, Grid, Plain, dequantized
+from bnre_exp.onnx_io.names import unique
+from bnre_exp.onnx_io.opset import drop_unused
 
 DOMAIN = "bnre_exp"  # of the nodes that mark quantized tensors between export and resolution
 OUTPUT = "output"  # what a model's only output is called
@@ -98,6 +98,6 @@ def _as_float(graph: Any, mark: Any, codes: Codes) -> Codes:
     return codes
 
 
-def _ints(node: Any, name: str) -> Optional[tuple[int, ...]]:
+def _ints(node: Any, name: str) -> tuple[int, ...] | None:
     attribute = node.attributes.get(name)
     return None if attribute is None else tuple(attribute.as_ints())

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Optional
+from typing import Any
 
 from torch import nn
 
-from bnre_exp.stages.calibrate import calibrate
-from bnre_exp.steps.setting import Setting
+from bnre_exp.algorithms.calibrate import calibrate
+from bnre_exp.jobs.stages.setting import Setting
 
 
 def calibrate_stage(setting: Setting, sim: nn.Module, stage: str) -> None:
     """Fit activation ranges to the calibration batches, in place."""
 
-    def progress(iterable: Iterable[Any], description: str, total: Optional[int] = None) -> Iterable[Any]:
+    def progress(iterable: Iterable[Any], description: str, total: int | None = None) -> Iterable[Any]:
         return setting.progress(iterable, f"{stage}: {description}", total)
 
     calibrate(sim, setting.loaders.fresh("calibration"), setting.config.quant.calib_batches, progress=progress)

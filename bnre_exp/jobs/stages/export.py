@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from bnre_exp.algorithms.evaluate import Evaluation
 from bnre_exp.config import ExportConfig, ExportFormat
+from bnre_exp.data.preprocess import METADATA
 from bnre_exp.errors import UserError
-from bnre_exp.export.checkpoint import save_folded
+from bnre_exp.export.checkpoint.save_load import save_folded
 from bnre_exp.export.encodings import MODEL, VERSIONS, write_encodings
-from bnre_exp.export.onnx import check_exportable, write_model, write_qdq
-from bnre_exp.export.plain import plain_network
-from bnre_exp.export.records import Plain
-from bnre_exp.preprocess import METADATA
+from bnre_exp.export.onnx.model import check_exportable, write_model, write_qdq
+from bnre_exp.export.onnx.plain import plain_network
+from bnre_exp.export.onnx.records import Plain
+from bnre_exp.jobs.stages.outcome import Measured, Outcome
+from bnre_exp.jobs.stages.reload import Verifier
+from bnre_exp.jobs.stages.setting import Setting, seed, timed
 from bnre_exp.quantsim.nodes import is_layer
-from bnre_exp.stages.bias import input_quantizer
-from bnre_exp.stages.evaluate import Evaluation
-from bnre_exp.steps.outcome import Measured, Outcome
-from bnre_exp.steps.setting import Setting, seed, timed
-from bnre_exp.steps.verification import Verifier
+from bnre_exp.quantsim.operations import input_quantizer
 
 # What each format leaves in the run's folder.
 FILES = {

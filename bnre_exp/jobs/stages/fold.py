@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import Optional
 
 from torch import fx, nn
 
+from bnre_exp.algorithms.bias import BiasReport, quantize_biases
+from bnre_exp.algorithms.compare import compare_logits
+from bnre_exp.algorithms.evaluate import evaluate
+from bnre_exp.algorithms.fold import FoldReport, fold_batch_norms
+from bnre_exp.algorithms.integers import integer_simulation
+from bnre_exp.algorithms.size import packed_megabytes
 from bnre_exp.errors import UserError
+from bnre_exp.jobs.stages.outcome import Measured, Outcome
+from bnre_exp.jobs.stages.setting import Setting, seed, timed
+from bnre_exp.jobs.stages.training import SnapshotFolder
 from bnre_exp.quantsim.listing import list_layers
 from bnre_exp.report.layers import layers_columns
-from bnre_exp.stages.bias import BiasReport, quantize_biases
-from bnre_exp.stages.compare import compare_logits
-from bnre_exp.stages.evaluate import evaluate
-from bnre_exp.stages.fold import FoldReport, fold_batch_norms
-from bnre_exp.stages.integers import integer_simulation
-from bnre_exp.stages.size import packed_megabytes
-from bnre_exp.steps.outcome import Measured, Outcome
-from bnre_exp.steps.setting import Setting, seed, timed
-from bnre_exp.steps.training import SnapshotFolder
 
 LARGEST_FOLD_ERROR = 1e-2  # relative to the largest logit; float32 rounding stays far below, a wrong fold far above
 
 
-def fold(setting: Setting, sim: nn.Module, snapshots: Optional[SnapshotFolder]) -> tuple[Outcome, nn.Module]:
+def fold(setting: Setting, sim: nn.Module, snapshots: SnapshotFolder | None) -> tuple[Outcome, nn.Module]:
     """Fold a copy of the simulation, compare and evaluate it."""
     outcome, config, before = Outcome(), setting.config, list(setting.evaluations)[-1]
     seed(config, "fold")

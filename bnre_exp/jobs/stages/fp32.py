@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 from torch import nn
 
-from bnre_exp.stages.evaluate import evaluate
-from bnre_exp.steps.outcome import Measured, Outcome
-from bnre_exp.steps.setting import Setting, seed
-from bnre_exp.steps.training import SnapshotFolder, train_stage
+from bnre_exp.algorithms.evaluate import evaluate
+from bnre_exp.jobs.stages.outcome import Measured, Outcome
+from bnre_exp.jobs.stages.setting import Setting, seed
+from bnre_exp.jobs.stages.training import SnapshotFolder, train_stage
 
 
 def epochs_of(setting: Setting) -> int:
@@ -20,7 +18,7 @@ def epochs_of(setting: Setting) -> int:
     return epochs
 
 
-def fp32(setting: Setting, network: nn.Module, snapshots: Optional[SnapshotFolder]) -> tuple[Outcome, nn.Module]:
+def fp32(setting: Setting, network: nn.Module, snapshots: SnapshotFolder | None) -> tuple[Outcome, nn.Module]:
     """Train the network in place, if it is to be trained, and evaluate it."""
     outcome, epochs, seconds, note = Outcome(), epochs_of(setting), 0.0, "loaded"
     seed(setting.config, "fp32")

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Optional
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save, save_file, save_model
 from torch import Tensor, fx, nn
 
+from bnre_exp.algorithms.snapshot import hidden_buffers, restore_hidden_buffers
 from bnre_exp.errors import UserError
+from bnre_exp.jobs.stages.setting import Setting, scheme
 from bnre_exp.quantsim.insert import rebuild_sim
-from bnre_exp.stages.snapshot import hidden_buffers, restore_hidden_buffers
-from bnre_exp.steps.setting import Setting, scheme
 
 STATE, HIDDEN = "state.safetensors", "buffers.safetensors"
 
@@ -49,17 +48,17 @@ class Passing:
 
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
-        self._network: Optional[nn.Module] = setting.built.module
+        self._network: nn.Module | None = setting.built.module
         self._is_sim = False
-        self.folder: Optional[Path] = None
-        self.content: Optional[str] = None
+        self.folder: Path | None = None
+        self.content: str | None = None
 
-    def computed(self, network: nn.Module, folder: Optional[Path], content: Optional[str]) -> None:
+    def computed(self, network: nn.Module, folder: Path | None, content: str | None) -> None:
         """A stage made this network, and its state was stored in ``folder``, if it was."""
         self._network, self._is_sim = network, isinstance(network, fx.GraphModule)
         self.folder, self.content = folder, content
 
-    def found(self, folder: Path, content: Optional[str], is_sim: bool) -> None:
+    def found(self, folder: Path, content: str | None, is_sim: bool) -> None:
         """A stage's result was found in ``folder``: a simulation, or the FP32 network."""
         self._network, self._is_sim = None, is_sim
         self.folder, self.content = folder, content

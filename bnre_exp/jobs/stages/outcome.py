@@ -6,11 +6,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from bnre_exp.stages.evaluate import Evaluation
+from bnre_exp.algorithms.evaluate import Evaluation
 
 RESULT, PREDICTIONS = "result.json", "predictions.safetensors"
 
@@ -24,7 +24,7 @@ class Measured:
     label: str
     evaluation: Evaluation
     seconds: float
-    after: Optional[str] = None
+    after: str | None = None
     note: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
 
@@ -38,7 +38,7 @@ class Outcome:
     metrics: dict[str, float] = field(default_factory=dict)
     curves: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     exceptions: list[tuple[str, list[tuple[str, str]]]] = field(default_factory=list)
-    layers: Optional[dict[str, list[str]]] = None
+    layers: dict[str, list[str]] | None = None
 
     def except_for(self, heading: str, rows: Sequence[tuple[str, str]]) -> None:
         """Add ``(name, reason)`` rows to the report."""

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 from torch import fx, nn
 
-from bnre_exp.quantsim.insert import quantize, sim_report
-from bnre_exp.stages.evaluate import evaluate
-from bnre_exp.steps.calibration import calibrate_stage
-from bnre_exp.steps.outcome import Measured, Outcome
-from bnre_exp.steps.setting import Setting, scheme, seed, timed
-from bnre_exp.steps.training import SnapshotFolder
+from bnre_exp.algorithms.evaluate import evaluate
+from bnre_exp.jobs.stages.calibration import calibrate_stage
+from bnre_exp.jobs.stages.outcome import Measured, Outcome
+from bnre_exp.jobs.stages.setting import Setting, scheme, seed, timed
+from bnre_exp.jobs.stages.training import SnapshotFolder
+from bnre_exp.quantsim.insert import quantize
+from bnre_exp.quantsim.sim import sim_report
 
 
-def ptq(setting: Setting, network: nn.Module, snapshots: Optional[SnapshotFolder]) -> tuple[Outcome, nn.Module]:
+def ptq(setting: Setting, network: nn.Module, snapshots: SnapshotFolder | None) -> tuple[Outcome, nn.Module]:
     """Quantize a copy of the network, calibrate and evaluate it."""
     outcome, config = Outcome(), setting.config
     seed(config, "ptq")

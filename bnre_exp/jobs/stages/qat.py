@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 from torch import nn
 
-from bnre_exp.quantsim.insert import activation_quantizers, bypassed
-from bnre_exp.stages.evaluate import evaluate
-from bnre_exp.stages.reestimate import has_running_statistics, reestimate_bn_stats
-from bnre_exp.steps.calibration import calibrate_stage
-from bnre_exp.steps.outcome import Measured, Outcome
-from bnre_exp.steps.setting import Setting, seed
-from bnre_exp.steps.training import SnapshotFolder, train_stage
+from bnre_exp.algorithms.bn_statistics import has_running_statistics
+from bnre_exp.algorithms.evaluate import evaluate
+from bnre_exp.algorithms.reestimate import reestimate_bn_stats
+from bnre_exp.jobs.stages.calibration import calibrate_stage
+from bnre_exp.jobs.stages.outcome import Measured, Outcome
+from bnre_exp.jobs.stages.setting import Setting, seed
+from bnre_exp.jobs.stages.training import SnapshotFolder, train_stage
+from bnre_exp.quantsim.sim import activation_quantizers, bypassed
 
 
-def qat(setting: Setting, sim: nn.Module, snapshots: Optional[SnapshotFolder]) -> tuple[Outcome, nn.Module]:
+def qat(setting: Setting, sim: nn.Module, snapshots: SnapshotFolder | None) -> tuple[Outcome, nn.Module]:
     """Train the simulation in place, and evaluate it."""
     outcome, how = Outcome(), setting.config.qat
     seed(setting.config, "qat start")

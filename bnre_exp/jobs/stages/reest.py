@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Optional
+from typing import Any
 
 from torch import nn
 
+from bnre_exp.algorithms.evaluate import evaluate
+from bnre_exp.algorithms.reestimate import reestimate_bn_stats
 from bnre_exp.config import ActQuant, Recalibrate
-from bnre_exp.quantsim.insert import activation_quantizers, bypassed
-from bnre_exp.stages.evaluate import evaluate
-from bnre_exp.stages.reestimate import reestimate_bn_stats
-from bnre_exp.steps.calibration import calibrate_stage
-from bnre_exp.steps.outcome import Measured, Outcome
-from bnre_exp.steps.setting import Setting, seed, timed
-from bnre_exp.steps.training import SnapshotFolder
+from bnre_exp.jobs.stages.calibration import calibrate_stage
+from bnre_exp.jobs.stages.outcome import Measured, Outcome
+from bnre_exp.jobs.stages.setting import Setting, seed, timed
+from bnre_exp.jobs.stages.training import SnapshotFolder
+from bnre_exp.quantsim.sim import activation_quantizers, bypassed
 
 
-def reest(setting: Setting, sim: nn.Module, snapshots: Optional[SnapshotFolder]) -> tuple[Outcome, nn.Module]:
+def reest(setting: Setting, sim: nn.Module, snapshots: SnapshotFolder | None) -> tuple[Outcome, nn.Module]:
     """Re-estimate the statistics of the simulation in place, calibrate again where that is asked for, and evaluate."""
     outcome, how, has_qat = Outcome(), setting.config.reest, setting.config.qat.epochs > 0
     seed(setting.config, "reest")

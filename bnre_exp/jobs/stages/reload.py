@@ -10,26 +10,26 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from types import TracebackType
-from typing import IO, Any, Optional
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bnre_exp.algorithms.evaluate import Evaluation, evaluate
 from bnre_exp.errors import UserError
-from bnre_exp.stages.evaluate import Evaluation, evaluate
-from bnre_exp.steps.predict import describe_array, read_array, torch_settings
-from bnre_exp.steps.setting import Setting
+from bnre_exp.jobs.stages.reload_process import describe_array, read_array, torch_settings
+from bnre_exp.jobs.stages.setting import Setting
 
 
 class Verifier:
-    """A process of its own, :mod:`bnre_exp.steps.predict`, that loads files; a context manager that ends it."""
+    """A process of its own, :mod:`.reload_process`, that loads files; a context manager that ends it."""
 
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bnre_exp.steps.predict", json.dumps(torch_settings())],
+            [sys.executable, "-m", "bnre_exp.jobs.stages.reload_process", json.dumps(torch_settings())],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )  # fmt: skip
@@ -38,7 +38,7 @@ class Verifier:
         return self
 
     def __exit__(
-        self, kind: Optional[type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._process.kill()
         self._process.communicate()
@@ -47,7 +47,7 @@ class Verifier:
     def evaluate(self, file: Mapping[str, Any], what: str) -> tuple[Evaluation, dict[str, float]]:
         """Top-1 of a file on the test data, and what else the process knows of it.
 
-        file: what :mod:`bnre_exp.steps.predict` loads. Raises ``UserError`` if it cannot be loaded or run there.
+        file: what :mod:`.reload_process` loads. Raises ``UserError`` if it cannot be loaded or run there.
         """
         self._ask({"load": dict(file)}, what)
         setting = self._setting

@@ -1,4 +1,4 @@
-"""A process that loads an exported file anew and predicts what comes in: ``python -m bnre_exp.steps.predict``.
+"""A process that loads an exported file anew and predicts what comes in, on standard input and output.
 
 Requests are lines of JSON on standard input, answers are on standard output. ``{"load": {"format": …, "path": …, …}}``
 loads a file; ``{"predict": {"shape": …, "dtype": …}}``, with the bytes of the array after it, is answered by such a
@@ -33,10 +33,10 @@ Describe = Callable[[np.ndarray], dict[str, float]]
 def load_checkpoint(request: Mapping[str, Any]) -> tuple[Predict, Describe]:
     """A folded checkpoint, in torch, computed on integers. request: path, device; model: how to build what the
     checkpoint does not hold."""
-    from bnre_exp.export.checkpoint import load_folded
-    from bnre_exp.models import build_model
-    from bnre_exp.stages.evaluate import logits_of
-    from bnre_exp.stages.integers import integer_simulation
+    from bnre_exp.algorithms.feeding import logits_of
+    from bnre_exp.algorithms.integers import integer_simulation
+    from bnre_exp.export.checkpoint.save_load import load_folded
+    from bnre_exp.models.build import build_model
 
     model = build_model(**request["model"]).module.eval() if request.get("model") else None
     network = integer_simulation(load_folded(request["path"], model).to(request["device"])).eval()
@@ -50,7 +50,7 @@ def load_checkpoint(request: Mapping[str, Any]) -> tuple[Predict, Describe]:
 
 def load_onnx(request: Mapping[str, Any]) -> tuple[Predict, Describe]:
     """An ONNX model, in ONNX Runtime. request: path; float: path of the network in floating point, to compare times."""
-    from bnre_exp.ort.files import load_model
+    from bnre_exp.onnx_io.files import load_model
 
     return _session(load_model(request["path"]), request.get("float"))
 
@@ -60,7 +60,7 @@ def load_encodings(request: Mapping[str, Any]) -> tuple[Predict, Describe]:
     import onnx_ir as ir
 
     from bnre_exp.export.encodings import read_encodings
-    from bnre_exp.export.qdq import insert_qdq
+    from bnre_exp.export.onnx.qdq import insert_qdq
 
     plain = read_encodings(Path(request["path"]), request["version"])
     return _session(ir.to_proto(insert_qdq(plain, int4=False)), None)
@@ -70,8 +70,8 @@ LOADERS = {"checkpoint": load_checkpoint, "onnx": load_onnx, "encodings": load_e
 
 
 def _session(model: Any, float_path: str | None) -> tuple[Predict, Describe]:
-    from bnre_exp.ort.files import load_model
-    from bnre_exp.ort.session import feeds, open_session
+    from bnre_exp.onnx_io.files import load_model
+    from bnre_exp.onnx_io.session import feeds, open_session
 
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
@@ -95,7 +95,7 @@ def _session(model: Any, float_path: str | None) -> tuple[Predict, Describe]:
 
 def _interleaved(sessions: list[Any], x: np.ndarray) -> list[float]:
     """The median time of one run of each session on ``x`` [ms]; they take turns, since other work disturbs both."""
-    from bnre_exp.ort.session import feeds
+    from bnre_exp.onnx_io.session import feeds
 
     inputs = [feeds(session, x) for session in sessions]
     times: list[list[float]] = [[] for _ in sessions]

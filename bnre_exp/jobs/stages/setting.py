@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bnre_exp.algorithms.evaluate import Evaluation
 from bnre_exp.config import Config
-from bnre_exp.data import Loaders
-from bnre_exp.models import BuiltModel
+from bnre_exp.data.loaders import Loaders
+from bnre_exp.digests import stream_seed
+from bnre_exp.models.build import BuiltModel
 from bnre_exp.progress import Progress
-from bnre_exp.quantsim.scheme import LayerRule, QuantScheme
-from bnre_exp.splits import stream_seed
-from bnre_exp.stages.evaluate import Evaluation
+from bnre_exp.quantsim.quantizers.scheme import LayerRule, QuantScheme
 
 
 @dataclass

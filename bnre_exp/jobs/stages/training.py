@@ -7,18 +7,17 @@ import logging
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Optional
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from bnre_exp.algorithms.snapshot import Snapshot
+from bnre_exp.algorithms.train import Epoch, train
 from bnre_exp.config import QatConfig, TrainConfig
-from bnre_exp.fingerprint import file_sha256
-from bnre_exp.stages.snapshot import Snapshot
-from bnre_exp.stages.train import Epoch, train
-from bnre_exp.steps.outcome import Outcome
-from bnre_exp.steps.setting import Setting, seed
+from bnre_exp.digests import file_sha256
+from bnre_exp.jobs.stages.outcome import Outcome
+from bnre_exp.jobs.stages.setting import Setting, seed
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +31,7 @@ class SnapshotFolder:
     def __init__(self, folder: Path) -> None:
         self.folder, self.resumed, self._is_told = folder, False, False
 
-    def load(self) -> Optional[Snapshot]:
+    def load(self) -> Snapshot | None:
         """The newest snapshot that is whole, or None."""
         files = self._files()
         for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
@@ -75,7 +74,7 @@ def train_stage(
     model: nn.Module,
     epochs: int,
     how: TrainConfig | QatConfig,
-    snapshots: Optional[SnapshotFolder],
+    snapshots: SnapshotFolder | None,
     outcome: Outcome,
 ) -> float:
     """Train in place, with the seed of the stage; adds the epochs to the outcome. Returns the seconds of training."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from bnre_exp.quantsim.quantizer import Dequantize
+from bnre_exp.quantsim.quantizers.quantizer import Dequantize
 
 
 def set_codes(layer: nn.Module, name: str, codes: Tensor, dequantize: Dequantize) -> None:

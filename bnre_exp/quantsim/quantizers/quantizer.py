@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bnre_exp.errors import UserError
-from bnre_exp.quantsim.layout import WeightLayout
-from bnre_exp.quantsim.ranges import affine_grid, fit_activation_range
+from bnre_exp.quantsim.quantizers.layout import WeightLayout
+from bnre_exp.quantsim.quantizers.ranges import affine_grid, fit_activation_range
 
 MIN_SCALE = 1e-10  # far below any range that training reaches; keeps a learned scale off zero
 MIN_SAMPLES = 1024
@@ -28,7 +28,7 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Optional[Tensor], low: int, high: int, gradient_scale: float
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int, gradient_scale: float
     ) -> Tensor:
         ctx.save_for_backward(x, scale, zero_point)
         ctx.low, ctx.high, ctx.gradient_scale = low, high, gradient_scale
@@ -59,7 +59,7 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def fake_quantize(
-    x: Tensor, scale: Tensor, zero_point: Optional[Tensor], quant_min: int, quant_max: int, gradient_scale: float = 1.0
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, gradient_scale: float = 1.0
 ) -> Tensor:
     """Round ``x`` to the grid ``(k - zero_point) * scale``, quant_min <= k <= quant_max, ``x / scale`` half to even.
 
@@ -147,7 +147,7 @@ class ActivationQuantizer(nn.Module):
         self.bits, self.unsigned, self.learned, self.label = bits, unsigned, learned, label
         self.quant_max = 2**bits - 1
         self.bypassed = False
-        self.observer: Optional[RangeObserver] = None
+        self.observer: RangeObserver | None = None
         self.has_range = False
         self.scale: Tensor
         self.zero_point: Tensor

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Optional
 
 from bnre_exp.errors import UserError
 
 ESTIMATORS = ("mse", "minmax", "percentile")
 
 
-def _check_bits(name: str, bits: Optional[int]) -> None:
+def _check_bits(name: str, bits: int | None) -> None:
     if bits is not None and not 2 <= bits <= 16:
         raise UserError(f"{name}={bits}: expected 2 to 16 bits, or None for no quantization.")
 
@@ -25,8 +24,8 @@ class LayerRule:
     """
 
     pattern: str
-    weight_bits: Optional[int] = None
-    act_bits: Optional[int] = None
+    weight_bits: int | None = None
+    act_bits: int | None = None
     off: bool = False
 
     def __post_init__(self) -> None:
@@ -53,11 +52,11 @@ class QuantScheme:
     Raises ``UserError`` for values out of range.
     """
 
-    weight_bits: Optional[int] = 8
-    act_bits: Optional[int] = 8
+    weight_bits: int | None = 8
+    act_bits: int | None = 8
     per_channel: bool = True
     range_learning: bool = True
-    first_last_bits: Optional[int] = None
+    first_last_bits: int | None = None
     overrides: tuple[LayerRule, ...] = ()
     weight_range: str = "mse"
     act_range: str = "mse"
@@ -72,7 +71,7 @@ class QuantScheme:
         if not 50 < self.percentile <= 100:
             raise UserError(f"percentile={self.percentile}: expected a percentage in (50, 100].")
 
-    def rule(self, names: Iterable[str]) -> Optional[LayerRule]:
+    def rule(self, names: Iterable[str]) -> LayerRule | None:
         """The override for something known under these names, if any."""
         names = tuple(names)
         matching = [rule for rule in self.overrides if rule.matches(names)]

@@ -7,13 +7,13 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from bnre_exp.errors import UserError
-from bnre_exp.quantsim.tracer import resized
+from bnre_exp.quantsim.tracing.tracer import resized
 
 LARGEST_BATCH = 4  # more would only take longer
 TOLERANCE = 1e-4  # relative to the largest value of a tensor; a wrong graph is off by far more
@@ -161,7 +161,7 @@ def _hooked(model: nn.Module, names: set[str], outputs: Outputs, calls: dict[str
 
 
 def _first_difference(wanted: Outputs, got: Outputs) -> str:
-    last: Optional[str] = None
+    last: str | None = None
     for (name, call), output in wanted.items():
         if (name, call) in got:
             if not _same(output, got[name, call]):

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from bnre_exp.quantsim.layout import LAYERS
-from bnre_exp.quantsim.tracer import Tracer, is_metadata
+from bnre_exp.quantsim.quantizers.layout import LAYERS
+from bnre_exp.quantsim.tracing.tracer import Tracer, is_metadata
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
@@ -60,7 +60,7 @@ def scales_with_weight(layer: nn.Module, example: Tensor) -> bool:
     return all(_is_product(layer, _traced(layer, example, training)) for training in (False, True))
 
 
-def _traced(layer: nn.Module, example: Tensor, training: bool) -> Optional[fx.Graph]:
+def _traced(layer: nn.Module, example: Tensor, training: bool) -> fx.Graph | None:
     own = copy.deepcopy(layer).train(training)
     try:
         return Tracer((), [example.detach().to("cpu", torch.float32)], lambda _: False).trace(own.cpu().float())
@@ -68,7 +68,7 @@ def _traced(layer: nn.Module, example: Tensor, training: bool) -> Optional[fx.Gr
         return None
 
 
-def _is_base_call(layer: Any, graph: Optional[fx.Graph]) -> bool:
+def _is_base_call(layer: Any, graph: fx.Graph | None) -> bool:
     """Whether the graph is nothing but the product, with the arguments that the layer's attributes say."""
     if graph is None or not _is_product(layer, graph):
         return False
@@ -83,7 +83,7 @@ def _is_base_call(layer: Any, graph: Optional[fx.Graph]) -> bool:
     return all(_as_tuple(arguments[name], rank) == _as_tuple(getattr(layer, name), rank) for name in names)
 
 
-def _is_product(layer: nn.Module, graph: Optional[fx.Graph]) -> bool:
+def _is_product(layer: nn.Module, graph: fx.Graph | None) -> bool:
     """Whether the output is one product of the padded input with the parameters ``weight`` and ``bias``."""
     if graph is None:
         return False

@@ -15,9 +15,9 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnre_exp.errors import UserError
-from bnre_exp.quantsim.layout import BATCH_NORMS, LAYERS
-from bnre_exp.quantsim.subclasses import make_plain
-from bnre_exp.quantsim.tracer import Tracer, check_decision, explain_failure, reads_training
+from bnre_exp.quantsim.quantizers.layout import BATCH_NORMS, LAYERS
+from bnre_exp.quantsim.tracing.subclasses import make_plain
+from bnre_exp.quantsim.tracing.tracer import Tracer, check_decision, explain_failure, reads_training
 
 
 class FollowTraining(nn.Module):

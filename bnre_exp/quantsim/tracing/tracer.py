@@ -6,14 +6,14 @@ import inspect
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from types import CodeType
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute, Proxy, TraceError
 
 from bnre_exp.errors import UserError
-from bnre_exp.quantsim.layout import BATCH_NORMS, LAYERS
+from bnre_exp.quantsim.quantizers.layout import BATCH_NORMS, LAYERS
 
 BATCH_SIZES = (1, 2, 5)  # a decision must be the same for all of them
 LIBRARY = ("/torch/fx/", "/torch/nn/modules/module.py", "/bnre_exp/quantsim/")
@@ -239,7 +239,7 @@ def explain_failure(error: Exception, tracer: Tracer, model: nn.Module) -> UserE
     """What could not be traced, where, and what to do."""
     frames = _outside_library(traceback.extract_tb(error.__traceback__))
     where = f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else "an unknown line"
-    name: Optional[str] = tracer.entered[-1] if tracer.entered else None
+    name: str | None = tracer.entered[-1] if tracer.entered else None
     holder = model.get_submodule(name) if name else model
     what = (
         f"module {name!r} ({type(holder).__name__})" if name else f"the network's own forward ({type(model).__name__})"

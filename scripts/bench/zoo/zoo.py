@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Quantize, re-estimate, fold and save every network of a zoo, each in a process of its own, and write a table.
 
-    python scripts/zoo.py                                         # torchvision, and one network of every family of timm
-    python scripts/zoo.py --source timm --filter 'mobilenet*'     # any others
+    python scripts/bench/zoo/zoo.py          # torchvision, and one network of every family of timm
+    python scripts/bench/zoo/zoo.py --source timm --filter 'mobilenet*'      # any others
 
-What is checked of a network is in scripts/zoo_network.py. Weights are random. The rows are kept in OUTPUT.csv: an
+What is checked of a network is in zoo_network.py. Weights are random. The rows are kept in OUTPUT.csv: an
 interrupted run goes on where it was, and networks that are there already are not done again unless --again is given.
 """
 
@@ -183,7 +183,7 @@ again), fold, save and load (same outputs bit for bit). Differences are those of
 divided by the largest output, with activations unquantized: of the logits; and of every folded layer, given the same
 input as its original. *Own rounding* is how far the folded network in float32 is from itself in float64 on that input:
 deep networks with random weights multiply every rounding error, folded or not. The number of folded BNs equals a count
-by autograd's record of the original network (scripts/foldable.py). ⁺: no gamma is negative or zero, because with such
+by autograd's record of the original network (foldable.py). ⁺: no gamma is negative or zero, because with such
 ones the network overflows or rounding errors outgrow its signals."""
 
 
@@ -236,7 +236,7 @@ def main(arguments: Sequence[str]) -> int:
             progress.console.print(f"{row['status']:8} {row['name']}: {outcome}", highlight=False, markup=False)
             progress.advance(task)
     ordered = [rows[key] for key in sorted(rows)]
-    command = " ".join(["python scripts/zoo.py", *arguments])
+    command = " ".join(["python scripts/bench/zoo/zoo.py", *arguments])
     options.output.with_suffix(".md").write_text(markdown(ordered, command))
     bad = [row for row in ordered if row["status"] not in ("passed", "no BN")]
     console.print(f"{len(ordered) - len(bad)} of {len(ordered)} in {table} and {options.output.with_suffix('.md')}")

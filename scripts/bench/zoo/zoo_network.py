@@ -1,4 +1,4 @@
-"""One network of a zoo, from the float network to its folded checkpoint, checked on the way. See scripts/zoo.py."""
+"""One network of a zoo, from the float network to its folded checkpoint, checked on the way. See zoo.py."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Take every torchvision network of the zoo through ONNX, each in a process of its own, and write a table.
 
-    python scripts/zoo_onnx.py                            # all of them
-    python scripts/zoo_onnx.py --filter 'mobilenet*'      # some
+    python scripts/bench/zoo/zoo_onnx.py                            # all of them
+    python scripts/bench/zoo/zoo_onnx.py --filter 'mobilenet*'      # some
 
 Checked: the re-estimated statistics of the exported model against torch's on the same batches, the same for each batch
 norm given the same input, folding of the exported model, and the export of the folded, quantized network as ONNX.
@@ -47,9 +47,9 @@ from bnre_exp import (  # noqa: E402
     quantize_biases,
     reestimate_bn_stats,
 )
+from bnre_exp.jobs.stages.reload_process import INTEGER_KERNELS, LAYERS  # noqa: E402
 from bnre_exp.onnx.compare import compare_outputs  # noqa: E402
-from bnre_exp.ort.session import feeds, open_session  # noqa: E402
-from bnre_exp.steps.predict import INTEGER_KERNELS, LAYERS  # noqa: E402
+from bnre_exp.onnx_io.session import feeds, open_session  # noqa: E402
 
 COLUMNS = (
     "name", "status", "input", "bns", "onnx_deviation", "torch_deviation", "layer_deviation", "layer_rounding",

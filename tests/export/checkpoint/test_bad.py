@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bnre_exp import UserError
-from bnre_exp.export.checkpoint import load_folded
+from bnre_exp.export.checkpoint.save_load import load_folded
 from tests.export.saving import IMAGES, edit, refused
 
 

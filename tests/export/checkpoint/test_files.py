@@ -10,7 +10,7 @@ import pytest
 from torch import fx, nn
 
 from bnre_exp import QuantScheme, UserError, bypassed, fold_batch_norms, quantize
-from bnre_exp.export.checkpoint import load_folded, save_folded
+from bnre_exp.export.checkpoint.save_load import load_folded, save_folded
 from tests.export.saving import IMAGES, assert_same, folded_network, round_trip
 from tests.networks import Net, flat_cnn, randomize
 

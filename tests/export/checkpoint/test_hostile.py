@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bnre_exp import UserError
-from bnre_exp.export.checkpoint import load_folded
+from bnre_exp.export.checkpoint.save_load import load_folded
 from tests.export.saving import IMAGES, edit, refused
 
 X = {"node": "input_1"}

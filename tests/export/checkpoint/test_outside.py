@@ -16,7 +16,7 @@ from torch import nn
 
 import bnre_exp
 from bnre_exp import UserError
-from bnre_exp.export.checkpoint import load_folded, save_folded
+from bnre_exp.export.checkpoint.save_load import load_folded, save_folded
 from tests.export.saving import IMAGES, assert_same, folded_network
 from tests.networks import flat_cnn, randomize
 

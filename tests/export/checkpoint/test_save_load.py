@@ -9,9 +9,9 @@ import torchvision
 from torch import fx, nn
 
 from bnre_exp import LayerRule
-from bnre_exp.export.checkpoint import load_folded, save_folded
-from bnre_exp.quantsim.affine import ChannelAffine
-from bnre_exp.quantsim.trace import FollowTraining, trace
+from bnre_exp.export.checkpoint.save_load import load_folded, save_folded
+from bnre_exp.quantsim.quantizers.affine import ChannelAffine
+from bnre_exp.quantsim.tracing.trace import FollowTraining, trace
 from tests.export.saving import IMAGES, assert_same, folded_network, round_trip
 from tests.networks import Net, flat_cnn, randomize
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from bnre_exp import UserError
-from bnre_exp.quantsim.layout import layout_of
-from bnre_exp.quantsim.quantizer import (
+from bnre_exp.quantsim.quantizers.layout import layout_of
+from bnre_exp.quantsim.quantizers.quantizer import (
     ActivationQuantizer,
     Dequantize,
     RangeObserver,
@@ -20,7 +20,7 @@ from bnre_exp.quantsim.quantizer import (
     narrow_quant_max,
     positive,
 )
-from bnre_exp.quantsim.ranges import affine_grid, fit_activation_range, fit_symmetric_scale
+from bnre_exp.quantsim.quantizers.ranges import affine_grid, fit_activation_range, fit_symmetric_scale
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -1,0 +1,1 @@
+"""The command line. The one room that imports Hydra."""

@@ -1,0 +1,115 @@
+"""From overrides to a checked configuration."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from bnre_exp.cli.mistakes import explain_choice, explain_configuration, is_full_disk
+from bnre_exp.config import Config
+from bnre_exp.digests import digest
+from bnre_exp.errors import UserError
+
+
+def config_folder() -> Path:
+    """The folder of the config groups: inside the package where a wheel installed it, else beside the package."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def register() -> None:
+    schema = OmegaConf.structured(Config)
+    for section in (schema.model, schema.dataset):  # a builder's own arguments are open: model.kwargs.width=2
+        OmegaConf.set_struct(section.kwargs, False)
+    ConfigStore.instance().store(name="config_schema", node=schema)
+    OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
+
+
+def typed(composed: DictConfig) -> Config:
+    """The composed configuration as checked dataclasses. Raises ``UserError`` for an unknown key or a bad value."""
+    try:
+        # Plain values: merging two structured configurations would drop an unknown key (+quant.foo=1) silently.
+        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
+    except OmegaConfBaseException as error:
+        raise UserError(explain_configuration(error)) from error
+    if not isinstance(config, Config):
+        raise TypeError(f"expected a Config, got {type(config).__name__}")
+    return config
+
+
+def compose_config(overrides: Sequence[str]) -> Config:
+    """The checked configuration that the command line would run with these overrides. Raises ``UserError``."""
+    register()
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
+            composed = hydra.compose("config", overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise as_mistake(error) from error
+    return typed(composed)
+
+
+def as_mistake(error: BaseException) -> BaseException:
+    """Hydra's and OmegaConf's complaints about the configuration as a ``UserError``; any other error as it is."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        return UserError(explain_choice(error.missing_cfg_file, error.options or []))
+    if isinstance(error, (HydraException, OmegaConfBaseException)) or _is_hydras_value_error(error):
+        return UserError(explain_configuration(error))
+    # Hydra makes the run folder before the job starts
+    if isinstance(error, OSError) and error.filename and not is_full_disk(error):
+        return UserError(
+            f"cannot write to {error.filename}: {error.strerror}. Set runtime.output_dir, or BNRE_OUTPUT_DIR, to a "
+            "folder that can be written."
+        )
+    return error
+
+
+def _is_hydras_value_error(error: BaseException) -> bool:
+    """Hydra refuses quant=3, where quant is a group, by a plain ValueError."""
+    if type(error) is not ValueError:
+        return False
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith("hydra._internal.")
+
+
+def identity_of(composed: DictConfig) -> str:
+    """Of a configuration, without Hydra's own part, and of the code that it runs."""
+    from bnre_exp.jobs.plan import code_identity
+
+    own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    try:
+        code = code_identity(typed(own))
+    except UserError:  # a mistake, which is told where it matters
+        code = ""
+    return digest([container_of(own), code])
+
+
+def container_of(composed: DictConfig) -> dict[str, Any]:
+    plain: Any = OmegaConf.to_container(composed, resolve=False, enum_to_str=True)
+    return dict(plain)
+
+
+def section_of(composed: DictConfig, name: str, kind: Any) -> Any:
+    plain = OmegaConf.to_container(composed[name], resolve=True, throw_on_missing=True)
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), plain))
+
+
+def refuse_removals(arguments: Sequence[str]) -> None:
+    """~quant would compose, and leave the values of the schema, which no group file and no help text names."""
+    for argument in arguments:
+        if argument.startswith("~") and not argument.startswith("~hydra"):
+            name = argument[1:].partition("=")[0]
+            raise UserError(
+                f"{argument}: it cannot be removed from the configuration; choose another value, such as {name}=off "
+                "for the groups that have it (qat, reest, store, tracking, train)."
+            )

@@ -1,0 +1,177 @@
+"""One Hydra job, in the folder that it holds."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.text import Text
+
+from bnre_exp.cli.compose import config_folder, identity_of, register, typed
+from bnre_exp.cli.mistakes import exit_status, explain_failure
+from bnre_exp.config import Config
+from bnre_exp.errors import JobFailed, Terminated, UserError
+from bnre_exp.jobs import folders
+from bnre_exp.report.console import PrefixedLines
+from bnre_exp.tracking.journal import last_metrics, read_records
+
+PLAIN_WIDTH = 120  # columns of a console that is a file or a pipe
+
+logger = logging.getLogger(__name__)
+
+JOBS_AT_ONCE = "BNRE_JOBS_AT_ONCE"  # how a sweep tells its jobs, whatever the launcher, how many run on this machine
+
+
+@hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")
+def job(composed: DictConfig) -> float | None:
+    """One job, in the folder and with the logging that Hydra has set up. Returns what a search optimizes."""
+    register()  # this may be another process than the command's
+    info: Any = HydraConfig.get()
+    run_dir = Path(info.runtime.output_dir)
+    overrides = [str(text) for text in OmegaConf.to_container(info.overrides.task, resolve=False) or []]
+    is_multirun = info.mode is RunMode.MULTIRUN
+    console = open_console()
+    if is_multirun and _is_apart(info):  # jobs share a terminal: whose line is it?
+        console = open_console(PrefixedLines(sys.stdout, f"[{info.job.num}] "))
+    label = f"{info.job.num}: {' '.join(overrides)}" if is_multirun else " ".join(overrides)
+    try:
+        with sigterm_raises():
+            if is_multirun:
+                console.rule(Text(f"job {label}"))
+            return _claimed(composed, info, run_dir, overrides, label, console)
+    except BaseException as error:
+        tell(error, run_dir)
+        if not is_multirun:
+            raise SystemExit(exit_status(error)) from None
+        record = folders.read_record(run_dir)
+        if is_grid(info) and isinstance(error, Exception) and record and record.status == folders.FAILED:
+            return None  # its record says so; Hydra goes on, also with batches that follow
+        if _is_apart(info) and isinstance(error, (Exception, KeyboardInterrupt)):
+            raise JobFailed(explain_failure(error, None).splitlines()[-1]) from None
+        error.__dict__["is_told"] = True
+        raise  # Hydra goes on with the next job, unless this one was interrupted
+
+
+def open_console(file: Any = None) -> Console:
+    """Paths and overrides may hold brackets, which are no markup."""
+    return Console(file=file, width=None if file is None and sys.stdout.isatty() else PLAIN_WIDTH, markup=False)
+
+
+def _is_apart(info: DictConfig) -> bool:
+    """Whether the launcher runs jobs in other processes than the command's."""
+    return not str(info.launcher.get("_target_", "")).endswith(".BasicLauncher")
+
+
+def _claimed(
+    composed: DictConfig, info: DictConfig, run_dir: Path, overrides: Sequence[str], label: str, console: Console
+) -> float | None:
+    """Run the job as the one that holds its folder; a job of a sweep that is continued may be finished already."""
+    from bnre_exp.jobs.sweep import make_room
+
+    identity, sweep = identity_of(composed), Path(info.sweep.dir) if info.mode is RunMode.MULTIRUN else None
+
+    def wait() -> None:
+        console.print(f"  a process of the interrupted command is still at it in {run_dir}; waiting", highlight=False)
+
+    with folders.claim(run_dir, wait if sweep is not None else None):
+        before, around = folders.read_record(run_dir), folders.read_record(sweep) if sweep is not None else None
+        finished = before if before and before.identity == identity and before.status == folders.FINISHED else None
+        if finished and around and finished.started >= around.started:  # in this very sweep
+            console.print(f"  finished already: {run_dir}", highlight=False)
+            return _objective(last_metrics(read_records(run_dir)), info, str(composed.objective))
+        if before is not None and (before.identity != identity or before.status in (folders.FINISHED, folders.FAILED)):
+            make_room(run_dir)  # another run's, in a folder that the user chose, or one that failed
+        with folders.recorded(run_dir, identity, label) as record:
+            try:
+                config = typed(composed)
+                config.runtime.threads = config.runtime.threads or _threads()
+                objective = _objective(_run(config, run_dir, overrides, console, sweep), info, config.objective)
+                record.status = folders.FINISHED
+                return objective
+            except BaseException as error:
+                record.status = folders.FAILED if isinstance(error, Exception) else folders.KILLED
+                record.error, record.exit_status = explain_failure(error, None).splitlines()[-1], exit_status(error)
+                raise
+
+
+def _run(
+    config: Config, run_dir: Path, overrides: Sequence[str], console: Console, sweep: Path | None
+) -> dict[str, float]:
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    from bnre_exp.jobs import run as pipeline  # late: neither --help nor a mistyped option needs to wait for it
+
+    record = folders.read_record(sweep) if sweep is not None else None
+    results = pipeline.run(
+        config, run_dir=run_dir, overrides=overrides, console=console, parent=sweep if record else None,
+        since=record.started if record else None,
+    )  # fmt: skip
+    return results.metrics
+
+
+def _objective(metrics: dict[str, float], info: DictConfig, name: str) -> float | None:
+    """What a search such as Optuna's optimizes; None if this is no search and there is no such metric."""
+    value = metrics.get(name)
+    if not is_grid(info) and (value is None or not math.isfinite(value)):
+        raise UserError(f"objective={name}: the run has no such number. It has {', '.join(sorted(metrics))}.")
+    return value
+
+
+def is_grid(info: DictConfig) -> bool:
+    """Whether jobs are a grid, numbered alike every time, and no search."""
+    return str(info.sweeper.get("_target_", "")).endswith(".BasicSweeper")
+
+
+def _threads() -> int | None:
+    """CPU threads for a job beside which others of its sweep run; None: as many as torch takes."""
+    given, beside = os.environ.get("SLURM_CPUS_PER_TASK", ""), int(os.environ.get(JOBS_AT_ONCE, "1"))
+    if given.isdigit() and int(given) > 0:
+        return int(given)
+    return max(1, cores() // beside) if beside > 1 else None
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def tell(error: BaseException, run_dir: Path | None) -> None:
+    """One message on stderr; the whole traceback in the job's log, and on stderr only if it is our defect."""
+    logger.info("The job stopped.", exc_info=error)  # the console handler shows warnings and above
+    log_file = run_dir / "bnre_exp.log" if run_dir is not None else None
+    # Rich turns a broken pipe on standard output into a SystemExit
+    is_unread = isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError)
+    text = "Stopped: what read the output has closed it." if is_unread else explain_failure(error, log_file)
+    sys.stderr.write(text + "\n")
+    metrics = run_dir / "metrics.jsonl" if run_dir is not None else None
+    if metrics is not None and metrics.exists() and '"metrics"' in metrics.read_text():
+        sys.stderr.write(f"What was finished is in {run_dir}\n")
+
+
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """SIGTERM ends the job as Ctrl-C does, so that files and the MLflow run are closed."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before: Any = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,1 @@
+"""A folded network as an ONNX model with QuantizeLinear and DequantizeLinear."""

@@ -1,0 +1,1 @@
+"""Fake quantization: quantizers, their ranges, and the layout of weights."""
