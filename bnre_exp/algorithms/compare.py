@@ -16,16 +16,17 @@ from bnre_exp.algorithms.feeding import (
     evaluation_mode,
     feed,
     length_of,
-    logits_of,
 )
 from bnre_exp.progress import Progress, no_progress
 from bnre_exp.quantsim.sim import bypassed
+from bnre_exp.tasks.classification import Classification
+from bnre_exp.tasks.task import Task
 
 
 @dataclass(frozen=True)
 class Difference:
-    """largest: the largest absolute difference of a logit; magnitude: the largest absolute logit of the first network;
-    relative: the one divided by the other. Logits that are not finite make them so."""
+    """largest: the largest absolute difference of two numbers; magnitude: the largest absolute number of the first
+    network; relative: the one divided by the other. Numbers that are not finite make them so."""
 
     largest: float
     magnitude: float
@@ -36,24 +37,28 @@ class Difference:
 
 
 @torch.no_grad()
-def compare_logits(
+def compare_outputs(
     first: nn.Module,
     second: nn.Module,
     dataloader: Iterable[Any],
     forward_fn: ForwardFn | None = None,
     *,
+    task: Task | None = None,
     progress: Progress = no_progress,
 ) -> Difference:
-    """Compare logits over all of ``dataloader`` with activation quantizers bypassed; nothing is changed.
+    """Compare outputs, by the tensor that the task names, over all of ``dataloader`` with activation quantizers
+    bypassed; nothing is changed.
 
     A quantizer would turn a difference of float rounding, at a tie, into one of a whole step.
     """
+    task = Classification() if task is None else task
     largest = magnitude = torch.zeros((), dtype=torch.float64)
     device = device_of(first)
     modes = evaluation_mode(first), evaluation_mode(second), bypassed(first), bypassed(second)
     with modes[0], modes[1], modes[2], modes[3], cached_weights(first):
-        for batch in progress(dataloader, "fold: compare logits", length_of(dataloader)):
-            a, b = (logits_of(feed(model, batch, device, forward_fn)).double().cpu() for model in (first, second))
+        for batch in progress(dataloader, "fold: compare outputs", length_of(dataloader)):
+            outputs = (feed(model, batch, device, forward_fn or task.feed) for model in (first, second))
+            a, b = (task.compared(output).double().cpu() for output in outputs)
             largest = torch.maximum(largest, (a - b).abs().amax())
             magnitude = torch.maximum(magnitude, a.abs().amax())
     return Difference(float(largest), float(magnitude))

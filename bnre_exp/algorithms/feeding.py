@@ -1,4 +1,4 @@
-"""How the stages take batches from a user's loader and feed them to a network."""
+"""How algorithms take batches from a user's loader and feed them to a network."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from bnre_exp.errors import UserError
+from bnre_exp.tasks.task import first_input
 
 ForwardFn = Callable[[nn.Module, Any], Any]
 
@@ -58,13 +59,7 @@ def feed(model: nn.Module, batch: Any, device: torch.device, forward_fn: Forward
     """
     if forward_fn is not None:
         return forward_fn(model, to_device(batch, device))
-    x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-    if not isinstance(x, Tensor):
-        raise UserError(
-            f"A batch is of type {type(batch).__name__}; without forward_fn it must be a tensor, or a tuple or list "
-            "whose first element is one. Pass forward_fn=lambda model, batch: model(...)."
-        )
-    return model(x.to(device, non_blocking=True))
+    return model(first_input(batch).to(device, non_blocking=True))
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -104,22 +99,12 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def cached_weights(model: nn.Module) -> Iterator[None]:
+def cached_weights(model: nn.Module, forward_fn: ForwardFn | None = None) -> Iterator[None]:
     """Quantize each weight once for the whole block. Only for graphs of ours, under ``no_grad``, and while weights do
-    not change: the cache of parametrize is global and knows no invalidation."""
-    if isinstance(model, fx.GraphModule) and not torch.is_grad_enabled():
+    not change: the cache of parametrize is global and knows no invalidation; never around a user's ``forward_fn``."""
+    is_ours = forward_fn is None or str(forward_fn.__module__).startswith("bnre_exp.")
+    if is_ours and isinstance(model, fx.GraphModule) and not torch.is_grad_enabled():
         with parametrize.cached():
             yield
     else:
         yield
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits ``[N, classes]`` of a network's output: the tensor, or the first tensor of a tuple or dict."""
-    if isinstance(output, dict):
-        output = next(iter(output.values()), None)
-    if isinstance(output, (tuple, list)) and output:
-        output = output[0]
-    if not isinstance(output, Tensor):
-        raise UserError(f"The network returns {type(output).__name__}; expected logits [N, classes].")
-    return output

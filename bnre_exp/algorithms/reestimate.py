@@ -104,7 +104,7 @@ def reestimate_bn_stats(
     estimators = {bn: Estimator(method, momentum, *before[bn]) for bn in bns}
     count, device = Passes(), device_of(model)
     try:
-        cache = cached_weights(model if forward_fn is None else nn.Identity())
+        cache = cached_weights(model, forward_fn)
         with evaluation_mode(model), recording(bns, estimators), cache:
             for batch in progress(take_batches(dataloader, num_batches, count), "re-estimate", num_batches):
                 feed(model, batch, device, forward_fn)

@@ -5,34 +5,53 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Sized
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sized
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnre_exp.algorithms.evaluate import evaluate
-from bnre_exp.algorithms.feeding import ForwardFn, device_of, feed, logits_of
+from bnre_exp.algorithms.feeding import ForwardFn, device_of, feed, to_device
 from bnre_exp.algorithms.snapshot import Snapshots, Training, capture, restore, restore_random
 from bnre_exp.errors import TrainingDivergedError, UserError
 from bnre_exp.progress import Progress, no_progress
+from bnre_exp.tasks.classification import Classification
+from bnre_exp.tasks.task import Task
 
 LossFn = Callable[[Any, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch: index from 1, mean training loss [nats], learning rate at its end, seconds of training, and top-1 and
-    loss on the validation data (None without any)."""
+    """One epoch: index from 1, mean training loss, learning rate at its end, seconds of training, and the metrics of
+    the validation data by name, also as attributes: ``epoch.val_loss`` (None without validation data)."""
 
     epoch: int
     loss: float
     lr: float
     seconds: float
-    val_top1: float | None
-    val_loss: float | None
+    validation: Mapping[str, float] | None = None
+
+    def __getattr__(self, name: str) -> float | None:
+        metric = name.removeprefix("val_")
+        metrics = self.__dict__.get("validation")
+        if metric == name or (metrics is not None and metric not in metrics):
+            raise AttributeError(f"an epoch has no {name!r}")
+        return None if metrics is None else metrics[metric]
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it as one flat dict, ``val_…`` for the validation data's."""
+        own = {name: getattr(self, name) for name in ("epoch", "loss", "lr", "seconds")}
+        return {**own, **{f"val_{name}": value for name, value in (self.validation or {}).items()}}
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> Epoch:
+        """The inverse of :meth:`as_json`."""
+        scores = {name.removeprefix("val_"): v for name, v in values.items() if name.startswith("val_")}
+        own = {name: value for name, value in values.items() if not name.startswith("val_")}
+        return Epoch(**own, validation=scores if any(v is not None for v in scores.values()) else None)
 
 
 def train(
@@ -50,28 +69,27 @@ def train(
     validation: Iterable[Any] | None = None,
     forward_fn: ForwardFn | None = None,
     loss_fn: LossFn | None = None,
+    task: Task | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
     progress: Progress = no_progress,
     description: str = "train",
     snapshots: Snapshots | None = None,
 ) -> list[Epoch]:
-    """Train in place for ``epochs`` passes over ``dataloader``, which has a length and yields ``(input, label)``.
+    """Train in place for ``epochs`` passes over ``dataloader``, which has a length.
 
     lr: peak learning rate; schedule: "one_cycle", "cosine" or "constant", stepped every batch. optimizer: "sgd" (with
     ``momentum``, Nesterov) or "adamw". weight_decay acts on weights of two or more axes only: never on BN parameters,
-    biases or quantizer scales. precision: "bfloat16" computes under autocast. loss_fn(output, label) replaces
-    cross-entropy with ``label_smoothing``. ``on_epoch`` is called after every epoch. The model is left in
-    evaluation mode.
+    biases or quantizer scales. precision: "bfloat16" computes under autocast. task: None: classification, whose loader
+    yields ``(input, label)``; ``forward_fn(model, batch)`` replaces its feeding, ``loss_fn(output, label)`` its loss
+    with ``label_smoothing``. ``on_epoch`` is called after every epoch. The model is left in evaluation mode.
 
-    snapshots: saved to after every epoch, before ``on_epoch`` is called for it. If it holds a snapshot already, the
-    training goes on with the epoch after that, on the CPU with the same bits as if it had never stopped: the network,
-    optimizer, schedule, global random states and generators of the loaders are put back. ``on_epoch`` is first called
-    for the epochs restored, and the history returned has all of them. The caller sees to it that data, ``forward_fn``
-    and ``loss_fn`` are as before.
+    snapshots: saved to after every epoch. If it holds a snapshot already, the training goes on with the epoch after
+    that, on the CPU with the same bits as if it had never stopped; ``on_epoch`` is first called for the epochs
+    restored, and the history returned has all of them. The caller sees to it that data and functions are as before.
 
     Raises :class:`~bnre_exp.errors.TrainingDivergedError` when the loss is not finite, ``UserError`` for a loader
-    without a length or batches, for a snapshot that does not fit (other arguments, other parameters; the model is then
-    as it was), and with ``snapshots`` for what a snapshot cannot hold (:func:`~bnre_exp.algorithms.snapshot.capture`).
+    without a length or batches, for a snapshot that does not fit (the model is then as it was), and with ``snapshots``
+    for what a snapshot cannot hold (:func:`~bnre_exp.algorithms.snapshot.capture`).
     """
     if epochs < 1:
         raise UserError(f"epochs={epochs}: expected at least 1; to leave training out, do not call it.")
@@ -79,8 +97,8 @@ def train(
         raise UserError("train: the data loader must have a length of at least one batch.")
     optimize = _optimizer(model, optimizer, lr, momentum, weight_decay)
     scheduler = _scheduler(optimize, schedule, lr, epochs * len(dataloader))
-    loss_fn = loss_fn or (lambda output, label: _loss(output, label, label_smoothing))
-    loss_of = _loss_of_batch(model, precision, forward_fn, loss_fn)
+    task = Classification() if task is None else task
+    loss_of = _loss_of_batch(model, precision, task, forward_fn, loss_fn, label_smoothing)
     settings = {
         "epochs": epochs, "batches an epoch": len(dataloader), "lr": lr, "optimizer": optimizer, "momentum": momentum,
         "weight_decay": weight_decay, "schedule": schedule, "label_smoothing": label_smoothing, "precision": precision,
@@ -91,13 +109,12 @@ def train(
     for epoch in range(len(history) + 1, epochs + 1):
         started = time.perf_counter()
         batches = progress(dataloader, f"{description} {epoch}/{epochs}", len(dataloader))
-        loss = _train_epoch(training, batches, loss_of, epoch, description)
-        seconds = time.perf_counter() - started
-        score = evaluate(model, validation, forward_fn) if validation is not None else None
-        val_top1, val_loss = (score.top1, score.loss) if score else (None, None)
-        history.append(Epoch(epoch, loss, optimize.param_groups[0]["lr"], seconds, val_top1, val_loss))
+        loss = _train_epoch(training, batches, loss_of, task, epoch, description)
+        rate, seconds = optimize.param_groups[0]["lr"], time.perf_counter() - started
+        score = evaluate(model, validation, forward_fn, task=task).metrics if validation is not None else None
+        history.append(Epoch(epoch, loss, rate, seconds, score))
         if snapshots is not None:
-            snapshots.save(capture(training, [asdict(done) for done in history]))
+            snapshots.save(capture(training, [done.as_json() for done in history]))
         if on_epoch is not None:
             on_epoch(history[-1])
     model.eval()
@@ -111,7 +128,7 @@ def _resume(training: Training, snapshots: Snapshots, on_epoch: Callable[[Epoch]
         capture(training, [])  # what cannot be captured is refused now, not after an epoch
         return []
     restore(training, snapshot)
-    history = [Epoch(**values) for values in snapshot.values["history"]]
+    history = [Epoch.from_json(values) for values in snapshot.values["history"]]
     if on_epoch is None:
         return history
     for epoch in history:
@@ -122,9 +139,10 @@ def _resume(training: Training, snapshots: Snapshots, on_epoch: Callable[[Epoch]
 
 
 def _train_epoch(
-    training: Training, batches: Iterable[Any], loss_of: Callable[[Any], Tensor], epoch: int, description: str
-) -> float:
-    """One pass over ``batches``; the mean loss of its samples [nats]."""
+    training: Training, batches: Iterable[Any], loss_of: Callable[[Any], Tensor], task: Task, epoch: int,
+    description: str,
+) -> float:  # fmt: skip
+    """One pass over ``batches``; the mean loss of its samples."""
     training.model.train()
     total, samples = torch.zeros((), dtype=torch.float64, device=device_of(training.model)), 0
     for step, batch in enumerate(batches, start=1):
@@ -138,26 +156,24 @@ def _train_epoch(
         loss.backward()
         training.optimizer.step()
         training.scheduler.step()
-        total += loss.detach().double() * len(batch[1])
-        samples += len(batch[1])
+        total += loss.detach().double() * task.samples(batch)
+        samples += task.samples(batch)
     return float(total) / samples
 
 
 def _loss_of_batch(
-    model: nn.Module, precision: str, forward_fn: ForwardFn | None, loss_fn: LossFn
-) -> Callable[[Any], Tensor]:
+    model: nn.Module, precision: str, task: Task, forward_fn: ForwardFn | None, loss_fn: LossFn | None,
+    label_smoothing: float,
+) -> Callable[[Any], Tensor]:  # fmt: skip
     device = device_of(model)
 
     def loss_of(batch: Any) -> Tensor:
-        label = batch[1].to(device)
+        batch = to_device(batch, device)
         with _autocast(device, precision):
-            return loss_fn(feed(model, batch, device, forward_fn), label)
+            output = feed(model, batch, device, forward_fn or task.feed)
+            return task.loss(output, batch, label_smoothing) if loss_fn is None else loss_fn(output, batch[1])
 
     return loss_of
-
-
-def _loss(output: Any, label: Tensor, label_smoothing: float) -> Tensor:
-    return F.cross_entropy(logits_of(output).float(), label, label_smoothing=label_smoothing)
 
 
 def _autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.text import Text
 
 from bnre_exp.errors import UserError
+from bnre_exp.jobs.reporting import headline_of
+from bnre_exp.jobs.stages.table import HEADINGS
 from bnre_exp.jobs.sweep import job_rows, leave_comparison
 from bnre_exp.report.comparison import RunRow, comparison_table
 from bnre_exp.tracking import read_runs
@@ -22,7 +24,11 @@ from bnre_exp.tracking import read_runs
 
 def as_rows(runs: Sequence[Mapping[str, Any]]) -> list[RunRow]:
     """Runs of MLflow as rows; those of sweeps themselves, which have no params, are left out."""
-    return [RunRow(run["name"], run["status"], run["params"], run["metrics"]) for run in runs if run["params"]]
+    return [
+        RunRow(run["name"], run["status"], run["params"], run["metrics"], headline_of(run["tags"]))
+        for run in runs
+        if run["params"]
+    ]
 
 
 def choose(sweep: str | None, filter_string: str | None, uri: str, experiment: str) -> tuple[str, list[RunRow]]:
@@ -69,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
         sys.stderr.write(f"Error: {error}\n")
         return 2
     console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(comparison_table(title, rows))
+    console.print(comparison_table(title, rows, HEADINGS))
     for path in leave_comparison(title, rows, given.to):
         console.print(Text(str(path), style="cyan"), soft_wrap=True)
     return 0

@@ -29,7 +29,8 @@ def config_folder() -> Path:
 
 def register() -> None:
     schema = OmegaConf.structured(Config)
-    for section in (schema.model, schema.dataset):  # a builder's own arguments are open: model.kwargs.width=2
+    # A builder's own arguments are open: model.kwargs.width=2
+    for section in (schema.model, schema.dataset, schema.task):
         OmegaConf.set_struct(section.kwargs, False)
     ConfigStore.instance().store(name="config_schema", node=schema)
     OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)

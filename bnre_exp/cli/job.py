@@ -27,7 +27,7 @@ from bnre_exp.config import Config
 from bnre_exp.errors import JobFailed, Terminated, UserError
 from bnre_exp.jobs import folders
 from bnre_exp.report.console import PrefixedLines
-from bnre_exp.tracking.journal import last_metrics, read_records
+from bnre_exp.tracking.journal import all_tags, last_metrics, read_records
 
 PLAIN_WIDTH = 120  # columns of a console that is a file or a pipe
 
@@ -92,14 +92,15 @@ def _claimed(
         finished = before if before and before.identity == identity and before.status == folders.FINISHED else None
         if finished and around and finished.started >= around.started:  # in this very sweep
             console.print(f"  finished already: {run_dir}", highlight=False)
-            return _objective(last_metrics(read_records(run_dir)), info, str(composed.objective))
+            return _objective(run_dir, info, composed.objective)
         if before is not None and (before.identity != identity or before.status in (folders.FINISHED, folders.FAILED)):
             make_room(run_dir)  # another run's, in a folder that the user chose, or one that failed
         with folders.recorded(run_dir, identity, label) as record:
             try:
                 config = typed(composed)
                 config.runtime.threads = config.runtime.threads or _threads()
-                objective = _objective(_run(config, run_dir, overrides, console, sweep), info, config.objective)
+                _run(config, run_dir, overrides, console, sweep)
+                objective = _objective(run_dir, info, config.objective)
                 record.status = folders.FINISHED
                 return objective
             except BaseException as error:
@@ -108,22 +109,23 @@ def _claimed(
                 raise
 
 
-def _run(
-    config: Config, run_dir: Path, overrides: Sequence[str], console: Console, sweep: Path | None
-) -> dict[str, float]:
+def _run(config: Config, run_dir: Path, overrides: Sequence[str], console: Console, sweep: Path | None) -> None:
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-    from bnre_exp.jobs import run as pipeline  # late: neither --help nor a mistyped option needs to wait for it
+    from bnre_exp.jobs.run import run  # late: neither --help nor a mistyped option needs to wait for it
 
     record = folders.read_record(sweep) if sweep is not None else None
-    results = pipeline.run(
+    run(
         config, run_dir=run_dir, overrides=overrides, console=console, parent=sweep if record else None,
         since=record.started if record else None,
     )  # fmt: skip
-    return results.metrics
 
 
-def _objective(metrics: dict[str, float], info: DictConfig, name: str) -> float | None:
+def _objective(run_dir: Path, info: DictConfig, name: str | None) -> float | None:
     """What a search such as Optuna's optimizes; None if this is no search and there is no such metric."""
+    from bnre_exp.jobs.reporting import headline_of
+
+    records = read_records(run_dir)
+    metrics, name = last_metrics(records), name or f"fold/val_{headline_of(all_tags(records)).name}"
     value = metrics.get(name)
     if not is_grid(info) and (value is None or not math.isfinite(value)):
         raise UserError(f"objective={name}: the run has no such number. It has {', '.join(sorted(metrics))}.")

@@ -14,10 +14,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bnre_exp.jobs.stages.table import STAGES
 from bnre_exp.jobs.store import Entry, Store
 from bnre_exp.tracking.typed_text import typed
 
-ORDER = ("fp32", "ptq", "qat", "reest", "fold", "export")
+ORDER = [stage.name for stage in STAGES]
 IDENTIFYING = ("model.name", "model._target_", "dataset._target_")
 
 

@@ -22,6 +22,7 @@ from bnre_exp.data.splits import Split, load_split
 from bnre_exp.digests import digest, stream_seed, tensors_digest
 from bnre_exp.errors import UserError
 from bnre_exp.progress import Progress, no_progress
+from bnre_exp.tasks.classification import Classification
 
 
 @dataclass(frozen=True)
@@ -138,13 +139,7 @@ def build_loaders(
 
 def check_labels(loaders: Loaders, num_classes: int) -> None:
     """Raise UserError unless every class lies in ``[0, num_classes)``."""
-    for split, (low, high) in loaders.label_range.items():
-        if low < 0 or high >= num_classes:
-            way_out = f"Set dataset.num_classes={high + 1}." if low >= 0 else "Number them from 0."
-            raise UserError(
-                f"dataset.num_classes={num_classes}: the {split} images have classes from {low} to {high}; expected "
-                f"0 to {num_classes - 1}. {way_out}"
-            )
+    Classification(num_classes).check_labels(loaders.label_range)
 
 
 def _loader(

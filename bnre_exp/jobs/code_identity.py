@@ -19,24 +19,43 @@ from typing import Any
 from bnre_exp.digests import digest, file_sha256
 
 PACKAGE = "bnre_exp"
+ROOT = Path(__file__).resolve().parents[1]  # of the package
 logger = logging.getLogger(__name__)
 
 _CHANGED: set[Path] = set()  # source files that were found changed since they were imported
-LIBRARIES = ("torch", "torchvision", "numpy", "pillow")
 
 
-def code_digest(modules: Iterable[str]) -> str:
-    """Digest of the source of modules of this package, and of all of the package that they import, directly or not.
+def code_digest(names: Iterable[str]) -> str:
+    """Digest of what files of this package say to the interpreter; comments, docstrings and layout do not count.
 
-    The package's own ``__init__``, which only re-exports, is left out: it imports everything.
+    names: modules, or folders with all that is in them, as dotted paths below the package.
     """
-    return _own_digest(tuple(sorted(modules)))
+    files = {path for name in names for path in _files_of(name)}
+    return digest({str(path.relative_to(ROOT)): _meaning(path) for path in sorted(files)})
+
+
+def _files_of(name: str) -> list[Path]:
+    """The files of a module or folder of this package. Raises ``ModuleNotFoundError`` if there is none."""
+    place = ROOT.joinpath(*name.split("."))
+    found = sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
+    if not all(path.is_file() for path in found):
+        raise ModuleNotFoundError(f"{PACKAGE} has no {name}")
+    return found
 
 
 @cache
-def _own_digest(modules: tuple[str, ...]) -> str:
-    inside = (name for name in _closure(modules, lambda name: name.startswith(f"{PACKAGE}.")).items())
-    return digest({name: source_sha256(path) for name, path in inside if path is not None})
+def _meaning(path: Path) -> str:
+    """Digest of a source file as this process first saw it, without what the interpreter does not run."""
+    tree = ast.parse(path.read_bytes())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and body and _is_text(body[0]):
+            node.body = body[1:]
+    return digest(ast.dump(tree))
+
+
+def _is_text(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
 def users_code(modules: Iterable[str]) -> dict[str, str]:
@@ -55,10 +74,14 @@ def users_code(modules: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def environment() -> dict[str, str]:
-    """Versions of Python and of the libraries that compute."""
-    python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    return {"python": python, **{name: _version(name) for name in LIBRARIES}}
+def versions(distributions: Iterable[str]) -> dict[str, str]:
+    """Versions of installed distributions, by name."""
+    return {name: _version(name) for name in distributions}
+
+
+def python_version() -> str:
+    """Of the interpreter, as 3.11."""
+    return f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
 def _version(distribution: str) -> str:
@@ -80,7 +103,7 @@ def _closure(modules: tuple[str, ...], wanted: Any) -> dict[str, Path | None]:
             continue
         seen.add(name)
         top, _, below = name.partition(".")
-        place = "local" if top == PACKAGE else _place(top)
+        place = _place(top)
         if place == "installed":
             found[top] = None
         elif place == "local":

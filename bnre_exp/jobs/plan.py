@@ -12,60 +12,60 @@ import torch
 from bnre_exp.algorithms.snapshot import hidden_buffers
 from bnre_exp.config import Config, RangeEstimator, ReestMethod, flatten
 from bnre_exp.digests import digest, tensors_digest
-from bnre_exp.jobs.code_identity import PACKAGE, code_digest, environment, users_code
+from bnre_exp.jobs.code_identity import code_digest, python_version, users_code, versions
 from bnre_exp.jobs.stages.fp32 import epochs_of
 from bnre_exp.jobs.stages.setting import Setting
+from bnre_exp.jobs.stages.stage import Stage
+from bnre_exp.jobs.stages.table import STAGES, stages_of
 from bnre_exp.targets import resolve_target
 
-# What of the configuration a stage reads itself; what the stages before it read comes with their keys.
-SECTIONS = {"fp32": "train", "ptq": "quant", "qat": "qat", "reest": "reest", "fold": "fold", "export": "export"}
-RUNTIME = ("runtime.precision", "runtime.memory_format")
+# What every stage computes with: versions of these, and the code that makes batches of a data set's contents.
+LIBRARIES = ("torch", "torchvision", "numpy", "pillow")
+DATA_CODE = ("data.loaders", "data.splits", "data.batches", "data.preprocess")
+SHOWN = ("model.", "dataset.", "task.", "runtime.precision", "runtime.memory_format")
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One stage. depends: what its key is made of; config: settings that it and the stages before it depend on."""
+    """One stage of a job. before: the row that its headline metric is compared with; depends: what its key is made of;
+    config: settings that it and the stages before it depend on."""
 
-    stage: str
+    stage: Stage
+    before: str
     depends: Mapping[str, Any]
     config: Mapping[str, Any]
-
-
-def stages_of(config: Config) -> list[str]:
-    """The stages that are on, in order."""
-    off = {"qat": config.qat.epochs == 0, "reest": config.reest.num_batches == 0}
-    return [stage for stage in SECTIONS if not off.get(stage)]
 
 
 def plan(setting: Setting) -> list[Planned]:
     """The stages of a job, with their keys; the network must be as it was built, and torch's threads set."""
     flat = flatten(setting.config)
-    shown = {name: value for name, value in flat.items() if name.startswith(("model.", "dataset.")) or name in RUNTIME}
+    shown = {name: value for name, value in flat.items() if name.startswith(SHOWN)}
     shown["seed"] = setting.config.seed
-    planned: list[Planned] = []
+    planned: dict[str, Planned] = {}
     for stage in stages_of(setting.config):
-        section = SECTIONS[stage]
-        own = {name: value for name, value in flat.items() if section and name.startswith(f"{section}.")}
-        own = {name: value for name, value in own.items() if name not in _without_effect(setting.config)}
-        if stage == "fp32":
-            epochs = epochs_of(
-                setting
-            )  # train.epochs=null is the dataset's number; without training nothing else counts
-            own = {**own, "train.epochs": epochs} if epochs else {"train.epochs": 0}
+        own = _settings(setting, stage, flat)
         shown = {**shown, **own}
-        if stage == "ptq":
-            own = {**own, "model.leaf_modules": list(setting.config.model.leaf_modules)}
+        uses = stage.uses(setting.config)
         depends: dict[str, Any] = {
-            "stage": stage,
-            "config": own,
-            "code": code_digest([f"{PACKAGE}.jobs.stages.{stage}"]),
-        }
-        if planned:
-            depends["upstream"] = digest(planned[-1].depends)
-        else:
-            depends.update(_origin(setting))
-        planned.append(Planned(stage, depends, shown))
-    return planned
+            "stage": stage.name, "config": own, "code": code_digest(uses.code), "libraries": versions(uses.libraries),
+        }  # fmt: skip
+        before = next((name for name in stage.follows if name in planned), "")
+        depends.update({"upstream": digest(planned[before].depends)} if before else _origin(setting))
+        planned[stage.name] = Planned(stage, before, depends, shown)
+    return list(planned.values())
+
+
+def _settings(setting: Setting, stage: Stage, flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a stage itself reads and that have an effect."""
+    without_effect = _without_effect(setting.config)
+    own = {name: value for name, value in flat.items() if name.startswith(f"{stage.section}.")}
+    own = {name: value for name, value in own.items() if name not in without_effect}
+    if stage.name == "fp32":  # train.epochs=null is the dataset's number; without training nothing else counts
+        epochs = epochs_of(setting)
+        return {**own, "train.epochs": epochs} if epochs else {"train.epochs": 0}
+    if stage.name == "ptq":
+        return {**own, "model.leaf_modules": list(setting.config.model.leaf_modules)}
+    return own
 
 
 def _without_effect(config: Config) -> set[str]:
@@ -75,18 +75,19 @@ def _without_effect(config: Config) -> set[str]:
 
 
 def _origin(setting: Setting) -> dict[str, Any]:
-    """What everything depends on: the network as it was built, the data, the seed, the machine, and the code."""
+    """What everything depends on: the network as it was built, the task, the data, the seed, the machine, and code."""
     config, module = setting.config, setting.built.module
     hidden = {name: buffer for name, buffer in hidden_buffers(module).items() if buffer.numel()}
     return {
         "model": [config.model._target_, config.model.name, flatten(config.model.kwargs)],
         "network": tensors_digest({**module.state_dict(), **hidden}),
         "structure": digest(re.sub(r" at 0x[0-9a-f]+", "", str(module))),
+        "task": [config.task._target_, flatten(config.task.kwargs)],
         "dataset": [config.dataset._target_, flatten(config.dataset.kwargs)],
         "data": setting.loaders.identity,
-        "data_code": code_digest([f"{PACKAGE}.data"]),
+        "data_code": code_digest(DATA_CODE),
         "users_code": users_code(_modules(config) | {type(part).__module__ for part in module.modules()}),
-        "environment": environment(),
+        "environment": {"python": python_version(), **versions(LIBRARIES)},
         "seed": config.seed,
         "runtime": {
             "device": setting.device.type,
@@ -108,7 +109,7 @@ def _modules(config: Config) -> set[str]:
     """Modules of the user's callables: those that the paths name (names of attributes among them do no harm), and
     those that they are from."""
     found: set[str] = set()
-    for target in (config.model._target_, config.dataset._target_):
+    for target in (config.model._target_, config.dataset._target_, config.task._target_):
         parts = target.replace(":", ".").split(".")
         found |= {".".join(parts[:n]) for n in range(1, len(parts))}
         found.add(str(getattr(resolve_target(target, "_target_"), "__module__", "") or ""))
@@ -117,5 +118,7 @@ def _modules(config: Config) -> set[str]:
 
 def code_identity(config: Config) -> str:
     """Digest of all code that a job of this configuration runs, ours and the user's."""
-    own = code_digest([f"{PACKAGE}.jobs.stages.{stage}" for stage in SECTIONS] + [f"{PACKAGE}.data"])
-    return digest([own, users_code(_modules(config)), environment()])
+    uses = [stage.uses(config) for stage in STAGES]
+    code = code_digest([name for use in uses for name in use.code] + list(DATA_CODE))
+    libraries = versions([*LIBRARIES, *(name for use in uses for name in use.libraries)])
+    return digest([code, users_code(_modules(config)), python_version(), libraries])

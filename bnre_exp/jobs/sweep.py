@@ -27,17 +27,19 @@ from bnre_exp.jobs.folders import (
     write_record,
 )
 from bnre_exp.jobs.provenance import git_tags
+from bnre_exp.jobs.reporting import headline_of
+from bnre_exp.jobs.stages.table import HEADINGS
 from bnre_exp.report.comparison import (
     RunRow,
     comparison_csv,
     comparison_markdown,
     comparison_table,
     differing_params,
-    measured,
+    result_columns,
 )
 from bnre_exp.report.plots import save_plots
 from bnre_exp.tracking import RunLog, end_run, open_run, sync
-from bnre_exp.tracking.journal import last_metrics, read_records
+from bnre_exp.tracking.journal import all_tags, last_metrics, read_records
 from bnre_exp.tracking.links import compare_link, ui_address, ui_command
 
 logger = logging.getLogger(__name__)
@@ -133,7 +135,8 @@ def job_rows(folder: Path) -> list[RunRow]:
             continue
         params: dict[str, str] = next((r["params"] for r in records if "params" in r), {})
         name = str(records[0].get("run", {}).get("name", path.name))
-        rows.append(RunRow(name, record.status, params, last_metrics(records)))
+        headline = headline_of(all_tags(records))
+        rows.append(RunRow(name, record.status, params, last_metrics(records), headline))
     return rows
 
 
@@ -141,9 +144,9 @@ def leave_comparison(title: str, rows: Sequence[RunRow], folder: Path) -> list[P
     """Write table (Markdown, CSV) and plots (SVG, PNG) into a folder; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     table, values = folder / "comparison.md", folder / "comparison.csv"
-    table.write_text(comparison_markdown(title, rows))
+    table.write_text(comparison_markdown(title, rows, HEADINGS))
     values.write_text(comparison_csv(rows))
-    return [table, values, *save_plots(rows, folder)]
+    return [table, values, *save_plots(rows, folder, HEADINGS)]
 
 
 def _leave_comparison(plan: SweepPlan, log: RunLog, console: Console) -> None:
@@ -160,18 +163,17 @@ def _leave_comparison(plan: SweepPlan, log: RunLog, console: Console) -> None:
     finished = sum(row.status == FINISHED for row in rows)
     log.metrics({"sweep/jobs": float(len(rows)), "sweep/finished": float(finished)})
     console.print()
-    console.print(comparison_table(plan.label, rows))
+    console.print(comparison_table(plan.label, rows, HEADINGS))
     places = {"comparison": str(plan.folder / "comparison.md")}
     pictures = sorted(path.name for path in files if path.suffix == ".png")
     if pictures:
         places["pictures"] = f"{plan.folder}{'/' if len(pictures) == 1 else ': '}{', '.join(pictures)}"
     if log.uri is not None and log.experiment_id is not None:
         places["MLflow"] = ui_command(log.uri)
-        shown = [metric for metric, _ in measured(rows) if metric != "fp32/top1"]
-        places["  then open"] = compare_link(
-            log.experiment_id, ui_address(log.uri), view=log.view(differing_params(rows), shown)
-        )
+        shown = [column.metric for column in result_columns(rows, HEADINGS) if not column.metric.startswith("fp32/")]
+        view, best = log.view(differing_params(rows), shown), f"fold/{rows[0].headline.name}"
+        places["  then open"] = compare_link(log.experiment_id, best, ui_address(log.uri), view)
     if log.undelivered:
-        places["not in MLflow yet"] = f"{log.undelivered} records of the sweep's own run: scripts/sync_mlflow"
+        places["not in MLflow yet"] = f"{log.undelivered} records of the sweep's own run: bnre-exp-sync"
     for what, place in places.items():
         console.print(Text(f"{what}: "), Text(place, style="cyan"), sep="", soft_wrap=True)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bnre_exp.algorithms.feeding import device_of, evaluation_mode
 from bnre_exp.errors import UserError
 from bnre_exp.models.weights import load_checkpoint
 from bnre_exp.models.zoo import (
@@ -23,6 +23,8 @@ from bnre_exp.models.zoo import (
     weights_setting,
 )
 from bnre_exp.targets import call_target, resolve_target
+from bnre_exp.tasks.classification import Classification
+from bnre_exp.tasks.task import Task
 
 _BUILDERS = {torchvision_model: build_torchvision, timm_model: build_timm}
 
@@ -98,47 +100,23 @@ def build_model(
     return replace(built, pretrained=built.pretrained or checkpoint is not None, notes=notes)
 
 
-def check_head(module: nn.Module, example_input: Tensor, num_classes: int) -> None:
-    """Run one forward pass in evaluation mode, and raise UserError unless it gives ``[N, num_classes]``.
+def check_output(module: nn.Module, example_input: Tensor, task: Task) -> None:
+    """Run one forward pass in evaluation mode, and raise UserError unless it gives what the task takes.
 
-    ``example_input`` is ``[N, C, H, W]``, moved to the module's device. Of a dict or tuple, the first tensor counts.
-    The modes of all submodules are restored; nothing else changes.
+    ``example_input`` is ``[N, C, H, W]``, moved to the module's device. Nothing is changed.
     """
-    weight = next(module.parameters(), None)
-    example = example_input if weight is None else example_input.to(weight.device)
-    with _evaluation_mode(module), torch.no_grad():
+    example = example_input.to(device_of(module))
+    with evaluation_mode(module), torch.no_grad():
         try:
-            output = _first_tensor(module(example))
+            output = module(example)
         except (RuntimeError, ValueError, AssertionError) as error:
             raise UserError(
                 f"model: the network cannot take images of shape {list(example.shape)}: {error}. Check "
                 "dataset.image_size (small images are enlarged to it) and the network's input channels."
             ) from error
-    expected = [len(example), num_classes]
-    if output is None or list(output.shape) != expected:
-        got = "nothing of tensor type" if output is None else f"{list(output.shape)}"
-        classes = f"{output.shape[1]} classes" if output is not None and output.ndim == 2 else f"an output {got}"
-        raise UserError(
-            f"model: the network gives {classes} where the dataset has {num_classes} (expected {expected}, got {got}). "
-            "Set its class count in model.kwargs, replace its last layer with model.replace_head=true, or correct "
-            "dataset.num_classes."
-        )
+    task.check_output(output, len(example))
 
 
-def _first_tensor(output: Any) -> Tensor | None:
-    if isinstance(output, Tensor):
-        return output
-    items = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
-    found = (_first_tensor(item) for item in items)
-    return next((tensor for tensor in found if tensor is not None), None)
-
-
-@contextmanager
-def _evaluation_mode(module: nn.Module) -> Iterator[None]:
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
+def check_head(module: nn.Module, example_input: Tensor, num_classes: int) -> None:
+    """:func:`check_output` for classification: the output must be ``[N, num_classes]``."""
+    check_output(module, example_input, Classification(num_classes))

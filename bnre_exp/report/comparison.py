@@ -1,4 +1,4 @@
-"""Runs side by side: what differs between them, and their accuracy stage by stage."""
+"""Runs side by side: what differs between them, and their headline metric stage by stage."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,34 +14,50 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-# Metric and heading, in the order of the stages.
-COLUMNS = (
-    ("fp32/top1", "FP32"),
-    ("ptq/top1", "quantized"),
-    ("recal_only/top1", "recalibrated"),
-    ("qat/top1", "QAT"),
-    ("reest/top1", "re-estimated"),
-    ("reest/delta_top1", "change"),
-    ("fold/top1", "folded"),
-    ("fold/megabytes", "MB"),
-)
-BEST = [metric for metric, _ in COLUMNS if metric.endswith("/top1")]
+from bnre_exp.tasks.classification import Classification
+from bnre_exp.tasks.task import Headline
+
+SIZE = "fold/megabytes"
 # What says where and how a job was run, and not what was run.
-INCIDENTAL = re.compile(r"runtime\.(output_dir|workers)|tracking\..*|store\..*|objective|fp32\.min_top1")
+INCIDENTAL = re.compile(r"runtime\.(output_dir|workers)|tracking\..*|store\..*|objective|fp32\.min_\w+")
 NOTHING = "–"
-RESULTS = {"run", "status", *(heading for _, heading in COLUMNS)}  # headings that are not params
 WIDTH = 120  # characters that the console's table should fit
 
 
 @dataclass(frozen=True)
 class RunRow:
     """One run to compare. status: FINISHED, FAILED, KILLED or RUNNING; params: as the user types them, by name;
-    metrics: by MLflow name, accuracies in [0, 1]."""
+    metrics: by MLflow name, accuracies in [0, 1]; headline: the metric by which its stages are compared."""
 
     name: str
     status: str
     params: Mapping[str, str]
     metrics: Mapping[str, float]
+    headline: Headline = Classification.headline
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of results. metric: by MLflow name; headline: if it is that metric of a stage."""
+
+    metric: str
+    heading: str
+    headline: Headline | None = None
+
+
+def result_columns(rows: Sequence[RunRow], stages: Mapping[str, str]) -> list[Column]:
+    """The columns that at least one run has: of every stage (heading by its name in metrics) the headline metric, what
+    re-estimation changed, and the size."""
+    found: list[Column] = []
+    headlines = list(dict.fromkeys(row.headline for row in rows))
+    for headline in headlines:
+        ending = f", {headline.label}" if len(headlines) > 1 else ""
+        for stage, heading in stages.items():
+            found.append(Column(f"{stage}/{headline.name}", heading + ending, headline))
+            if stage == "reest":
+                found.append(Column(f"{stage}/delta_{headline.name}", f"change{ending}"))
+    found.append(Column(SIZE, "MB"))
+    return [column for column in found if any(column.metric in row.metrics for row in rows)]
 
 
 def differing_params(rows: Sequence[RunRow]) -> list[str]:
@@ -72,30 +88,28 @@ def _place(text: str) -> tuple[Any, ...]:
     return (0, value) if value is not None else (1, *(int(p) if n % 2 else p for n, p in enumerate(parts)))
 
 
-def short_names(names: Sequence[str]) -> dict[str, str]:
-    """Each name by its last part where that is clear: weight_bits for quant.weight_bits, model for model.name."""
+def short_names(names: Sequence[str], taken: Collection[str] = ()) -> dict[str, str]:
+    """Each name by its last part where that is clear and not ``taken``: weight_bits for quant.weight_bits, model for
+    model.name."""
     parts = [name.split(".") for name in names]
     last = [p[-2] if len(p) > 1 and p[-1] in ("name", "_target_") else p[-1] for p in parts]
-    clear = [last.count(short) == 1 and short not in RESULTS for short in last]
+    clear = [last.count(short) == 1 and short not in (*taken, "run", "status") for short in last]
     return {name: short if ok else name for name, short, ok in zip(names, last, clear)}
 
 
-def measured(rows: Sequence[RunRow]) -> list[tuple[str, str]]:
-    """Metric and heading of the columns that at least one run has."""
-    return [(metric, heading) for metric, heading in COLUMNS if any(metric in row.metrics for row in rows)]
-
-
-def comparison_columns(rows: Sequence[RunRow]) -> dict[str, list[str]]:
+def comparison_columns(rows: Sequence[RunRow], stages: Mapping[str, str]) -> dict[str, list[str]]:
     """The table: a text for every run by heading. Runs are ordered by the params that differ. Raises ``ValueError`` if
     there are no runs."""
     if not rows:
         raise ValueError("There are no runs to compare.")
     rows, names = ordered(rows), differing_params(rows)
-    columns = {short: _values(rows, name) for name, short in short_names(names).items()}
+    results = result_columns(rows, stages)
+    short = short_names(names, [column.heading for column in results])
+    columns = {short[name]: _values(rows, name) for name in names}
     if not columns:
         columns = {"run": [row.name for row in rows]}
-    for metric, heading in measured(rows):
-        columns[heading] = [_cell(metric, row.metrics.get(metric)) for row in rows]
+    for column in results:
+        columns[column.heading] = [_cell(column, row.metrics.get(column.metric)) for row in rows]
     if any(row.status != "FINISHED" for row in rows):
         columns["status"] = [row.status for row in rows]
     return columns
@@ -108,27 +122,28 @@ def _values(rows: Sequence[RunRow], name: str) -> list[str]:
     return last if name.endswith("_target_") and len(set(last)) == len(set(texts)) else texts
 
 
-def _cell(metric: str, value: float | None) -> str:
+def _cell(column: Column, value: float | None) -> str:
     if value is None:
         return NOTHING
-    if metric.endswith("megabytes"):
+    if column.metric == SIZE:
         return f"{value:.2f}"
-    return f"{value:+.4f}" if metric.endswith("delta_top1") else f"{value:.4f}"
+    return f"{value:+.4f}" if column.headline is None else f"{value:.4f}"
 
 
-def _best(rows: Sequence[RunRow]) -> dict[str, float]:
-    """The largest value of each accuracy, by heading, unless all are the same."""
+def _best(rows: Sequence[RunRow], stages: Mapping[str, str]) -> dict[str, float]:
+    """The best value of each headline metric, by heading, unless all are the same."""
     best = {}
-    for metric, heading in COLUMNS:
-        values = {row.metrics[metric] for row in rows if metric in row.metrics and not math.isnan(row.metrics[metric])}
-        if metric in BEST and len(values) > 1:
-            best[heading] = max(values)
+    for column in result_columns(rows, stages):
+        found = {row.metrics.get(column.metric, math.nan) for row in rows}
+        values = {value for value in found if not math.isnan(value)}
+        if column.headline is not None and len(values) > 1:
+            best[column.heading] = max(values) if column.headline.higher_is_better else min(values)
     return best
 
 
-def comparison_table(title: str, rows: Sequence[RunRow]) -> Table:
-    """The table for the console; the best of each accuracy is bold. Raises ``ValueError`` if there are no runs."""
-    columns, best = comparison_columns(rows), _best(rows)
+def comparison_table(title: str, rows: Sequence[RunRow], stages: Mapping[str, str]) -> Table:
+    """The table for the console; the best of each headline metric is bold. Raises ``ValueError`` without runs."""
+    columns, best = comparison_columns(rows, stages), _best(rows, stages)
     wide = 1 + sum(max(map(len, [heading, *cells])) + 3 for heading, cells in columns.items()) > WIDTH
     table = Table(
         title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD if wide else box.HEAVY_HEAD,
@@ -146,9 +161,9 @@ def comparison_table(title: str, rows: Sequence[RunRow]) -> Table:
     return table
 
 
-def comparison_markdown(title: str, rows: Sequence[RunRow]) -> str:
-    """The table as a page of its own; the best of each accuracy is bold. Raises ``ValueError`` if there are no runs."""
-    columns, best = comparison_columns(rows), _best(rows)
+def comparison_markdown(title: str, rows: Sequence[RunRow], stages: Mapping[str, str]) -> str:
+    """The table as a page; the best of each headline metric is bold. Raises ``ValueError`` without runs."""
+    columns, best = comparison_columns(rows, stages), _best(rows, stages)
     settings = len(differing_params(rows)) or 1
     rules = ["---" if n < settings or heading == "status" else "--:" for n, heading in enumerate(columns)]
     lines = [f"# {title}", "", f"| {' | '.join(columns)} |", f"|{'|'.join(rules)}|"]

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bnre_exp.report.comparison import COLUMNS, RunRow, differing_params, number, ordered, short_names
+from bnre_exp.report.comparison import SIZE, RunRow, differing_params, number, ordered, short_names
+from bnre_exp.tasks.task import Headline
 
-BITS, BATCHES, SIZE = "quant.weight_bits", "reest.num_batches", "fold/megabytes"
+BITS, BATCHES = "quant.weight_bits", "reest.num_batches"
 REEST = ("reest.",)  # what belongs to re-estimation itself
 # Okabe and Ito, "Color universal design", 2008: told apart by people who see colours differently.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-STAGES = [(metric, heading) for metric, heading in COLUMNS if metric.endswith("/top1")]
-MOST_RUNS = 12  # of top1_by_stage
+MOST_RUNS = 12  # of a plot stage by stage
 
 Points = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Series:
-    """Runs that differ in nothing else. before: ``(x, top-1)`` without re-estimated statistics, ascending in x; after:
-    the same with them, by what sets them apart among themselves."""
+    """Runs that differ in nothing else. before: ``(x, headline metric)`` without re-estimated statistics; after: the same
+    with them, by what sets them apart among themselves."""
 
     label: str
     before: Points
@@ -33,23 +33,23 @@ class Series:
 
 @dataclass(frozen=True)
 class SizePoint:
-    """A folded network: megabytes, top-1, and what it is called."""
+    """A folded network: megabytes, its headline metric, and what it is called."""
 
     megabytes: float
-    top1: float
+    value: float
     label: str
 
 
 def before(row: RunRow) -> float | None:
-    """Top-1 of what re-estimation starts from: recalibrated only, else after QAT, else quantized."""
-    values = (_metric(row, name) for name in ("recal_only/top1", "qat/top1", "ptq/top1"))
+    """The headline metric of what re-estimation starts from: recalibrated only, else after QAT, else quantized."""
+    values = (_headline(row, stage) for stage in ("recal_only", "qat", "ptq"))
     return next((value for value in values if value is not None), None)
 
 
 def fair_before(rows: Sequence[RunRow]) -> set[float | None]:
     """What runs that differ in re-estimation alone start from. Where some were recalibrated for comparison, the others'
-    top-1 under old ranges is no fair start: it would credit re-estimation with what new ranges do."""
-    recalibrated = {value for row in rows if (value := _metric(row, "recal_only/top1")) is not None}
+    value under old ranges is no fair start: it would credit re-estimation with what new ranges do."""
+    recalibrated = {value for row in rows if (value := _headline(row, "recal_only")) is not None}
     return recalibrated or {before(row) for row in rows}  # type: ignore[return-value]
 
 
@@ -64,6 +64,10 @@ def _metric(row: RunRow, name: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def _headline(row: RunRow, stage: str) -> float | None:
+    return _metric(row, f"{stage}/{row.headline.name}")
+
+
 def label_of(row: RunRow, names: Sequence[str]) -> str:
     """What sets a run apart, in the names that differ."""
     short = short_names(names)
@@ -71,11 +75,11 @@ def label_of(row: RunRow, names: Sequence[str]) -> str:
 
 
 def bits_series(rows: Sequence[RunRow]) -> list[Series]:
-    """Top-1 against weight bits (infinity: float weights), a series for all else that differs; empty unless there is
-    something at two bitwidths."""
+    """The headline metric against weight bits (infinity: float weights), a series for all else that differs; empty
+    unless there is something at two bitwidths."""
     differing = [name for name in differing_params(rows) if name != BITS]
     others = [name for name in differing if not name.startswith(REEST)]
-    own = differing_params([row for row in rows if _metric(row, "reest/top1") is not None])
+    own = differing_params([row for row in rows if _headline(row, "reest") is not None])
     own = [name for name in own if name.startswith(REEST)]
     shown = [(bits, row) for row in ordered(rows) if (bits := bits_of(row)) is not None]
     series = []
@@ -83,7 +87,7 @@ def bits_series(rows: Sequence[RunRow]) -> list[Series]:
         widths = {bits: [row for row in members if bits_of(row) == bits] for bits, _ in shown}
         pairs = {(bits, value) for bits, same in widths.items() for value in fair_before(same)}
         after = {
-            how: _points({(bits_of(row) or 0.0, _metric(row, "reest/top1")) for row in same})
+            how: _points({(bits_of(row) or 0.0, _headline(row, "reest")) for row in same})
             for how, same in _grouped(members, own).items()
         }
         series.append(Series(label, _points(pairs), {how: points for how, points in after.items() if points}))
@@ -95,13 +99,13 @@ def _bits(series: Sequence[Series]) -> list[float]:
 
 
 def batches_series(rows: Sequence[RunRow]) -> list[Series]:
-    """Top-1 after re-estimation against its batches; ``before`` is at 0. Empty unless there is something at two
-    numbers of batches."""
+    """The headline metric after re-estimation against its batches; ``before`` is at 0. Empty unless there is
+    something at two numbers of batches."""
     others = [name for name in differing_params(rows) if name != BATCHES]
     series = []
     for label, members in _grouped(ordered(rows), others).items():
         counted = [(count, row) for row in members if (count := number(row.params.get(BATCHES)))]
-        points = _points({(count, _metric(row, "reest/top1")) for count, row in counted})
+        points = _points({(count, _headline(row, "reest")) for count, row in counted})
         if points:
             series.append(Series(label, _points({(0.0, value) for value in fair_before(members)}), {"": points}))
     return series if len({x for one in series for x, _ in one.after[""]}) > 1 else []
@@ -112,18 +116,19 @@ def size_points(rows: Sequence[RunRow]) -> list[SizePoint]:
     names = differing_params(rows)
     found = []
     for row in ordered(rows):
-        folded, exported, size = (_metric(row, name) for name in ("fold/top1", "export/top1", SIZE))
-        top1 = exported if folded is None else folded
-        if top1 is not None and size is not None:
-            found.append(SizePoint(size, top1, label_of(row, names)))
+        folded, exported, size = _headline(row, "fold"), _headline(row, "export"), _metric(row, SIZE)
+        value = exported if folded is None else folded
+        if value is not None and size is not None:
+            found.append(SizePoint(size, value, label_of(row, names)))
     return found if len({round(point.megabytes, 3) for point in found}) > 1 else []
 
 
-def pareto_front(points: Sequence[SizePoint]) -> list[SizePoint]:
-    """The points that no other one beats in size and accuracy at once, the smallest first."""
+def pareto_front(points: Sequence[SizePoint], higher_is_better: bool = True) -> list[SizePoint]:
+    """The points that no other one beats in size and value at once, the smallest first."""
     front: list[SizePoint] = []
-    for point in sorted(points, key=lambda p: (p.megabytes, -p.top1)):
-        if not front or point.top1 > front[-1].top1:
+    sign = 1 if higher_is_better else -1
+    for point in sorted(points, key=lambda p: (p.megabytes, -sign * p.value)):
+        if not front or sign * point.value > sign * front[-1].value:
             front.append(point)
     return front
 
@@ -139,26 +144,43 @@ def _points(pairs: set[tuple[float, float | None]]) -> Points:
     return sorted((x, y) for x, y in pairs if y is not None and math.isfinite(y))
 
 
-def save_plots(rows: Sequence[RunRow], folder: Path) -> list[Path]:
+def save_plots(rows: Sequence[RunRow], folder: Path, stages: Mapping[str, str]) -> list[Path]:
     """Write the plots that the runs have data for, each as PNG and SVG, to a folder that is made if need be; returns
-    the files."""
-    drawn: list[tuple[str, Callable[[Any], None]]] = []
-    fp32 = {value for row in rows if (value := _metric(row, "fp32/top1")) is not None}
+    the files. stages: headings by their names in metrics. Runs of another headline metric get plots of their own."""
+    headlines = dict.fromkeys(row.headline for row in rows)
+    return [
+        path
+        for headline in headlines
+        for path in _save_plots([row for row in rows if row.headline == headline], folder, stages, headline)
+    ]
+
+
+def _save_plots(rows: Sequence[RunRow], folder: Path, stages: Mapping[str, str], headline: Headline) -> list[Path]:
+    drawn: list[tuple[str, str, Callable[[Any], None]]] = []
+    fp32 = {value for row in rows if (value := _headline(row, "fp32")) is not None}
     line = fp32.pop() if len(fp32) == 1 else None
     bits, batches, sizes = bits_series(rows), batches_series(rows), size_points(rows)
     if bits:
-        drawn.append(("top1_by_bits", lambda axes: _draw_bits(axes, bits, line)))
+        what = "before and after BN re-estimation, by weight bits"
+        drawn.append(("bits", what, lambda axes: _draw_bits(axes, bits, line)))
     if batches:
-        drawn.append(("top1_by_batches", lambda axes: _draw_batches(axes, batches, line)))
+        what = "after BN re-estimation, by number of batches"
+        drawn.append(("batches", what, lambda axes: _draw_batches(axes, batches, line)))
     if sizes:
-        drawn.append(("top1_by_size", lambda axes: _draw_sizes(axes, sizes)))
-    staged = [row for row in ordered(rows) if any(_metric(row, metric) is not None for metric, _ in STAGES)]
+        what = "by model size; filled: no other network is both smaller and better"
+        drawn.append(("size", what, lambda axes: _draw_sizes(axes, sizes, headline.higher_is_better)))
+    staged = [row for row in ordered(rows) if any(_headline(row, stage) is not None for stage in stages)]
     if not drawn and len(staged) > 1:
-        drawn.append(("top1_by_stage", lambda axes: _draw_stages(axes, staged)))
-    return [path for name, draw in drawn for path in _save(draw, folder, name)]
+        first = f", the first {MOST_RUNS} of {len(staged)} runs" if len(staged) > MOST_RUNS else ""
+        drawn.append(("stage", f"stage by stage{first}", lambda axes: _draw_stages(axes, staged, stages)))
+    return [
+        path
+        for kind, what, draw in drawn
+        for path in _save(draw, folder, f"{headline.name}_by_{kind}", headline.label, what)
+    ]
 
 
-def _save(draw: Callable[[Any], None], folder: Path, name: str) -> list[Path]:
+def _save(draw: Callable[[Any], None], folder: Path, name: str, label: str, what: str) -> list[Path]:
     import matplotlib  # late: the import takes long
     from matplotlib.figure import Figure
 
@@ -172,7 +194,8 @@ def _save(draw: Callable[[Any], None], folder: Path, name: str) -> list[Path]:
             axes.spines[side].set_visible(False)
         draw(axes)
         axes.margins(y=0.07)
-        axes.set_ylabel("top-1 on the test data")
+        axes.set_title(f"{label[:1].upper()}{label[1:]} {what}")
+        axes.set_ylabel(f"{label} on the test data")
         entries = len(axes.get_legend_handles_labels()[1])
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
         figure.set_figheight(max(5.0, 0.19 * entries + 1))
@@ -210,7 +233,6 @@ def _draw_bits(axes: Any, series: Sequence[Series], fp32: float | None) -> None:
         n += not one.after
     axes.set_xticks(range(len(ticks)), ["float" if math.isinf(x) else f"{x:g}" for x in ticks])
     axes.set_xlabel("bits of weights")
-    axes.set_title("Top-1 before and after BN re-estimation, by weight bits")
 
 
 def _draw_batches(axes: Any, series: Sequence[Series], fp32: float | None) -> None:
@@ -226,29 +248,27 @@ def _draw_batches(axes: Any, series: Sequence[Series], fp32: float | None) -> No
     axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
     axes.set_xticks([], minor=True)
     axes.set_xlabel("batches of re-estimation")
-    axes.set_title("Top-1 after BN re-estimation, by number of batches")
 
 
-def _draw_sizes(axes: Any, points: Sequence[SizePoint]) -> None:
-    front = pareto_front(points)
-    axes.step(*zip(*[(p.megabytes, p.top1) for p in front]), where="post", color="#777777", linewidth=1, zorder=1)
+def _draw_sizes(axes: Any, points: Sequence[SizePoint], higher_is_better: bool) -> None:
+    front = pareto_front(points, higher_is_better)
+    axes.step(*zip(*[(p.megabytes, p.value) for p in front]), where="post", color="#777777", linewidth=1, zorder=1)
     for n, point in enumerate(points):
         # as good as one of the front is good, too: of two equal ones neither beats the other
-        is_best = any((point.megabytes, point.top1) == (best.megabytes, best.top1) for best in front)
+        is_best = any((point.megabytes, point.value) == (best.megabytes, best.value) for best in front)
         style = {**_style(n), "markerfacecolor": COLOURS[n % len(COLOURS)] if is_best else "white", "markersize": 7}
-        axes.plot([point.megabytes], [point.top1], linestyle="none", **style, label=point.label)
+        axes.plot([point.megabytes], [point.value], linestyle="none", **style, label=point.label)
     axes.set_xlabel("size of the folded network [MB], codes at their bitwidth")
-    axes.set_title("Top-1 by model size; filled: no other network is both smaller and better")
 
 
-def _draw_stages(axes: Any, rows: Sequence[RunRow]) -> None:
+def _draw_stages(axes: Any, rows: Sequence[RunRow], stages: Mapping[str, str]) -> None:
     names = differing_params(rows)
     shown = rows[:MOST_RUNS]
-    used = [(metric, label) for metric, label in STAGES if any(_metric(row, metric) is not None for row in shown)]
+    used = [
+        (stage, label) for stage, label in stages.items() if any(_headline(row, stage) is not None for row in shown)
+    ]
     for n, row in enumerate(shown):
-        found = [(x, _metric(row, metric)) for x, (metric, _) in enumerate(used)]
+        found = [(x, _headline(row, stage)) for x, (stage, _) in enumerate(used)]
         points = [(x, y) for x, y in found if y is not None]
         axes.plot(*zip(*points), **_style(n), label=label_of(row, names) or row.name)
     axes.set_xticks(range(len(used)), [label for _, label in used])
-    first = f", the first {len(shown)} of {len(rows)} runs" if len(rows) > len(shown) else ""
-    axes.set_title(f"Top-1 stage by stage{first}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -16,22 +15,24 @@ LISTED = 4  # entries of a list of exceptions that the console shows; report.md 
 
 @dataclass(frozen=True)
 class StageResult:
-    """One row. top1 in [0, 1]; delta: change of top1 against the row above that it follows (None for the first); loss:
-    cross-entropy [nats]; seconds: of the stage itself, without its evaluation."""
+    """One row. value: of the headline metric; delta: its change against the row above that it follows (None for the
+    first); loss: None where the task has none; seconds: of the stage itself, without its evaluation."""
 
     stage: str
-    top1: float
+    value: float
     delta: float | None
-    loss: float
+    loss: float | None
     seconds: float
     note: str = ""
 
 
 @dataclass
 class Summary:
-    """All that a run reports. exceptions: heading -> ``(name, reason)``; places: what -> path or command."""
+    """All that a run reports. metric: what the headline metric is called; exceptions: heading -> ``(name, reason)``;
+    places: what -> path or command."""
 
     title: str
+    metric: str = ""
     stages: list[StageResult] = field(default_factory=list)
     exceptions: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
@@ -40,7 +41,7 @@ class Summary:
 def stage_table(summary: Summary) -> Table:
     """The stages as a table for the console."""
     table = Table(title=summary.title, title_justify="left", title_style="bold")
-    for heading in ("stage", "top-1", "change", "loss", "seconds"):
+    for heading in ("stage", summary.metric, "change", "loss", "seconds"):
         table.add_column(heading, justify="left" if heading == "stage" else "right", no_wrap=True)
     table.add_column("", overflow="fold")
     for row in summary.stages:
@@ -50,8 +51,10 @@ def stage_table(summary: Summary) -> Table:
 
 def _cells(row: StageResult) -> tuple[str, str, str, str]:
     delta = "" if row.delta is None else f"{row.delta:+.4f}"
-    loss = f"{row.loss:.4f}" if abs(row.loss) < 1e4 or math.isnan(row.loss) else f"{row.loss:.2e}"
-    return f"{row.top1:.4f}", delta, loss, f"{row.seconds:.1f}"
+    loss = "" if row.loss is None else f"{row.loss:.4f}"
+    if row.loss is not None and abs(row.loss) >= 1e4:
+        loss = f"{row.loss:.2e}"
+    return f"{row.value:.4f}", delta, loss, f"{row.seconds:.1f}"
 
 
 def print_summary(summary: Summary, console: Console, with_places: bool = True) -> None:
@@ -80,7 +83,8 @@ def _by_reason(rows: Iterable[tuple[str, str]]) -> list[str]:
 
 def markdown(summary: Summary) -> str:
     """The whole summary as Markdown, every exception on a line of its own."""
-    lines = [f"# {summary.title}", "", "| stage | top-1 | change | loss | seconds | |", "|---|--:|--:|--:|--:|---|"]
+    headings = f"| stage | {summary.metric} | change | loss | seconds | |"
+    lines = [f"# {summary.title}", "", headings, "|---|--:|--:|--:|--:|---|"]
     lines += [f"| {row.stage} | {' | '.join(_cells(row))} | {row.note} |" for row in summary.stages]
     for heading, rows in summary.exceptions.items():
         lines += ["", f"## {heading}", ""]

@@ -6,21 +6,27 @@ from collections.abc import Sequence
 from typing import Any
 
 MOST_RUNS = 50  # in a chart
+SIZE = "fold/megabytes"
 
 
 def charts(parent: str, params: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
     """The state of a view of the runs nested in the run ``parent``: parallel coordinates of ``params`` and ``metrics``,
-    top-1 against size, and a bar chart for each metric."""
+    the folded network's headline metric against size, and a bar chart for each metric.
+
+    metrics: each stage's headline metric, in the order of the stages, and what else is to be drawn."""
     sections = [("all", "What differs, and what it does"), ("each", "Metrics")]
-    ends = [name for name in metrics if name in ("reest/top1", "fold/top1")] or list(metrics)  # more is not legible
+    folded = next((name for name in metrics if name.startswith("fold/") and name != SIZE), None)
+    headline = "" if folded is None else folded.removeprefix("fold/")
+    ends = [name for name in metrics if name in (f"reest/{headline}", folded)] or list(metrics)  # more is not legible
     drawn = [_chart("PARALLEL", "parallel", "all", selectedParams=list(params), selectedMetrics=ends)]
-    if {"fold/megabytes", "fold/top1"} <= set(metrics):
-        x, y = ({"key": key, "type": "METRIC"} for key in ("fold/megabytes", "fold/top1"))
+    if folded is not None and SIZE in metrics:
+        x, y = ({"key": key, "type": "METRIC"} for key in (SIZE, folded))
         drawn.append(_chart("SCATTER", "size", "all", xaxis=x, yaxis=y))
     drawn += [_chart("BAR", f"bar{number}", "each", metricKey=name) for number, name in enumerate(metrics)]
     return {
         "searchFilter": f"tags.mlflow.parentRunId = '{parent}'",
-        "orderByKey": "metrics.`fold/top1`",  # sorted by date, the UI would fold nested runs away
+        # Sorted by date, the UI would fold nested runs away.
+        "orderByKey": f"metrics.`{folded or next(iter(metrics), '')}`",
         "orderByAsc": False,
         "runsHiddenMode": "SHOW_ALL",
         "compareRunCharts": drawn,

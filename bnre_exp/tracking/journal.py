@@ -94,6 +94,14 @@ def _parse(content: bytes) -> tuple[list[dict[str, Any]], int]:
     return records, damaged
 
 
+def all_tags(records: list[dict[str, Any]]) -> dict[str, str]:
+    """All tags that were set, the last value of each."""
+    found: dict[str, str] = {}
+    for record in records:
+        found.update(record.get("tags", {}))
+    return found
+
+
 def last_metrics(records: list[dict[str, Any]]) -> dict[str, float]:
     """The last value of every metric, as MLflow shows it."""
     found: dict[str, tuple[float, float]] = {}

@@ -23,8 +23,8 @@ PATIENCE = 3.0  # seconds that a call waits for a locked or silent store; MLflow
 
 
 def read_runs(uri: str, experiment: str, filter_string: str = "") -> list[Mapping[str, Any]]:
-    """Runs of an experiment as ``{id, parent, name, status, params, metrics}``, the oldest first; deleted ones are left
-    out. ``filter_string``: in MLflow's language, as ``params.model.name = 'resnet18'``. Raises ``UserError``."""
+    """Runs of an experiment as ``{id, parent, name, status, params, metrics, tags}``, the oldest first, without
+    deleted ones. filter_string: in MLflow's language, as ``params.model.name = 'resnet18'``. Raises ``UserError``."""
     try:
         client = client_of(absolute_uri(uri))
         found = client.get_experiment_by_name(experiment)
@@ -46,6 +46,7 @@ def read_runs(uri: str, experiment: str, filter_string: str = "") -> list[Mappin
         {
             "id": run.info.run_id, "parent": run.data.tags.get("mlflow.parentRunId"), "name": run.info.run_name,
             "status": run.info.status, "params": run.data.params, "metrics": run.data.metrics,
+            "tags": run.data.tags,
         }
         for run in runs
     ]  # fmt: skip

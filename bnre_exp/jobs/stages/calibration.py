@@ -17,4 +17,5 @@ def calibrate_stage(setting: Setting, sim: nn.Module, stage: str) -> None:
     def progress(iterable: Iterable[Any], description: str, total: int | None = None) -> Iterable[Any]:
         return setting.progress(iterable, f"{stage}: {description}", total)
 
-    calibrate(sim, setting.loaders.fresh("calibration"), setting.config.quant.calib_batches, progress=progress)
+    batches, count = setting.loaders.fresh("calibration"), setting.config.quant.calib_batches
+    calibrate(sim, batches, count, setting.task.feed, progress=progress)

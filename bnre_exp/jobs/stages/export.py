@@ -6,13 +6,12 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from bnre_exp.algorithms.evaluate import Evaluation
-from bnre_exp.config import ExportConfig, ExportFormat
+from bnre_exp.config import ExportConfig, ExportFormat, flatten
 from bnre_exp.data.preprocess import METADATA
 from bnre_exp.errors import UserError
 from bnre_exp.export.checkpoint.save_load import save_folded
@@ -20,11 +19,17 @@ from bnre_exp.export.encodings import MODEL, VERSIONS, write_encodings
 from bnre_exp.export.onnx.model import check_exportable, write_model, write_qdq
 from bnre_exp.export.onnx.plain import plain_network
 from bnre_exp.export.onnx.records import Plain
+from bnre_exp.jobs.stages.network import Result
 from bnre_exp.jobs.stages.outcome import Measured, Outcome
 from bnre_exp.jobs.stages.reload import Verifier
-from bnre_exp.jobs.stages.setting import Setting, seed, timed
+from bnre_exp.jobs.stages.setting import Setting, run_name, seed, timed
 from bnre_exp.quantsim.nodes import is_layer
 from bnre_exp.quantsim.operations import input_quantizer
+from bnre_exp.tasks.task import Evaluation
+
+if TYPE_CHECKING:
+    from bnre_exp.jobs.reporting import Job
+    from bnre_exp.jobs.stages.stage import Given
 
 # What each format leaves in the run's folder.
 FILES = {
@@ -34,14 +39,14 @@ FILES = {
 }
 
 
-def export(setting: Setting, folded: nn.Module, folder: Path) -> Outcome:
+def export(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
     """Write the formats that the configuration asks for, and compare what they predict with the folded simulation.
 
-    Files that an earlier run left in the folder go. Raises ``UserError`` if a network cannot be written in a format, or
-    a file fails its verification.
+    Files that an earlier run left in the run's folder go. Raises ``UserError`` if a network cannot be written in a
+    format, or a file fails its verification.
     """
-    outcome, how = Outcome(), setting.config.export
-    network: Any = folded
+    outcome, how, folder = Outcome(), setting.config.export, given.run_dir
+    network: Any = given.network
     seed(setting.config, "export")
     for name in FILES.values():
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -54,7 +59,8 @@ def export(setting: Setting, folded: nn.Module, folder: Path) -> Outcome:
                 _onnx(setting, network, folder, Path(scratch), verifier, outcome)
     except UserError as error:
         raise UserError(f"export: {str(error).rstrip('.')}.") from error
-    return outcome
+    outcome.files = [FILES[kind] for kind in FILES if kind in how.formats]
+    return outcome, network
 
 
 def _checkpoint(setting: Setting, network: Any, path: Path, verifier: Verifier, outcome: Outcome) -> None:
@@ -87,7 +93,7 @@ def _onnx(
             file = {"format": "encodings", "path": str(path), "version": version}
             evaluation, _ = verifier.evaluate(file, f"encodings {version}")
             agreement = _check(setting, f"encodings {version}", evaluation)
-        metrics, note = {"top1_agreement": agreement}, f"{MODEL} and encodings {', '.join(VERSIONS)}"
+        metrics, note = {_agreement_name(setting): agreement}, f"{MODEL} and encodings {', '.join(VERSIONS)}"
         outcome.measured.append(
             Measured("encodings", "encodings, simulated", evaluation, plain_seconds + seconds, "fold", note, metrics)
         )
@@ -97,10 +103,10 @@ def _onnx(
         _, seconds = timed(lambda: write_qdq(plain, path, how.int4))
         file = {"format": "onnx", "path": str(path), "float": str(reference)}
         evaluation, known = verifier.evaluate(file, "ONNX model")
-        metrics = {"top1_agreement": _check(setting, "ONNX model", evaluation), **known}
+        metrics = {_agreement_name(setting): _check(setting, "ONNX model", evaluation), **known}
         metrics["megabytes"] = path.stat().st_size / 1e6
         row = Measured(
-            "onnx", "ONNX Runtime", evaluation, plain_seconds + seconds, "fold", _onnx_note(metrics), metrics
+            "onnx", "ONNX Runtime", evaluation, plain_seconds + seconds, "fold", _onnx_note(setting, metrics), metrics
         )
         outcome.measured.append(row)
 
@@ -114,10 +120,14 @@ def _float_weights(network: Any, plain: Plain) -> list[tuple[str, str]]:
     return [(name, reason) for name in left]
 
 
-def _onnx_note(metrics: dict[str, float]) -> str:
+def _agreement_name(setting: Setting) -> str:
+    return f"{setting.task.headline.name}_agreement"
+
+
+def _onnx_note(setting: Setting, metrics: dict[str, float]) -> str:
     layers = metrics["integer_layers"] + metrics["float_layers"]
     return (
-        f"agreement {metrics['top1_agreement']:.4f}; {metrics['milliseconds']:.2f} ms an image, FP32 "
+        f"agreement {metrics[_agreement_name(setting)]:.4f}; {metrics['milliseconds']:.2f} ms an image, FP32 "
         f"{metrics['fp32_milliseconds']:.2f}; {metrics['integer_layers']:.0f} of {layers:.0f} layers in integer kernels"
     )
 
@@ -133,8 +143,7 @@ def _builder(setting: Setting) -> dict[str, Any]:
 
 def _agreement(setting: Setting, evaluation: Evaluation) -> float:
     """The part of the test images for which a file predicts what the folded simulation does."""
-    same = evaluation.predictions == setting.evaluations["fold"].predictions
-    return float(same.double().mean())
+    return setting.task.agreement(evaluation.predictions, setting.evaluations["fold"].predictions)
 
 
 def _check(setting: Setting, what: str, evaluation: Evaluation) -> float:
@@ -162,6 +171,20 @@ def check_export(sim: nn.Module, how: ExportConfig, example: Any) -> None:
             raise UserError(f"export: {text}. Or leave ONNX out: export.formats=[checkpoint].") from error
 
 
-def exported(how: ExportConfig, folder: Path) -> dict[ExportFormat, Path]:
-    """Where each format that was asked for is."""
-    return {kind: folder / name for kind, name in FILES.items() if kind in how.formats}
+def leave_exported(job: Job, result: Result) -> None:
+    """Say where the files are, and list what is a model in MLflow."""
+    name, places, values = run_name(job.config), job.results.summary.places, flatten(job.config)
+    files = {kind: job.run_dir / FILES[kind] for kind in job.config.export.formats}
+    ending = f"/{job.setting.task.headline.name}"
+    final = {name: value for name, value in job.results.metrics.items() if name.endswith(ending)}
+    if path := files.get(ExportFormat.checkpoint):
+        job.results.folded = path
+        places["folded checkpoint"] = str(path)
+        job.log.model(path, name, "bnre_exp folded checkpoint", values, final)
+    if path := files.get(ExportFormat.onnx):
+        places["ONNX model"] = str(path)
+        example = job.setting.loaders.example()[:1].contiguous().numpy()
+        job.log.onnx_model(path, f"{name}-onnx", example, values, final)
+    if path := files.get(ExportFormat.encodings):
+        places["AIMET encodings"] = str(path)
+        job.log.artifact(path)

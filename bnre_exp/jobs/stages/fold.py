@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 from torch import fx, nn
 
 from bnre_exp.algorithms.bias import BiasReport, quantize_biases
-from bnre_exp.algorithms.compare import compare_logits
-from bnre_exp.algorithms.evaluate import evaluate
+from bnre_exp.algorithms.compare import compare_outputs
 from bnre_exp.algorithms.fold import FoldReport, fold_batch_norms
 from bnre_exp.algorithms.integers import integer_simulation
 from bnre_exp.algorithms.size import packed_megabytes
 from bnre_exp.errors import UserError
 from bnre_exp.jobs.stages.outcome import Measured, Outcome
 from bnre_exp.jobs.stages.setting import Setting, seed, timed
-from bnre_exp.jobs.stages.training import SnapshotFolder
 from bnre_exp.quantsim.listing import list_layers
 from bnre_exp.report.layers import layers_columns
+
+if TYPE_CHECKING:
+    from bnre_exp.jobs.stages.stage import Given
 
 LARGEST_FOLD_ERROR = 1e-2  # relative to the largest logit; float32 rounding stays far below, a wrong fold far above
 
 
-def fold(setting: Setting, sim: nn.Module, snapshots: SnapshotFolder | None) -> tuple[Outcome, nn.Module]:
+def fold(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
     """Fold a copy of the simulation, compare and evaluate it."""
-    outcome, config, before = Outcome(), setting.config, list(setting.evaluations)[-1]
+    outcome, config, sim = Outcome(), setting.config, given.network
+    before, headline = setting.evaluations[given.before], setting.task.headline
     seed(config, "fold")
     if not isinstance(sim, fx.GraphModule):
         raise TypeError(f"expected a simulation, got a {type(sim).__name__}")
@@ -32,50 +35,39 @@ def fold(setting: Setting, sim: nn.Module, snapshots: SnapshotFolder | None) -> 
     (folded, report), seconds = timed(lambda: fold_batch_norms(sim, mode=config.fold.mode.value))
     outcome.except_for("BN not folded", report.kept)
     outcome.except_for("folded with loss", report.lossy)
-    difference = compare_logits(sim, folded, setting.loaders.test, progress=setting.progress)
+    difference = compare_outputs(sim, folded, setting.loaders.test, task=setting.task, progress=setting.progress)
     if not math.isfinite(difference.magnitude):
         raise UserError(
             "Folding cannot be checked: without its activation quantizers the network's logits are not finite. Its "
-            f"training has most likely diverged (top-1 before folding: {setting.evaluations[before].top1:.4f}); try a "
-            "lower qat.lr, or another seed."
+            f"training has most likely diverged ({headline.label} before folding: {before.value:.4f}); try a lower "
+            "qat.lr, or another seed."
         )
     if not report.lossy and not difference.relative <= LARGEST_FOLD_ERROR:
         raise RuntimeError(
             f"Folding changed the network: its logits differ by {difference.relative:.2e} of the largest. This is a "
             "defect of bnre_exp; please report it with the network and the configuration."
         )
-    unrounded = evaluate(folded, setting.loaders.test, progress=setting.progress, description="fold: evaluate")
-    agreement = (unrounded.predictions == setting.evaluations[before].predictions).double().mean()
+    unrounded = setting.evaluate(folded, "fold: evaluate")
     metrics = {
         "max_abs_logit_diff": difference.largest,
         "max_rel_logit_diff": difference.relative,
-        "top1_agreement": float(agreement),
+        f"{headline.name}_agreement": setting.task.agreement(unrounded.predictions, before.predictions),
         "folded_bns": float(len(report.folded)),
         "kept_bns": float(len(report.kept)),
     }
     if config.fold.bias_bits is not None:
         _report_biases(outcome, quantize_biases(folded, config.fold.bias_bits))
     shipped = integer_simulation(folded)
-    evaluation = evaluate(shipped, setting.loaders.test, progress=setting.progress, description="fold: evaluate")
+    evaluation = setting.evaluate(shipped, "fold: evaluate")
     if config.fold.bias_bits is not None:
-        metrics["bias_delta_top1"] = evaluation.top1 - unrounded.top1
+        metrics[f"bias_delta_{headline.name}"] = evaluation.value - unrounded.value
     metrics["megabytes"] = packed_megabytes(folded)
     if setting.loaders.validation is not None:  # what a search may use: test data are only reported
-        held_out = evaluate(
-            shipped, setting.loaders.validation, progress=setting.progress, description="fold: validate"
-        )
-        metrics["val_top1"] = held_out.top1
+        held_out = setting.evaluate(shipped, "fold: validate", on_validation=True)
+        metrics[f"val_{headline.name}"] = held_out.value
     note = _note(report, difference.relative)
-    outcome.measured.append(Measured("fold", "fold", evaluation, seconds, before, note, metrics))
+    outcome.measured.append(Measured("fold", "fold", evaluation, seconds, given.before, note, metrics))
     return outcome, folded
-
-
-def fold_again(setting: Setting, sim: nn.Module) -> fx.GraphModule:
-    """The folded network of a stage that was found, from the simulation before it."""
-    folded, _ = fold_batch_norms(sim, mode=setting.config.fold.mode.value)
-    if setting.config.fold.bias_bits is not None:
-        quantize_biases(folded, setting.config.fold.bias_bits)
-    return folded
 
 
 def _note(report: FoldReport, difference: float) -> str:

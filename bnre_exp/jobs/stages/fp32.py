@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
+from typing import TYPE_CHECKING
+
+from safetensors.torch import save_model
 from torch import nn
 
-from bnre_exp.algorithms.evaluate import evaluate
+from bnre_exp.errors import UserError
+from bnre_exp.jobs.stages.network import STATE, Result
 from bnre_exp.jobs.stages.outcome import Measured, Outcome
 from bnre_exp.jobs.stages.setting import Setting, seed
-from bnre_exp.jobs.stages.training import SnapshotFolder, train_stage
+from bnre_exp.jobs.stages.training import train_stage
+
+if TYPE_CHECKING:
+    from bnre_exp.jobs.reporting import Job
+    from bnre_exp.jobs.stages.stage import Given
 
 
 def epochs_of(setting: Setting) -> int:
@@ -18,15 +27,32 @@ def epochs_of(setting: Setting) -> int:
     return epochs
 
 
-def fp32(setting: Setting, network: nn.Module, snapshots: SnapshotFolder | None) -> tuple[Outcome, nn.Module]:
+def fp32(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
     """Train the network in place, if it is to be trained, and evaluate it."""
     outcome, epochs, seconds, note = Outcome(), epochs_of(setting), 0.0, "loaded"
     seed(setting.config, "fp32")
     if epochs:
-        seconds = train_stage(setting, "fp32", network, epochs, setting.config.train, snapshots, outcome)
+        seconds = train_stage(setting, "fp32", given, epochs, setting.config.train, outcome)
         note = f"trained for {epochs} epochs"
     elif not setting.built.pretrained:
         note = "random weights: train.epochs=0 and nothing loaded"
-    evaluation = evaluate(network, setting.loaders.test, progress=setting.progress, description="fp32: evaluate")
+    evaluation = setting.evaluate(given.network, "fp32: evaluate")
     outcome.measured.append(Measured("fp32", "FP32", evaluation, seconds, note=note))
-    return outcome, network
+    return outcome, given.network
+
+
+def leave_fp32(job: Job, result: Result) -> None:
+    """Leave the weights in the run's folder. Raises ``UserError`` if the network is not as good as is asked for."""
+    path = job.run_dir / "fp32.safetensors"
+    if result.folder is not None:
+        shutil.copyfile(result.folder / STATE, path)
+    else:
+        save_model(result.take(), str(path))
+    job.results.summary.places["FP32 weights"] = str(path)
+    evaluation, least = job.setting.evaluations["fp32"], job.config.fp32.min_headline
+    if least is not None and evaluation.headline.is_worse(evaluation.value, least):
+        raise UserError(
+            f"fp32/{evaluation.headline.name}={evaluation.value:.4f} is worse than fp32.min_headline={least}: this is "
+            "not the network that was expected. Check model.weights or model.checkpoint, the preprocessing and the "
+            "class order, or train longer."
+        )

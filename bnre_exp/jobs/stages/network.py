@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save, save_file, save_model
 from torch import Tensor, fx, nn
 
+from bnre_exp.algorithms.bias import quantize_biases
+from bnre_exp.algorithms.fold import fold_batch_norms
 from bnre_exp.algorithms.snapshot import hidden_buffers, restore_hidden_buffers
 from bnre_exp.errors import UserError
 from bnre_exp.jobs.stages.setting import Setting, scheme
@@ -32,6 +36,40 @@ def check_storable(network: nn.Module) -> None:
         )
 
 
+class Result:
+    """What a stage left: its network, and where that is kept.
+
+    folder: where the state is, None if it is kept nowhere; content: its SHA-256, or that of what the network follows
+    from.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module | None,
+        folder: Path | None = None,
+        content: str | None = None,
+        restore: Callable[[], nn.Module] | None = None,
+    ) -> None:
+        self._network, self._restore = network, restore
+        self.folder, self.content = folder, content
+
+    def take(self) -> nn.Module:
+        """The network itself, taken up from its file if need be."""
+        if self._network is None:
+            if self._restore is None:
+                raise RuntimeError("no network and no file of one")
+            self._network, self._restore = self._restore(), None
+        return self._network
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the network of a stage is kept in a folder, and taken up from there or from the result before it."""
+
+    keep: Callable[[Path, nn.Module], None]
+    restore: Callable[[Setting, Path, Result], nn.Module]
+
+
 def save_state(folder: Path, network: nn.Module) -> None:
     """Write the network's parameters and buffers into a folder."""
     save_model(network, str(folder / STATE))
@@ -40,44 +78,33 @@ def save_state(folder: Path, network: nn.Module) -> None:
         save_file(hidden, folder / HIDDEN)
 
 
-class Passing:
-    """A network on its way from stage to stage: what a stage left, or the folder that holds its state.
+def _load_state(folder: Path, network: nn.Module) -> nn.Module:
+    missing, unexpected = load_model(network, str(folder / STATE))
+    if missing or unexpected:
+        raise UserError(f"{folder}: the stored network does not fit; run again with store.mode=refresh.")
+    saved = load_file(folder / HIDDEN) if (folder / HIDDEN).exists() else {}
+    restore_hidden_buffers(network, saved)
+    return network
 
-    folder: where the state is, content: its SHA-256; None if it was not stored.
-    """
 
-    def __init__(self, setting: Setting) -> None:
-        self._setting = setting
-        self._network: nn.Module | None = setting.built.module
-        self._is_sim = False
-        self.folder: Path | None = None
-        self.content: str | None = None
+def _restore_float(setting: Setting, folder: Path, before: Result) -> nn.Module:
+    return _load_state(folder, setting.built.module)
 
-    def computed(self, network: nn.Module, folder: Path | None, content: str | None) -> None:
-        """A stage made this network, and its state was stored in ``folder``, if it was."""
-        self._network, self._is_sim = network, isinstance(network, fx.GraphModule)
-        self.folder, self.content = folder, content
 
-    def found(self, folder: Path, content: str | None, is_sim: bool) -> None:
-        """A stage's result was found in ``folder``: a simulation, or the FP32 network."""
-        self._network, self._is_sim = None, is_sim
-        self.folder, self.content = folder, content
+def _restore_sim(setting: Setting, folder: Path, before: Result) -> nn.Module:
+    leaves = setting.config.model.leaf_modules
+    sim = rebuild_sim(setting.built.module, setting.example(), scheme(setting.config), leaf_modules=leaves)
+    return _load_state(folder, sim)
 
-    def take(self) -> nn.Module:
-        """The network itself, taken up from its file if need be."""
-        if self._network is None:
-            if self.folder is None:
-                raise RuntimeError("no network and no file of one")
-            self._network = self._rebuilt() if self._is_sim else self._setting.built.module
-            missing, unexpected = load_model(self._network, str(self.folder / STATE))
-            if missing or unexpected:
-                raise UserError(f"{self.folder}: the stored network does not fit; run again with store.mode=refresh.")
-            saved = load_file(self.folder / HIDDEN) if (self.folder / HIDDEN).exists() else {}
-            restore_hidden_buffers(self._network, saved)
-        return self._network
 
-    def _rebuilt(self) -> fx.GraphModule:
-        config = self._setting.config
-        return rebuild_sim(
-            self._setting.built.module, self._setting.example(), scheme(config), leaf_modules=config.model.leaf_modules
-        )
+def _fold_again(setting: Setting, folder: Path, before: Result) -> fx.GraphModule:
+    """A folded network follows from the simulation before it at once, and is not kept."""
+    folded, _ = fold_batch_norms(before.take(), mode=setting.config.fold.mode.value)
+    if setting.config.fold.bias_bits is not None:
+        quantize_biases(folded, setting.config.fold.bias_bits)
+    return folded
+
+
+FLOAT = Form(save_state, _restore_float)
+SIM = Form(save_state, _restore_sim)
+FOLDED = Form(lambda folder, network: None, _fold_again)

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import fx, nn
 
-from bnre_exp.algorithms.evaluate import evaluate
 from bnre_exp.jobs.stages.calibration import calibrate_stage
 from bnre_exp.jobs.stages.outcome import Measured, Outcome
 from bnre_exp.jobs.stages.setting import Setting, scheme, seed, timed
-from bnre_exp.jobs.stages.training import SnapshotFolder
 from bnre_exp.quantsim.insert import quantize
 from bnre_exp.quantsim.sim import sim_report
 
+if TYPE_CHECKING:
+    from bnre_exp.jobs.stages.stage import Given
 
-def ptq(setting: Setting, network: nn.Module, snapshots: SnapshotFolder | None) -> tuple[Outcome, nn.Module]:
+
+def ptq(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
     """Quantize a copy of the network, calibrate and evaluate it."""
     outcome, config = Outcome(), setting.config
     seed(config, "ptq")
 
     def work() -> fx.GraphModule:
-        sim = quantize(network, setting.example(), scheme(config), leaf_modules=config.model.leaf_modules)
+        sim = quantize(given.network, setting.example(), scheme(config), leaf_modules=config.model.leaf_modules)
         calibrate_stage(setting, sim, "ptq")
         return sim
 
@@ -27,6 +30,6 @@ def ptq(setting: Setting, network: nn.Module, snapshots: SnapshotFolder | None) 
     report = sim_report(sim)
     outcome.except_for("not quantized", report.unquantized)
     outcome.except_for("note", [("network", note) for note in report.notes])
-    evaluation = evaluate(sim, setting.loaders.test, progress=setting.progress, description="ptq: evaluate")
-    outcome.measured.append(Measured("ptq", "quantize + calibrate", evaluation, seconds, after="fp32"))
+    evaluation = setting.evaluate(sim, "ptq: evaluate")
+    outcome.measured.append(Measured("ptq", "quantize + calibrate", evaluation, seconds, after=given.before))
     return outcome, sim

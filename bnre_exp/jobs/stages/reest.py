@@ -3,39 +3,40 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from bnre_exp.algorithms.evaluate import evaluate
 from bnre_exp.algorithms.reestimate import reestimate_bn_stats
 from bnre_exp.config import ActQuant, Recalibrate
 from bnre_exp.jobs.stages.calibration import calibrate_stage
 from bnre_exp.jobs.stages.outcome import Measured, Outcome
 from bnre_exp.jobs.stages.setting import Setting, seed, timed
-from bnre_exp.jobs.stages.training import SnapshotFolder
 from bnre_exp.quantsim.sim import activation_quantizers, bypassed
 
+if TYPE_CHECKING:
+    from bnre_exp.jobs.stages.stage import Given
 
-def reest(setting: Setting, sim: nn.Module, snapshots: SnapshotFolder | None) -> tuple[Outcome, nn.Module]:
+
+def reest(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
     """Re-estimate the statistics of the simulation in place, calibrate again where that is asked for, and evaluate."""
     outcome, how, has_qat = Outcome(), setting.config.reest, setting.config.qat.epochs > 0
+    sim, before = given.network, given.before
     seed(setting.config, "reest")
     bypass = how.act_quant is ActQuant.bypassed or (how.act_quant is ActQuant.auto and not has_qat)
     again = how.recalibrate is Recalibrate.always or (how.recalibrate is Recalibrate.auto and not has_qat)
     again = again and bool(activation_quantizers(sim))
-    before = "qat" if has_qat else "ptq"
-    top1_before = setting.evaluations[before].top1
+    value_before = setting.evaluations[before].value
     if again:
         alone = _recalibrated_only(setting, sim, before)
         outcome.measured.append(alone)
-        before, top1_before = alone.stage, alone.evaluation.top1
+        before, value_before = alone.stage, alone.evaluation.value
 
     def work() -> Any:
         with bypassed(sim, activations=bypass):
             return reestimate_bn_stats(
-                sim, setting.loaders.fresh("reestimation"), how.num_batches, method=how.method.value,
-                momentum=how.momentum, progress=setting.progress,
+                sim, setting.loaders.fresh("reestimation"), how.num_batches, setting.task.feed,
+                method=how.method.value, momentum=how.momentum, progress=setting.progress,
             )  # fmt: skip
 
     handle, seconds = timed(work)
@@ -43,8 +44,9 @@ def reest(setting: Setting, sim: nn.Module, snapshots: SnapshotFolder | None) ->
         _, outcome.metrics["recalibrate/seconds"] = timed(lambda: calibrate_stage(setting, sim, "recalibrate"))
     passes = "1 pass" if handle.passes == 1 else f"{handle.passes} passes"
     note = f"{handle.num_batches} batches, {passes}" + (", then recalibrated" if again else "")
-    evaluation = evaluate(sim, setting.loaders.test, progress=setting.progress, description="reest: evaluate")
-    metrics = {"passes": float(handle.passes), "delta_top1": evaluation.top1 - top1_before}
+    evaluation = setting.evaluate(sim, "reest: evaluate")
+    delta = evaluation.value - value_before
+    metrics = {"passes": float(handle.passes), f"delta_{setting.task.headline.name}": delta}
     outcome.measured.append(Measured("reest", "re-estimate BN", evaluation, seconds, before, note, metrics))
     outcome.except_for("not re-estimated", [(name, "has no running statistics") for name in handle.without_statistics])
     outcome.except_for("not re-estimated", [(name, "FrozenBatchNorm2d: constants") for name in handle.frozen])
@@ -55,6 +57,6 @@ def _recalibrated_only(setting: Setting, sim: nn.Module, before: str) -> Measure
     """What new ranges do on their own, so that the two effects are not mixed."""
     alone = copy.deepcopy(sim)
     _, seconds = timed(lambda: calibrate_stage(setting, alone, "recalibrate only"))
-    evaluation = evaluate(alone, setting.loaders.test, progress=setting.progress, description="recal_only: evaluate")
+    evaluation = setting.evaluate(alone, "recal_only: evaluate")
     note = "for comparison, then discarded"
     return Measured("recal_only", "recalibrate only", evaluation, seconds, before, note)

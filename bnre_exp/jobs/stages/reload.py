@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bnre_exp.algorithms.evaluate import Evaluation, evaluate
+from bnre_exp.algorithms.evaluate import evaluate
 from bnre_exp.errors import UserError
 from bnre_exp.jobs.stages.reload_process import describe_array, read_array, torch_settings
 from bnre_exp.jobs.stages.setting import Setting
+from bnre_exp.tasks.task import Evaluation
 
 
 class Verifier:
@@ -57,8 +58,9 @@ class Verifier:
 
         description = f"{what}: evaluate"
         evaluation = evaluate(
-            nn.Identity(), setting.loaders.test, predict, progress=setting.progress, description=description
-        )
+            nn.Identity(), setting.loaders.test, predict, task=setting.task, progress=setting.progress,
+            description=description,
+        )  # fmt: skip
         return evaluation, self._ask({"describe": True}, what)
 
     def _ask(self, request: Mapping[str, Any], what: str) -> dict[str, Any]:

@@ -33,17 +33,18 @@ Describe = Callable[[np.ndarray], dict[str, float]]
 def load_checkpoint(request: Mapping[str, Any]) -> tuple[Predict, Describe]:
     """A folded checkpoint, in torch, computed on integers. request: path, device; model: how to build what the
     checkpoint does not hold."""
-    from bnre_exp.algorithms.feeding import logits_of
     from bnre_exp.algorithms.integers import integer_simulation
     from bnre_exp.export.checkpoint.save_load import load_folded
     from bnre_exp.models.build import build_model
+    from bnre_exp.tasks.task import first_tensor
 
     model = build_model(**request["model"]).module.eval() if request.get("model") else None
     network = integer_simulation(load_folded(request["path"], model).to(request["device"])).eval()
 
     def predict(x: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            return logits_of(network(torch.from_numpy(x).to(request["device"]))).float().cpu().numpy()
+            output: Any = first_tensor(network(torch.from_numpy(x).to(request["device"])))
+            return output.float().cpu().numpy()
 
     return predict, lambda _: {}
 

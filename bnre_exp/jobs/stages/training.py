@@ -2,97 +2,40 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-from contextlib import suppress
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import nn
-
-from bnre_exp.algorithms.snapshot import Snapshot
 from bnre_exp.algorithms.train import Epoch, train
 from bnre_exp.config import QatConfig, TrainConfig
-from bnre_exp.digests import file_sha256
 from bnre_exp.jobs.stages.outcome import Outcome
 from bnre_exp.jobs.stages.setting import Setting, seed
 
-logger = logging.getLogger(__name__)
-
-
-class SnapshotFolder:
-    """Keeps the newest snapshot of a training in a folder: one file, whose name holds the SHA-256 of its content.
-
-    resumed: whether :meth:`load` found one.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.resumed, self._is_told = folder, False, False
-
-    def load(self) -> Snapshot | None:
-        """The newest snapshot that is whole, or None."""
-        files = self._files()
-        for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
-            if file_sha256(path) != path.stem.partition("-")[2]:
-                logger.warning("%s is damaged and left out.", path)
-                continue
-            with suppress(SafetensorError), safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                self.resumed = True
-                return Snapshot(tensors, json.loads(file.metadata()["values"]))
-        return None
-
-    def save(self, snapshot: Snapshot) -> None:
-        """Write a snapshot, whole or not at all, and remove the one before it."""
-        new = self.folder / f"new-{os.getpid()}"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(snapshot.tensors, new, {"values": json.dumps(snapshot.values)})
-            with open(new, "rb") as file:
-                os.fsync(file.fileno())
-            sha = file_sha256(new)
-            before = self._files()
-            os.replace(new, self.folder / f"snapshot-{sha}.safetensors")
-            for path in before:
-                if path.stem != f"snapshot-{sha}":
-                    path.unlink(missing_ok=True)
-        except (OSError, SafetensorError) as error:
-            new.unlink(missing_ok=True)
-            if not self._is_told:
-                logger.warning("The state of the training cannot be kept in %s (%s); it goes on.", self.folder, error)
-            self._is_told = True
-
-    def _files(self) -> list[Path]:
-        return list(self.folder.glob("snapshot-*.safetensors"))
+if TYPE_CHECKING:
+    from bnre_exp.jobs.stages.stage import Given
 
 
 def train_stage(
-    setting: Setting,
-    stage: str,
-    model: nn.Module,
-    epochs: int,
-    how: TrainConfig | QatConfig,
-    snapshots: SnapshotFolder | None,
-    outcome: Outcome,
+    setting: Setting, stage: str, given: Given, epochs: int, how: TrainConfig | QatConfig, outcome: Outcome
 ) -> float:
-    """Train in place, with the seed of the stage; adds the epochs to the outcome. Returns the seconds of training."""
+    """Train the network that is given, in place, with the seed of the stage; adds the epochs to the outcome. Returns
+    the seconds of training."""
 
     def on_epoch(epoch: Epoch) -> None:
         values = {f"{stage}/train_loss": epoch.loss, f"{stage}/lr": epoch.lr, f"{stage}/epoch_seconds": epoch.seconds}
-        if epoch.val_top1 is not None and epoch.val_loss is not None:
-            values.update({f"{stage}/val_top1": epoch.val_top1, f"{stage}/val_loss": epoch.val_loss})
+        values.update({f"{stage}/val_{name}": value for name, value in (epoch.validation or {}).items()})
         outcome.curves.append((epoch.epoch, values))
         setting.on_metrics(values, epoch.epoch)
-        score = "" if epoch.val_top1 is None else f", validation top-1 {epoch.val_top1:.4f}"
+        headline = setting.task.headline
+        score = (
+            "" if epoch.validation is None else f", validation {headline.label} {epoch.validation[headline.name]:.4f}"
+        )
         setting.say(f"  {stage} epoch {epoch.epoch}/{epochs}: loss {epoch.loss:.4f}{score}, {epoch.seconds:.1f} s")
 
     seed(setting.config, stage)
     history = train(
-        model, setting.loaders.fresh("train"), epochs, lr=how.lr, optimizer=how.optimizer.value, momentum=how.momentum,
-        weight_decay=how.weight_decay, schedule=how.schedule.value, label_smoothing=how.label_smoothing,
-        precision=setting.config.runtime.precision.value, validation=setting.loaders.validation, on_epoch=on_epoch,
-        snapshots=snapshots, progress=setting.progress, description=f"{stage}: epoch",
+        given.network, setting.loaders.fresh("train"), epochs, lr=how.lr, optimizer=how.optimizer.value,
+        momentum=how.momentum, weight_decay=how.weight_decay, schedule=how.schedule.value,
+        label_smoothing=how.label_smoothing, precision=setting.config.runtime.precision.value, task=setting.task,
+        validation=setting.loaders.validation, on_epoch=on_epoch, snapshots=given.snapshots, progress=setting.progress,
+        description=f"{stage}: epoch",
     )  # fmt: skip
     return sum(epoch.seconds for epoch in history)

@@ -1,151 +1,22 @@
-"""The typed configuration: one dataclass a config group, every field with its unit, checked before work starts.
-
-The classes know neither Hydra nor MLflow; ``__main__`` registers them with Hydra's ConfigStore and turns the composed
-configuration into these objects. A field's documentation and range stand in its :func:`opt`; ``--help`` prints the
-one, ``__post_init__`` checks the other and raises :class:`~bnre_exp.errors.UserError` with the name the user types.
-"""
+"""One dataclass a config group, every field with its unit, checked before work starts."""
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields, is_dataclass
-from enum import Enum
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from bnre_exp.config.choices import (
+    ActQuant,
+    ExportFormat,
+    FoldMode,
+    Optimizer,
+    RangeEstimator,
+    Recalibrate,
+    ReestMethod,
+    Schedule,
+)
+from bnre_exp.config.fields import check_bounds, opt
 from bnre_exp.errors import UserError
-
-
-class Optimizer(Enum):
-    """Optimizers of the training loop."""
-
-    sgd = "sgd"
-    adamw = "adamw"
-
-
-class Schedule(Enum):
-    """Learning-rate schedules, stepped every batch."""
-
-    one_cycle = "one_cycle"
-    cosine = "cosine"
-    constant = "constant"
-
-
-class RangeEstimator(Enum):
-    """How a quantization range is fitted to data."""
-
-    mse = "mse"
-    minmax = "minmax"
-    percentile = "percentile"
-
-
-class ReestMethod(Enum):
-    """Estimators of the BN statistics over several batches."""
-
-    batch_average = "batch_average"
-    pooled = "pooled"
-    ema = "ema"
-
-
-class ActQuant(Enum):
-    """What activation quantizers do while BN statistics are re-estimated."""
-
-    auto = "auto"
-    frozen = "frozen"
-    bypassed = "bypassed"
-
-
-class Recalibrate(Enum):
-    """Whether activation ranges are calibrated anew after re-estimation."""
-
-    auto = "auto"
-    always = "always"
-    never = "never"
-
-
-class FoldMode(Enum):
-    """Where the BN scale goes."""
-
-    scale = "scale"
-    weight = "weight"
-
-
-class ExportFormat(Enum):
-    """What a folded network is written as."""
-
-    checkpoint = "checkpoint"
-    onnx = "onnx"
-    encodings = "encodings"
-
-
-class StoreMode(Enum):
-    """What becomes of results that an earlier job left in the store."""
-
-    reuse = "reuse"
-    refresh = "refresh"
-    off = "off"
-
-
-class Device(Enum):
-    """Where the network runs."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Precision(Enum):
-    """Arithmetic of the forward and backward pass in training."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class MemoryFormat(Enum):
-    """Layout of 4-D tensors."""
-
-    channels_last = "channels_last"
-    contiguous = "contiguous"
-
-
-def opt(
-    default: Any = None,
-    doc: str = "",
-    *,
-    factory: Callable[[], Any] | None = None,
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    lt: float | None = None,
-) -> Any:
-    """A documented field; a number (or each of a list of numbers) must lie within the given bounds. None is allowed
-    where the type is Optional, and is never compared."""
-    metadata = {"doc": doc, "bounds": {"at least": ge, "greater than": gt, "at most": le, "less than": lt}}
-    if factory is not None:
-        return field(default_factory=factory, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-_COMPARE: dict[str, Callable[[float, float], bool]] = {
-    "at least": lambda value, bound: value >= bound,
-    "greater than": lambda value, bound: value > bound,
-    "at most": lambda value, bound: value <= bound,
-    "less than": lambda value, bound: value < bound,
-}
-
-
-def _check_bounds(section: Any, group: str) -> None:
-    for item in fields(section):
-        value = getattr(section, item.name)
-        bounds = {words: bound for words, bound in item.metadata["bounds"].items() if bound is not None}
-        for number in value if isinstance(value, list) else [value]:
-            if number is None or not bounds:
-                continue
-            if not (math.isfinite(number) and all(_COMPARE[words](number, bound) for words, bound in bounds.items())):
-                expected = " and ".join(f"{words} {bound:.10g}" for words, bound in bounds.items())
-                name = f"{group}.{item.name}" if group else item.name
-                raise UserError(f"{name}={number}: expected a number {expected}; it means: {item.metadata['doc']}.")
 
 
 @dataclass
@@ -197,7 +68,16 @@ class DatasetConfig:
     train_epochs: int = opt(15, "FP32 epochs where train.epochs is null", ge=0)
 
     def __post_init__(self) -> None:
-        _check_bounds(self, self.group)
+        check_bounds(self, self.group)
+
+
+@dataclass
+class TaskConfig:
+    """What the network is for: a class as ``bnre_exp/tasks/task.py`` describes it."""
+
+    group: ClassVar[str] = "task"
+    _target_: str = opt("bnre_exp.tasks.Classification", "dotted path of the class")
+    kwargs: dict[str, Any] = opt(factory=dict, doc="keyword arguments of the class")
 
 
 @dataclass
@@ -216,7 +96,7 @@ class TrainConfig:
     label_smoothing: float = opt(0.0, "fraction of the target spread over all classes", ge=0, lt=1)
 
     def __post_init__(self) -> None:
-        _check_bounds(self, self.group)
+        check_bounds(self, self.group)
 
 
 @dataclass
@@ -224,10 +104,15 @@ class Fp32Config:
     """What the FP32 network must reach before anything else starts."""
 
     group: ClassVar[str] = "fp32"
-    min_top1: float = opt(0.0, "stop the run if the FP32 top-1 is below this fraction", ge=0, le=1)
+    min_headline: float | None = opt(
+        None, "stop the run if FP32's headline metric (top-1 of classification) is worse than this; null: never"
+    )
+    min_top1: float | None = opt(None, "old name of min_headline", is_old=True)
 
     def __post_init__(self) -> None:
-        _check_bounds(self, self.group)
+        check_bounds(self, self.group)
+        if self.min_headline is None:
+            self.min_headline = self.min_top1
 
 
 @dataclass
@@ -241,7 +126,7 @@ class LayerOverride:
     off: bool = opt(False, "true: neither weights nor output are quantized")
 
     def __post_init__(self) -> None:
-        _check_bounds(self, self.group)
+        check_bounds(self, self.group)
         if not self.pattern:
             raise UserError("quant.overrides: an entry has no pattern; write {pattern: 'layer3.*', weight_bits: 8}.")
         if not self.off and self.weight_bits is None and self.act_bits is None:
@@ -269,7 +154,7 @@ class QuantConfig:
     calib_batches: int = opt(8, "batches of training data that activation ranges are fitted on", ge=1)
 
     def __post_init__(self) -> None:
-        _check_bounds(self, self.group)
+        check_bounds(self, self.group)
         if self.weight_bits is None and self.act_bits is None:
             raise UserError("quant.weight_bits and quant.act_bits are both null: nothing would be quantized.")
 
@@ -288,7 +173,7 @@ class QatConfig:
     label_smoothing: float = opt(0.0, "fraction of the target spread over all classes", ge=0, lt=1)
 
     def __post_init__(self) -> None:
-        _check_bounds(self, self.group)
+        check_bounds(self, self.group)
 
 
 @dataclass
@@ -307,7 +192,7 @@ class ReestConfig:
     )
 
     def __post_init__(self) -> None:
-        _check_bounds(self, self.group)
+        check_bounds(self, self.group)
 
 
 @dataclass
@@ -321,7 +206,7 @@ class FoldConfig:
     bias_bits: int | None = opt(32, "bits of biases on the grid s_in*s_w; null: float biases", ge=8, le=32)
 
     def __post_init__(self) -> None:
-        _check_bounds(self, self.group)
+        check_bounds(self, self.group)
 
 
 @dataclass
@@ -340,100 +225,6 @@ class ExportConfig:
     )
 
     def __post_init__(self) -> None:
-        _check_bounds(self, self.group)
+        check_bounds(self, self.group)
         if not self.formats:
             raise UserError("export.formats is empty: expected some of checkpoint, onnx, encodings.")
-
-
-@dataclass
-class RuntimeConfig:
-    """How and where the work is done."""
-
-    group: ClassVar[str] = "runtime"
-    device: Device = opt(Device.auto, "cpu, cuda, or auto: cuda where there is one")
-    precision: Precision = opt(Precision.float32, "of training: float32, or bfloat16 (autocast)")
-    threads: int | None = opt(None, "CPU threads of torch; null: torch's own choice", ge=1)
-    memory_format: MemoryFormat = opt(MemoryFormat.channels_last, "channels_last or contiguous")
-    workers: int = opt(0, "data-loading processes; 0: load in the main process", ge=0)
-    output_dir: str = opt("outputs", "folder of everything that a run writes")
-
-    def __post_init__(self) -> None:
-        _check_bounds(self, self.group)
-        if not self.output_dir:
-            raise UserError("runtime.output_dir is empty: expected the path of a folder.")
-        self.output_dir = os.path.abspath(os.path.expanduser(self.output_dir))
-
-
-@dataclass
-class StoreConfig:
-    """Stage results that later jobs find again."""
-
-    group: ClassVar[str] = "store"
-    mode: StoreMode = opt(
-        StoreMode.reuse, "reuse; refresh: compute anew and replace; off: keep nothing, and nothing to resume from"
-    )
-    dir: str | None = opt(None, "folder of the store; null: store in runtime.output_dir")
-    max_gb: float = opt(20.0, "size above which the least recently used results go [GB, 1e9 bytes]", gt=0)
-
-    def __post_init__(self) -> None:
-        _check_bounds(self, self.group)
-        self.dir = os.path.abspath(os.path.expanduser(self.dir)) if self.dir else None
-
-
-@dataclass
-class TrackingConfig:
-    """Where results are logged, besides the run's own metrics.jsonl."""
-
-    group: ClassVar[str] = "tracking"
-    enabled: bool = opt(True, "false: nothing goes to MLflow")
-    uri: str | None = opt(None, "MLflow tracking URI; null: an SQLite store in runtime.output_dir")
-    experiment: str = opt("bnre_exp", "MLflow experiment name")
-    run_name: str | None = opt(None, "MLflow run name; null: made of model, dataset, bits and batches")
-
-    def __post_init__(self) -> None:
-        if not self.experiment.strip():
-            raise UserError("tracking.experiment is empty: expected a name.")
-
-
-@dataclass
-class Config:
-    """One run."""
-
-    group: ClassVar[str] = ""
-    seed: int = opt(0, "of everything random: weights, sampling, augmentation, splits", ge=0, lt=2**32)
-    objective: str = opt("fold/val_top1", "metric that a search (hydra/sweeper=optuna) optimizes; of validation data")
-    model: ModelConfig = opt(factory=ModelConfig, doc="the network")
-    dataset: DatasetConfig = opt(factory=DatasetConfig, doc="the data")
-    train: TrainConfig = opt(factory=TrainConfig, doc="FP32 training")
-    fp32: Fp32Config = opt(factory=Fp32Config, doc="what the FP32 network must reach")
-    quant: QuantConfig = opt(factory=QuantConfig, doc="the quantization scheme")
-    qat: QatConfig = opt(factory=QatConfig, doc="quantization-aware training")
-    reest: ReestConfig = opt(factory=ReestConfig, doc="BN re-estimation")
-    fold: FoldConfig = opt(factory=FoldConfig, doc="folding")
-    export: ExportConfig = opt(factory=ExportConfig, doc="files of the folded network")
-    runtime: RuntimeConfig = opt(factory=RuntimeConfig, doc="how and where the work is done")
-    store: StoreConfig = opt(factory=StoreConfig, doc="stage results that later jobs find again")
-    tracking: TrackingConfig = opt(factory=TrackingConfig, doc="where results are logged")
-
-    def __post_init__(self) -> None:
-        _check_bounds(self, self.group)
-
-
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Flat ``{"quant.weight_bits": 4, ...}`` with the names the user types; enums as their names."""
-    items = {f.name: getattr(config, f.name) for f in fields(config)} if is_dataclass(config) else dict(config)
-    flat: dict[str, Any] = {}
-    for key, value in items.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Enum):
-            flat[name] = value.name
-        elif is_dataclass(value) or (isinstance(value, dict) and value):
-            flat.update(flatten(value, name + "."))
-        elif isinstance(value, list) and value and all(is_dataclass(item) for item in value):
-            for index, item in enumerate(value):
-                flat.update(flatten(item, f"{name}[{index}]."))
-        elif isinstance(value, list):
-            flat[name] = [item.name if isinstance(item, Enum) else item for item in value]
-        else:
-            flat[name] = value
-    return flat

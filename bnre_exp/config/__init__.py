@@ -1,0 +1,68 @@
+"""The typed configuration.
+
+The classes know neither Hydra nor MLflow; ``cli`` registers them with Hydra's ConfigStore and turns the composed
+configuration into these objects. A field's documentation and range stand in its ``opt``; ``--help`` prints the one,
+``__post_init__`` checks the other and raises :class:`~bnre_exp.errors.UserError` with the name the user types.
+"""
+
+from bnre_exp.config.choices import (
+    ActQuant,
+    Device,
+    ExportFormat,
+    FoldMode,
+    MemoryFormat,
+    Optimizer,
+    Precision,
+    RangeEstimator,
+    Recalibrate,
+    ReestMethod,
+    Schedule,
+    StoreMode,
+)
+from bnre_exp.config.fields import flatten
+from bnre_exp.config.job import Config
+from bnre_exp.config.running import RuntimeConfig, StoreConfig, TrackingConfig
+from bnre_exp.config.sections import (
+    DatasetConfig,
+    ExportConfig,
+    FoldConfig,
+    Fp32Config,
+    LayerOverride,
+    ModelConfig,
+    QatConfig,
+    QuantConfig,
+    ReestConfig,
+    TaskConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "ActQuant",
+    "Config",
+    "DatasetConfig",
+    "Device",
+    "ExportConfig",
+    "ExportFormat",
+    "FoldConfig",
+    "FoldMode",
+    "Fp32Config",
+    "LayerOverride",
+    "MemoryFormat",
+    "ModelConfig",
+    "Optimizer",
+    "Precision",
+    "QatConfig",
+    "QuantConfig",
+    "RangeEstimator",
+    "Recalibrate",
+    "ReestConfig",
+    "ReestMethod",
+    "RuntimeConfig",
+    "Schedule",
+    "StoreConfig",
+    "StoreMode",
+    "TaskConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "flatten",
+]

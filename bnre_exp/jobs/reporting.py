@@ -1,0 +1,143 @@
+"""What a job tells of itself while it runs: its log, its table, its report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from bnre_exp.config import Config
+from bnre_exp.jobs.stages.outcome import Outcome
+from bnre_exp.jobs.stages.setting import Setting
+from bnre_exp.jobs.store import Store
+from bnre_exp.report.layers import layers_markdown
+from bnre_exp.report.summary import RUN_FOLDER, StageResult, Summary, markdown
+from bnre_exp.tasks.classification import Classification
+from bnre_exp.tasks.task import Headline
+from bnre_exp.tracking import RunLog
+from bnre_exp.tracking.links import compare_link, ui_address, ui_command
+
+if TYPE_CHECKING:
+    from bnre_exp.jobs.plan import Planned
+
+HEADLINE = "bnre.headline"  # tag of a run: by which metric its stages are compared
+
+
+@dataclass
+class Results:
+    """What a job measured. metrics: by MLflow name; summary: the table; folded: the checkpoint's folder."""
+
+    metrics: dict[str, float]
+    summary: Summary
+    folded: Path | None = None
+
+
+@dataclass
+class Job:
+    """One job on its way."""
+
+    config: Config
+    run_dir: Path
+    log: RunLog
+    console: Console
+    store: Store
+    setting: Setting
+    planned: list[Planned]
+    results: Results
+
+    def report(self, stage: str, outcome: Outcome, how: str) -> None:
+        """Log and print what a stage measured. how: "computed", "resumed" or "reused"."""
+        for epoch, values in outcome.curves:
+            self.metrics(values, epoch)
+        for row in outcome.measured:
+            self.setting.evaluations[row.stage] = row.evaluation
+            value, label = row.evaluation.value, row.evaluation.headline.label
+            delta = value - self.setting.evaluations[row.after].value if row.after else None
+            note = "; ".join(text for text in (row.note, "" if how == "computed" else how) if text)
+            loss = row.evaluation.metrics.get("loss")
+            self.results.summary.stages.append(StageResult(row.label, value, delta, loss, row.seconds, note))
+            measured = {**row.evaluation.metrics, "seconds": row.seconds}
+            self.metrics({f"{row.stage}/{name}": number for name, number in measured.items()})
+            self.metrics({f"{row.stage}/{name}": number for name, number in row.metrics.items()})
+            change = "" if delta is None else f" ({delta:+.4f})"
+            taken = "reused" if how == "reused" else f"{row.seconds:.1f} s"
+            self.console.print(f"  {row.label}: {label} {value:.4f}{change}, {taken}", highlight=False)
+        self.metrics(outcome.metrics)
+        for heading, rows in outcome.exceptions:
+            self.exceptions(heading, rows)
+        if outcome.layers is not None:
+            self._list_layers(outcome.layers)
+        self.log.tag_once(f"stage.{stage}", how)
+
+    def metrics(self, values: dict[str, float], step: int = 0) -> None:
+        """Log metrics by their MLflow names."""
+        if values:
+            self.log.metrics(values, step)
+            self.results.metrics.update(values)
+
+    def exceptions(self, heading: str, rows: Sequence[tuple[str, str]]) -> None:
+        """Add ``(name, reason)`` rows to the report."""
+        self.results.summary.exceptions.setdefault(heading, []).extend(rows)
+
+    def waiting(self, stage: str) -> Callable[[str], None]:
+        """What says that another job computes a stage, and who."""
+
+        def say(who: str) -> None:
+            self.console.print(f"  {stage}: another job computes it ({who}); waiting", highlight=False)
+
+        return say
+
+    def _list_layers(self, columns: dict[str, list[str]]) -> None:
+        """Where quantizers are, with which ranges, and which BN is folded where."""
+        path = self.run_dir / "layers.md"
+        path.write_text(layers_markdown(self.results.summary.title, columns))
+        self.log.artifact(path)
+        self.log.table("layers.json", columns)
+        self.results.summary.places["layer by layer"] = str(path)
+
+
+def headline_of(tags: Mapping[str, Any]) -> Headline:
+    """By which metric the stages of a run with these tags are compared; classification's where they do not say."""
+    try:
+        return Headline(**json.loads(tags[HEADLINE]))
+    except (KeyError, TypeError, ValueError):
+        return Classification.headline
+
+
+def log_inputs(job: Job) -> None:
+    """Log what the job works on: its task, its preprocessing, and each data set by its contents."""
+    loaders, dataset = job.setting.loaders, job.config.dataset
+    preprocessing = loaders.preprocessing.describe()
+    headline = json.dumps(asdict(job.setting.task.headline))
+    job.log.tags({"preprocessing": json.dumps(preprocessing), HEADLINE: headline})
+    roles: dict[str, list[str]] = {}  # MLflow knows a data set by its name and digest: one for all roles that share it
+    for role, indices in loaders.indices.items():
+        contents = loaders.digests["test" if role == "test" else "train"].encode() + indices.numpy().tobytes()
+        roles.setdefault(hashlib.sha256(contents).hexdigest()[:16], []).append(role)
+    for digest, sharing in roles.items():
+        profile = {"images": len(loaders.indices[sharing[0]]), **preprocessing}
+        name, source = dataset._target_.rpartition(".")[2], dataset.root or dataset._target_
+        job.log.dataset(name, digest, source, ", ".join(sharing), profile)
+
+
+def leave_report(job: Job) -> None:
+    """The report of a whole run, or of what is finished when a stage fails."""
+    summary, log = job.results.summary, job.log
+    summary.places[RUN_FOLDER] = str(job.run_dir)
+    if log.uri is not None and log.experiment_id is not None:
+        summary.places["MLflow"] = ui_command(log.uri)
+        best = f"fold/{job.setting.task.headline.name}"
+        summary.places["  then open"] = compare_link(log.experiment_id, best, ui_address(log.uri))
+    if log.undelivered:
+        job.exceptions("note", [("MLflow", f"{log.undelivered} records are not there yet: bnre-exp-sync")])
+    path = job.run_dir / "report.md"
+    path.write_text(markdown(summary))
+    log.artifact(path)
+    config_file = job.run_dir / "config.yaml"
+    if config_file.exists():
+        log.artifact(config_file)

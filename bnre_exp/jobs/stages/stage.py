@@ -1,0 +1,68 @@
+"""What a stage of a job is: the record of which the table of stages is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from bnre_exp.config import Config
+from bnre_exp.jobs.stages.network import Form, Result
+from bnre_exp.jobs.stages.outcome import Outcome
+from bnre_exp.jobs.stages.setting import Setting
+from bnre_exp.jobs.stages.snapshots import SnapshotFolder
+
+if TYPE_CHECKING:
+    from bnre_exp.jobs.reporting import Job
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a stage starts from, besides the setting.
+
+    network: of the stage before, which the stage may change; before: name of the row that its headline metric is
+    compared with; run_dir: where files for the user go; snapshots: of a training, None if nothing is kept.
+    """
+
+    network: nn.Module
+    before: str
+    run_dir: Path
+    snapshots: SnapshotFolder | None = None
+
+
+@dataclass(frozen=True)
+class Uses:
+    """What a stage's result depends on, besides settings and the stage before it.
+
+    code: files and folders of this package, as dotted paths below ``bnre_exp``; libraries: distributions, of which the
+    version counts.
+    """
+
+    code: tuple[str, ...]
+    libraries: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    section: of the configuration, that it reads. run: from what is given to what it measured, and its network. follows:
+    the stages that may be before it, the nearest first; of these the first that is on is before it. form: how its
+    network is kept. uses: what its result depends on. rows: what it measures, by the name in metrics, and the heading
+    of that in comparisons. is_on: whether a job has it. off: what the report says where it is off, ``(what, why)``.
+    leave: what else is to be done once it is reported, whether it was computed or found.
+    """
+
+    name: str
+    section: str
+    run: Callable[[Setting, Given], tuple[Outcome, nn.Module]]
+    follows: tuple[str, ...]
+    form: Form
+    uses: Callable[[Config], Uses]
+    rows: Mapping[str, str]
+    is_on: Callable[[Config], bool] = lambda config: True
+    off: tuple[str, str] | None = None
+    leave: Callable[[Job, Result], None] | None = None

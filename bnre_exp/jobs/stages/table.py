@@ -1,0 +1,86 @@
+"""The stages of a job, in order: the one table that planning, running, reporting, the store and comparisons read."""
+
+from __future__ import annotations
+
+from bnre_exp.config import Config, ExportFormat
+from bnre_exp.jobs.stages.export import export, leave_exported
+from bnre_exp.jobs.stages.fold import fold
+from bnre_exp.jobs.stages.fp32 import fp32, leave_fp32
+from bnre_exp.jobs.stages.network import FLOAT, FOLDED, SIM
+from bnre_exp.jobs.stages.ptq import ptq
+from bnre_exp.jobs.stages.qat import qat
+from bnre_exp.jobs.stages.reest import reest
+from bnre_exp.jobs.stages.stage import Stage, Uses
+
+MEASURING = ("tasks", "algorithms.evaluate", "algorithms.feeding", "jobs.stages.setting")
+TRAINING = ("jobs.stages.training", "algorithms.train", "algorithms.snapshot")
+SIMULATION = ("quantsim",)
+CALIBRATION = ("jobs.stages.calibration", "algorithms.calibrate")
+RE_ESTIMATION = ("algorithms.reestimate", "algorithms.bn_statistics")
+FOLDING = ("algorithms.fold", "algorithms.bias", "algorithms.integers")
+ONNX = ("onnx", "onnx-ir", "onnxscript", "onnxruntime")
+
+
+def _export_uses(config: Config) -> Uses:
+    """Files of ONNX are written and run by other libraries than checkpoints."""
+    code = ["jobs.stages.export", "jobs.stages.reload", "jobs.stages.reload_process", "export.folded"]
+    libraries: list[str] = []
+    formats = set(config.export.formats)
+    if ExportFormat.checkpoint in formats:
+        code += ["export.checkpoint", "models.build"]
+        libraries += ["safetensors"]
+    if formats & {ExportFormat.onnx, ExportFormat.encodings}:
+        code += ["export.onnx", "onnx_io"]
+        libraries += ONNX
+    if ExportFormat.encodings in formats:
+        code += ["export.encodings"]
+    return Uses((*code, *FOLDING, *SIMULATION, *MEASURING), tuple(libraries))
+
+
+STAGES = (
+    Stage(
+        "fp32", section="train", run=fp32, follows=(), form=FLOAT, leave=leave_fp32,
+        uses=lambda config: Uses(("jobs.stages.fp32", *TRAINING, *MEASURING)),
+        rows={"fp32": "FP32"},
+    ),
+    Stage(
+        "ptq", section="quant", run=ptq, follows=("fp32",), form=SIM,
+        uses=lambda config: Uses(("jobs.stages.ptq", *SIMULATION, *CALIBRATION, *MEASURING)),
+        rows={"ptq": "quantized"},
+    ),
+    Stage(
+        "qat", section="qat", run=qat, follows=("ptq",), form=SIM,
+        is_on=lambda config: config.qat.epochs > 0, off=("QAT", "off (qat.epochs=0)"),
+        uses=lambda config: Uses(
+            ("jobs.stages.qat", *TRAINING, *SIMULATION, *CALIBRATION, *RE_ESTIMATION, *MEASURING)
+        ),
+        rows={"qat": "QAT"},
+    ),
+    Stage(
+        "reest", section="reest", run=reest, follows=("qat", "ptq"), form=SIM,
+        is_on=lambda config: config.reest.num_batches > 0, off=("re-estimation", "off (reest.num_batches=0)"),
+        uses=lambda config: Uses(("jobs.stages.reest", *SIMULATION, *CALIBRATION, *RE_ESTIMATION, *MEASURING)),
+        rows={"recal_only": "recalibrated", "reest": "re-estimated"},
+    ),
+    Stage(
+        "fold", section="fold", run=fold, follows=("reest", "qat", "ptq"), form=FOLDED,
+        uses=lambda config: Uses(
+            ("jobs.stages.fold", "algorithms.compare", "algorithms.size", *FOLDING, *SIMULATION, *MEASURING)
+        ),
+        rows={"fold": "folded"},
+    ),
+    Stage(
+        "export", section="export", run=export, follows=("fold",), form=FOLDED, leave=leave_exported,
+        uses=_export_uses, rows={"export": "checkpoint", "encodings": "encodings", "onnx": "ONNX"},
+    ),
+)  # fmt: skip
+
+# The heading of every row that stages measure, by the name that metrics have, in the order of a comparison's columns:
+# what re-estimation starts from stands before it.
+COMPARED = ("fp32", "ptq", "recal_only", "qat", "reest", "fold")
+HEADINGS = {row: heading for stage in STAGES for row, heading in stage.rows.items() if row in COMPARED}
+
+
+def stages_of(config: Config) -> list[Stage]:
+    """The stages that are on, in order."""
+    return [stage for stage in STAGES if stage.is_on(config)]

@@ -1,0 +1,6 @@
+"""What a network is for. Configurations name the tasks here: ``bnre_exp.tasks.Classification``."""
+
+from bnre_exp.tasks.classification import Classification
+from bnre_exp.tasks.task import Evaluation, Headline, Meter, Task
+
+__all__ = ["Classification", "Evaluation", "Headline", "Meter", "Task"]

@@ -1,0 +1,93 @@
+"""Classification: one class a sample, told by the largest logit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bnre_exp.errors import UserError
+from bnre_exp.tasks.task import Evaluation, Headline, first_input, first_tensor
+
+TOP1 = Headline("top1", "top-1")
+
+
+class Classification:
+    """A :class:`~bnre_exp.tasks.task.Task`: batches ``(input, label)``, label int64 ``[N]``; logits ``[N, classes]``.
+
+    num_classes: what the network must give; None: any number.
+
+    The loss is cross-entropy [nats]. Metrics: ``top1``, the fraction of samples in [0, 1] whose largest logit is the
+    label's, and ``loss``. A prediction is the class with the largest logit, int64; its score is 1 if it is the label.
+    """
+
+    headline = TOP1
+
+    def __init__(self, num_classes: int | None = None) -> None:
+        self.num_classes = num_classes
+
+    def feed(self, model: nn.Module, batch: Any) -> Any:
+        return model(first_input(batch))
+
+    def samples(self, batch: Any) -> int:
+        return len(batch[1])
+
+    def loss(self, output: Any, batch: Any, label_smoothing: float = 0.0) -> Tensor:
+        return F.cross_entropy(self.compared(output).float(), batch[1], label_smoothing=label_smoothing)
+
+    def meter(self) -> _Meter:
+        return _Meter(self)
+
+    def compared(self, output: Any) -> Tensor:
+        logits = first_tensor(output)
+        if logits is None:
+            raise UserError(f"The network returns {type(output).__name__}; expected logits [N, classes].")
+        return logits
+
+    def agreement(self, first: Tensor, second: Tensor) -> float:
+        return float((first == second).double().mean())
+
+    def check_output(self, output: Any, samples: int) -> None:
+        logits, expected = first_tensor(output), [samples, self.num_classes]
+        if self.num_classes is None or (logits is not None and list(logits.shape) == expected):
+            return
+        got = "nothing of tensor type" if logits is None else f"{list(logits.shape)}"
+        classes = f"{logits.shape[1]} classes" if logits is not None and logits.ndim == 2 else f"an output {got}"
+        raise UserError(
+            f"model: the network gives {classes} where the dataset has {self.num_classes} (expected {expected}, got "
+            f"{got}). Set its class count in model.kwargs, replace its last layer with model.replace_head=true, or "
+            "correct dataset.num_classes."
+        )
+
+    def check_labels(self, ranges: Mapping[str, tuple[int, int]]) -> None:
+        for split, (low, high) in ranges.items():
+            if low < 0 or (self.num_classes is not None and high >= self.num_classes):
+                way_out = f"Set dataset.num_classes={high + 1}." if low >= 0 else "Number them from 0."
+                raise UserError(
+                    f"dataset.num_classes={self.num_classes}: the {split} images have classes from {low} to {high}; "
+                    f"expected 0 to {(self.num_classes or high + 1) - 1}. {way_out}"
+                )
+
+
+class _Meter:
+    def __init__(self, task: Classification) -> None:
+        self._task = task
+        self._loss, self._predictions, self._scores = 0.0, list[Tensor](), list[Tensor]()
+
+    def update(self, output: Any, batch: Any) -> None:
+        if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+            raise UserError("evaluate: every batch must be (input, label); this loader yields no labels.")
+        logits = self._task.compared(output).float()
+        labels = batch[1].to(logits.device)
+        predicted = logits.argmax(dim=1)
+        self._loss += float(F.cross_entropy(logits, labels, reduction="sum").double())
+        self._predictions.append(predicted.cpu())
+        self._scores.append((predicted == labels).float().cpu())
+
+    def compute(self) -> Evaluation:
+        predictions, scores = torch.cat(self._predictions), torch.cat(self._scores)
+        metrics = {TOP1.name: int(scores.sum(dtype=torch.float64)) / len(scores), "loss": self._loss / len(scores)}
+        return Evaluation(metrics, TOP1, len(scores), predictions, scores)
