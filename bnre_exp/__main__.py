@@ -1,8 +1,8 @@
 """``python -m bnre_exp``: the command line."""
 
-import sys
+if __name__ == "__main__":  # a process that is spawned imports this file too, and needs nothing of it
+    import sys
 
-from bnre_exp.cli.main import main
+    from bnre_exp.cli.main import main
 
-if __name__ == "__main__":
     sys.exit(main())

@@ -23,8 +23,8 @@ Points = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Series:
-    """Runs that differ in nothing else. before: ``(x, headline metric)`` without re-estimated statistics; after: the same
-    with them, by what sets them apart among themselves."""
+    """Runs that differ in nothing else. before: ``(x, headline metric)`` without re-estimated statistics; after: the
+    same with them, by what sets them apart among themselves."""
 
     label: str
     before: Points

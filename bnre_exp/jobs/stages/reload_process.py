@@ -1,26 +1,22 @@
-"""A process that loads an exported file anew and predicts what comes in, on standard input and output.
-
-Requests are lines of JSON on standard input, answers are on standard output. ``{"load": {"format": …, "path": …, …}}``
-loads a file; ``{"predict": {"shape": …, "dtype": …}}``, with the bytes of the array after it, is answered by such a
-line and array of logits; ``{"describe": true}`` asks for what else is known.
-"""
+"""A process that loads an exported file anew and predicts with it: what the pool of :mod:`.reload` runs there."""
 
 from __future__ import annotations
 
-import json
-import math
+import multiprocessing
 import os
 import statistics
-import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
+
+from bnre_exp.errors import UserError
 
 TIMED_RUNS, TIMED_SECONDS = 50, 2.0
 INTEGER_KERNELS = ("QLinearConv", "QGemm", "QLinearMatMul", "ConvInteger", "MatMulInteger", "QLinearConvTranspose")
@@ -112,25 +108,52 @@ def _interleaved(sessions: list[Any], x: np.ndarray) -> list[float]:
     return [statistics.median(taken) for taken in times]
 
 
-def serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    """Answer requests until there are no more."""
-    predict: Predict | None = None
-    describe: Describe | None = None
-    first: np.ndarray | None = None
-    for line in iter(requests.readline, b""):
-        request = json.loads(line)
-        if "load" in request:
-            predict, describe = LOADERS[request["load"]["format"]](request["load"])
-            _say(answers, {"loaded": request["load"]["path"]})
-        elif "predict" in request and predict is not None:
-            x = read_array(request["predict"], requests)
-            first = x[:1].copy() if first is None else first
-            logits = np.ascontiguousarray(predict(x))
-            _say(answers, describe_array(logits))
-            answers.write(logits.tobytes())
-        elif "describe" in request and describe is not None and first is not None:
-            _say(answers, describe(first))
-        answers.flush()
+_predict: Predict
+_describe: Describe
+_first: np.ndarray | None  # of the images that were predicted
+
+
+def load(request: Mapping[str, Any]) -> None:
+    """Load a file. request: format, path, and what the loader of that format takes besides."""
+    global _predict, _describe, _first
+    (_predict, _describe), _first = LOADERS[request["format"]](request), None
+
+
+def predict(x: np.ndarray) -> np.ndarray:
+    """Logits of a batch, from the file that was loaded last."""
+    global _first
+    _first = x[:1].copy() if _first is None else _first
+    return _predict(x)
+
+
+def describe() -> dict[str, float]:
+    """What else is known of the file, once it has predicted."""
+    return {} if _first is None else _describe(_first)
+
+
+def in_words(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function. Raises ``UserError`` for whatever it raises: others may not survive the way to the parent."""
+    try:
+        return function(*arguments)
+    except BaseException as error:  # SystemExit of a user's module would end the parent
+        words = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        raise UserError(words) from error
+
+
+def start(settings: Mapping[str, Any]) -> None:
+    """Set this process up: it is silent, ends when its parent does, and computes as its parent does."""
+    silent = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):  # the console is the parent's
+        os.dup2(silent, stream)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    set_torch(settings)
+
+
+def _end_with_parent() -> None:
+    """A pool's process that waits for work does not notice that its parent was killed."""
+    parent: Any = multiprocessing.parent_process()
+    parent.join()
+    os._exit(1)
 
 
 def torch_settings() -> dict[str, Any]:
@@ -150,34 +173,3 @@ def set_torch(settings: Mapping[str, Any]) -> None:
     torch.set_float32_matmul_precision(settings["matmul"])
     torch.backends.cudnn.allow_tf32 = settings["tf32"]
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
-
-
-def describe_array(x: np.ndarray) -> dict[str, Any]:
-    """What :func:`read_array` must know."""
-    return {"shape": list(x.shape), "dtype": str(x.dtype)}
-
-
-def read_array(known: Mapping[str, Any], stream: IO[bytes]) -> np.ndarray:
-    """An array from its bytes. Raises ``EOFError`` if the stream ends before."""
-    dtype = np.dtype(known["dtype"])
-    size = math.prod(known["shape"]) * dtype.itemsize
-    content = stream.read(size)
-    if len(content) < size:
-        raise EOFError("the stream ended within an array")
-    return np.frombuffer(bytearray(content), dtype).reshape(known["shape"])
-
-
-def _say(answers: BinaryIO, what: Mapping[str, Any]) -> None:
-    answers.write(json.dumps(what).encode() + b"\n")
-
-
-def main() -> None:
-    """Serve on the process's own standard input and output; whatever prints meanwhile goes to standard error."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    set_torch(json.loads(sys.argv[1]))
-    serve(sys.stdin.buffer, answers)
-
-
-if __name__ == "__main__":
-    main()
