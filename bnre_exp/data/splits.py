@@ -22,6 +22,7 @@ from bnre_exp.data.preprocess import Preprocessing, as_channels, resize_and_crop
 from bnre_exp.data.spec import DataSpec
 from bnre_exp.digests import file_sha256, stream_seed
 from bnre_exp.errors import UserError
+from bnre_exp.files import replacing
 from bnre_exp.progress import Progress
 from bnre_exp.targets import call_target, resolve_target
 
@@ -109,10 +110,8 @@ def _files_digest(paths: Sequence[Path], folder: Path | None, progress: Progress
     files = progress(paths, f"reading {name} files, to know their contents", len(paths))
     contents = _digest([f"{os.path.relpath(path, root)} {file_sha256(path)}" for path in files])
     if known is not None:
-        known.parent.mkdir(parents=True, exist_ok=True)
-        new = known.with_name(f"{known.name}.{os.getpid()}")
-        new.write_text(contents)
-        os.replace(new, known)
+        with replacing(known) as new:
+            new.write_text(contents)
     return contents
 
 

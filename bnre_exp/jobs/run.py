@@ -26,7 +26,7 @@ from bnre_exp.jobs.stages.ptq import ptq
 from bnre_exp.jobs.stages.qat import qat
 from bnre_exp.jobs.stages.reest import reest
 from bnre_exp.jobs.stages.setting import Setting
-from bnre_exp.jobs.stages.training import SnapshotFolder
+from bnre_exp.jobs.stages.snapshots import SnapshotFolder
 from bnre_exp.jobs.store import Entry, Slot
 from bnre_exp.report.summary import Summary, print_summary
 from bnre_exp.tracking import open_run

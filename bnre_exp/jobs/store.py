@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from bnre_exp.digests import digest, file_sha256
+from bnre_exp.files import replacing
 
 FORMAT = 1
 ENTRY = "entry.json"
@@ -181,28 +182,21 @@ class Store:
         upstream: str | None,
         fill: Callable[[Path], None],
     ) -> Entry | None:
-        target, new = self.folder / "entries" / f"{stage}-{key}", self.folder / "tmp" / uuid.uuid4().hex
+        target = self.folder / "entries" / f"{stage}-{key}"
         try:
-            new.mkdir(parents=True)
-            fill(new)
-            paths = sorted(path for path in new.rglob("*") if path.is_file())
-            files = {str(p.relative_to(new)): {"sha256": file_sha256(p), "bytes": p.stat().st_size} for p in paths}
-            record = {
-                "format": FORMAT, "stage": stage, "key": key, "created": time.time(), "host": socket.gethostname(),
-                "config": dict(config), "depends": dict(depends), "upstream": upstream, "files": files,
-            }  # fmt: skip
-            (new / ENTRY).write_text(json.dumps({**record, "sha256": digest(record)}, indent=1))
-            for path in [*paths, new / ENTRY]:
-                _to_disk(path)
-            target.parent.mkdir(exist_ok=True)
-            self._remove(target)
-            os.replace(new, target)
-            _to_disk(target.parent)
+            with replacing(target, durable=True, within=self.folder / "tmp") as new:
+                new.mkdir()
+                fill(new)
+                paths = sorted(path for path in new.rglob("*") if path.is_file())
+                files = {str(p.relative_to(new)): {"sha256": file_sha256(p), "bytes": p.stat().st_size} for p in paths}
+                record = {
+                    "format": FORMAT, "stage": stage, "key": key, "created": time.time(), "host": socket.gethostname(),
+                    "config": dict(config), "depends": dict(depends), "upstream": upstream, "files": files,
+                }  # fmt: skip
+                (new / ENTRY).write_text(json.dumps({**record, "sha256": digest(record)}, indent=1))
         except (OSError, SafetensorError) as error:
             logger.warning("The result of %s cannot be kept in the store %s: %s.", stage, self.folder, error)
             return None
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
         self._remove(self.folder / "partial" / target.name)
         entry = _read(target)
         if entry is not None:
@@ -351,11 +345,3 @@ def _size(folder: Path) -> int:
         with suppress(OSError):
             total += path.stat().st_size if path.is_file() else 0
     return total
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

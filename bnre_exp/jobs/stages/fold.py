@@ -15,7 +15,7 @@ from bnre_exp.algorithms.size import packed_megabytes
 from bnre_exp.errors import UserError
 from bnre_exp.jobs.stages.outcome import Measured, Outcome
 from bnre_exp.jobs.stages.setting import Setting, seed, timed
-from bnre_exp.jobs.stages.training import SnapshotFolder
+from bnre_exp.jobs.stages.snapshots import SnapshotFolder
 from bnre_exp.quantsim.listing import list_layers
 from bnre_exp.report.layers import layers_columns
 

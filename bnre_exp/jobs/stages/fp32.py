@@ -7,7 +7,8 @@ from torch import nn
 from bnre_exp.algorithms.evaluate import evaluate
 from bnre_exp.jobs.stages.outcome import Measured, Outcome
 from bnre_exp.jobs.stages.setting import Setting, seed
-from bnre_exp.jobs.stages.training import SnapshotFolder, train_stage
+from bnre_exp.jobs.stages.snapshots import SnapshotFolder
+from bnre_exp.jobs.stages.training import train_stage
 
 
 def epochs_of(setting: Setting) -> int:

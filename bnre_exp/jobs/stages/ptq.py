@@ -8,7 +8,7 @@ from bnre_exp.algorithms.evaluate import evaluate
 from bnre_exp.jobs.stages.calibration import calibrate_stage
 from bnre_exp.jobs.stages.outcome import Measured, Outcome
 from bnre_exp.jobs.stages.setting import Setting, scheme, seed, timed
-from bnre_exp.jobs.stages.training import SnapshotFolder
+from bnre_exp.jobs.stages.snapshots import SnapshotFolder
 from bnre_exp.quantsim.insert import quantize
 from bnre_exp.quantsim.sim import sim_report
 

@@ -10,7 +10,8 @@ from bnre_exp.algorithms.reestimate import reestimate_bn_stats
 from bnre_exp.jobs.stages.calibration import calibrate_stage
 from bnre_exp.jobs.stages.outcome import Measured, Outcome
 from bnre_exp.jobs.stages.setting import Setting, seed
-from bnre_exp.jobs.stages.training import SnapshotFolder, train_stage
+from bnre_exp.jobs.stages.snapshots import SnapshotFolder
+from bnre_exp.jobs.stages.training import train_stage
 from bnre_exp.quantsim.sim import activation_quantizers, bypassed
 
 

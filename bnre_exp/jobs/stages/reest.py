@@ -13,7 +13,7 @@ from bnre_exp.config import ActQuant, Recalibrate
 from bnre_exp.jobs.stages.calibration import calibrate_stage
 from bnre_exp.jobs.stages.outcome import Measured, Outcome
 from bnre_exp.jobs.stages.setting import Setting, seed, timed
-from bnre_exp.jobs.stages.training import SnapshotFolder
+from bnre_exp.jobs.stages.snapshots import SnapshotFolder
 from bnre_exp.quantsim.sim import activation_quantizers, bypassed
 
 
