@@ -3,8 +3,10 @@
 from bnre_exp.data.datasets import ImageTensors, cifar10, cifar100, digits, fashion_mnist, image_folder, imagenet
 from bnre_exp.data.loaders import Loaders, build_loaders, check_labels
 from bnre_exp.data.preprocess import Preprocessing, resolve_preprocessing
+from bnre_exp.data.spec import DataSpec
 
 __all__ = [
+    "DataSpec",
     "ImageTensors",
     "Loaders",
     "Preprocessing",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from bnre_exp.data.batches import Batch, MemoryView, SeededBatches
 from bnre_exp.data.preprocess import Preprocessing
+from bnre_exp.data.spec import DataSpec
 from bnre_exp.data.splits import Split, load_split
 from bnre_exp.digests import digest, stream_seed, tensors_digest
 from bnre_exp.errors import UserError
@@ -65,61 +67,35 @@ class Loaders:
 
 
 def build_loaders(
-    target: str,
+    spec: DataSpec,
     *,
-    root: str | None,
-    kwargs: Mapping[str, Any] | None,
     preprocessing: Preprocessing,
-    seed: int,
-    batch_size: int,
-    eval_batch_size: int,
-    val_fraction: float,
-    train_limit: int | None,
-    test_limit: int | None,
-    in_memory: bool,
-    augment: bool,
-    workers: int,
-    pin_memory: bool = False,
     progress: Progress = no_progress,
     digests_folder: Path | None = None,
 ) -> Loaders:
-    """Build the dataset that ``target`` (a dotted path) names, and its loaders.
+    """Build the dataset that ``spec`` names, and its loaders.
 
-    Everything random depends on ``seed`` and the role alone. ``train_limit`` draws its images by the seed,
-    ``test_limit`` takes evenly spaced ones. Batches of ``batch_size`` are full, unless there is not even one; those of
-    ``eval_batch_size`` (validation, test) cover every image, in order. Files are read to tell their contents; in
-    ``digests_folder`` it is remembered what they held, for as long as their sizes and times stay. Raises UserError for
-    a dataset that is not there, is empty, or returns something else than (PIL image or uint8 tensor, class).
+    Batches of ``batch_size`` are full, unless there is not even one; those of ``eval_batch_size`` (validation, test)
+    cover every image, in order. Files are read to tell their contents; in ``digests_folder`` it is remembered what
+    they held, for as long as their sizes and times stay. Raises UserError for a dataset that is not there, is empty,
+    or returns something else than (PIL image or uint8 tensor, class).
     """
-
-    def load(train: bool, limit: int | None) -> Split:
-        return load_split(
-            target, train, root, kwargs or {}, preprocessing, limit, seed, in_memory, progress, digests_folder
+    splits = {
+        name: load_split(
+            spec, name == "train", preprocessing=preprocessing, progress=progress, digests_folder=digests_folder
         )
-
-    splits = {"train": load(True, train_limit), "test": load(False, test_limit)}
-    kept, held_out = _split_positions(len(splits["train"].indices), val_fraction, seed)
-    positions = {
-        "train": kept,
-        "calibration": kept,
-        "reestimation": kept,
-        "validation": held_out,
-        "test": torch.arange(len(splits["test"].indices)),
+        for name in ("train", "test")
     }
-    if not len(held_out):
-        del positions["validation"]
-
-    def recipe(role: str) -> Callable[[], DataLoader[Batch]]:
-        evaluated = role in ("validation", "test")
-        split = splits["test" if role == "test" else "train"]
-        view = split.view(positions[role], preprocessing, augment and role == "train")
-        size = eval_batch_size if evaluated else batch_size
-        return lambda: _loader(view, role, size, not evaluated, seed, workers, pin_memory)
-
-    recipes = {role: recipe(role) for role in positions}
-    indices = {role: splits["test" if role == "test" else "train"].indices[where] for role, where in positions.items()}
+    positions = _positions(spec, splits)
+    recipes = {
+        role: partial(
+            _loader, splits[_split_of(role)].view(where, preprocessing, _is_augmented(spec, role)), role, spec
+        )
+        for role, where in positions.items()
+    }
+    indices = {role: splits[_split_of(role)].indices[where] for role, where in positions.items()}
     digests = {name: split.digest for name, split in splits.items()}
-    settings = [batch_size, eval_batch_size, in_memory, augment, preprocessing.describe()]
+    settings = [spec.batch_size, spec.eval_batch_size, spec.in_memory, spec.augment, preprocessing.describe()]
     return Loaders(
         train=recipes["train"](),
         calibration=recipes["calibration"](),
@@ -142,19 +118,27 @@ def check_labels(loaders: Loaders, num_classes: int) -> None:
     Classification(num_classes).check_labels(loaders.label_range)
 
 
-def _loader(
-    view: Any, role: str, batch_size: int, shuffle: bool, seed: int, workers: int, pin_memory: bool
-) -> DataLoader[Batch]:
-    if workers and isinstance(view, MemoryView):
+def _split_of(role: str) -> str:
+    return "test" if role == "test" else "train"
+
+
+def _is_augmented(spec: DataSpec, role: str) -> bool:
+    return spec.augment and role == "train"
+
+
+def _loader(view: Any, role: str, spec: DataSpec) -> DataLoader[Batch]:
+    if spec.workers and isinstance(view, MemoryView):
         view.prepared.all()  # once, and not in every process
-    stream = stream_seed(seed, role)
-    batches: Any = SeededBatches(len(view), batch_size, shuffle=shuffle, drop_last=shuffle, seed=stream)
+    is_evaluated = role in ("validation", "test")
+    size = spec.eval_batch_size if is_evaluated else spec.batch_size
+    stream = stream_seed(spec.seed, role)
+    batches: Any = SeededBatches(len(view), size, shuffle=not is_evaluated, drop_last=not is_evaluated, seed=stream)
     return DataLoader(
         view,
         batch_sampler=batches,
-        num_workers=workers,
+        num_workers=spec.workers,
         collate_fn=_as_fetched,
-        pin_memory=pin_memory,
+        pin_memory=spec.pin_memory,
         # Workers are seeded from this one; without it, every pass would draw from torch's global generator.
         generator=torch.Generator().manual_seed(stream),
     )
@@ -164,13 +148,21 @@ def _as_fetched(batch: Any) -> Any:
     return batch
 
 
-def _split_positions(count: int, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+def _positions(spec: DataSpec, splits: Mapping[str, Split]) -> dict[str, Tensor]:
+    """By role, positions among the images of its split; no ``validation`` where nothing is held out."""
+    kept, held_out = _held_out(len(splits["train"].indices), spec)
+    everything = torch.arange(len(splits["test"].indices))
+    validation = {"validation": held_out} if len(held_out) else {}
+    return {"train": kept, "calibration": kept, "reestimation": kept, **validation, "test": everything}
+
+
+def _held_out(count: int, spec: DataSpec) -> tuple[Tensor, Tensor]:
     """(kept, held out) positions of ``count`` training images, ascending and disjoint."""
-    held = max(1, round(count * val_fraction)) if val_fraction > 0 else 0
+    held = max(1, round(count * spec.val_fraction)) if spec.val_fraction > 0 else 0
     if count - held < 2:
         raise UserError(
             f"dataset: {count} training images less {held} for validation leave fewer than 2, which BN cannot be "
             "trained on; raise dataset.train_limit or lower dataset.val_fraction."
         )
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(stream_seed(seed, "validation split")))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(stream_seed(spec.seed, "validation split")))
     return order[held:].sort().values, order[:held].sort().values

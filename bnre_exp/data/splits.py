@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from torch import Tensor
 from bnre_exp.data.batches import ItemView, MemoryView, PreparedImages, own_random_state, read_item
 from bnre_exp.data.datasets import ImageTensors
 from bnre_exp.data.preprocess import Preprocessing, as_channels, resize_and_crop
+from bnre_exp.data.spec import DataSpec
 from bnre_exp.digests import file_sha256, stream_seed
 from bnre_exp.errors import UserError
+from bnre_exp.files import replacing
 from bnre_exp.progress import Progress
 from bnre_exp.targets import call_target, resolve_target
 
@@ -108,10 +110,8 @@ def _files_digest(paths: Sequence[Path], folder: Path | None, progress: Progress
     files = progress(paths, f"reading {name} files, to know their contents", len(paths))
     contents = _digest([f"{os.path.relpath(path, root)} {file_sha256(path)}" for path in files])
     if known is not None:
-        known.parent.mkdir(parents=True, exist_ok=True)
-        new = known.with_name(f"{known.name}.{os.getpid()}")
-        new.write_text(contents)
-        os.replace(new, known)
+        with replacing(known) as new:
+            new.write_text(contents)
     return contents
 
 
@@ -142,36 +142,20 @@ def _chosen(count: int, limit: int | None, train: bool, seed: int) -> Tensor:
 
 
 def load_split(
-    target: str,
-    train: bool,
-    root: str | None,
-    kwargs: Mapping[str, Any],
-    preprocessing: Preprocessing,
-    limit: int | None,
-    seed: int,
-    in_memory: bool,
-    progress: Progress,
-    digests_folder: Path | None,
+    spec: DataSpec, train: bool, *, preprocessing: Preprocessing, progress: Progress, digests_folder: Path | None
 ) -> Split:
+    """The training or the test split that ``spec`` describes; one in memory is kept for other jobs of the process."""
+    limit = spec.train_limit if train else spec.test_limit
     geometry = preprocessing.resize_size, preprocessing.image_size, preprocessing.interpolation
-    drawn_by = seed if train and limit is not None else None
-    key = json.dumps([target, train, root, dict(kwargs), geometry, limit, drawn_by], sort_keys=True, default=repr)
-    if in_memory and key in _PREPARED:
+    drawn_by = spec.seed if train and limit is not None else None
+    parts = [spec.target, train, spec.root, dict(spec.kwargs), geometry, limit, drawn_by]
+    key = json.dumps(parts, sort_keys=True, default=repr)
+    if spec.in_memory and key in _PREPARED:
         _PREPARED.move_to_end(key)
         return _PREPARED[key]
-    callable_ = resolve_target(target, "dataset._target_")
-    with own_random_state(0):  # a random dataset gives the same whatever ran before in the process
-        source = call_target(callable_, target, "dataset.kwargs", kwargs, train=train, root=root)
-    name = "training" if train else "test"
-    if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
-        raise UserError(
-            f"dataset._target_={target} returned a {type(source).__name__}; expected a dataset with a length and items "
-            "(image, class)."
-        )
-    if not len(source):
-        raise UserError(f"dataset._target_={target} returned no {name} images; check dataset.root={root}.")
-    indices = _chosen(len(source), limit, train, seed)
-    if not in_memory:
+    source, name = _source(spec, train), _name(train)
+    indices = _chosen(len(source), limit, train, spec.seed)
+    if not spec.in_memory:
         return item_split(source, indices, digests_folder, progress, name)
     with own_random_state(0):
         split = memory_split(source, indices, preprocessing, progress, name)
@@ -180,3 +164,24 @@ def load_split(
     if len(_PREPARED) > _PREPARED_MAX:
         _PREPARED.popitem(last=False)
     return split
+
+
+def _source(spec: DataSpec, train: bool) -> Any:
+    """What the dataset's callable returns: a dataset with at least one image."""
+    callable_ = resolve_target(spec.target, "dataset._target_")
+    with own_random_state(0):  # a random dataset gives the same whatever ran before in the process
+        source = call_target(callable_, spec.target, "dataset.kwargs", spec.kwargs, train=train, root=spec.root)
+    if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
+        raise UserError(
+            f"dataset._target_={spec.target} returned a {type(source).__name__}; expected a dataset with a length and "
+            "items (image, class)."
+        )
+    if not len(source):
+        raise UserError(
+            f"dataset._target_={spec.target} returned no {_name(train)} images; check dataset.root={spec.root}."
+        )
+    return source
+
+
+def _name(train: bool) -> str:
+    return "training" if train else "test"

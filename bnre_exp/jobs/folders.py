@@ -19,6 +19,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from bnre_exp.errors import UserError
+from bnre_exp.files import replacing
 
 RECORD, LOCK = "run.json", "run.lock"
 RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"  # as MLflow names them
@@ -47,12 +48,8 @@ def read_record(folder: Path) -> RunRecord | None:
 
 def write_record(folder: Path, record: RunRecord) -> None:
     """Replace the record of a folder, in one step."""
-    new = folder / f".{RECORD}.new"
-    with open(new, "w") as file:
-        file.write(json.dumps(asdict(record), indent=1))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, folder / RECORD)
+    with replacing(folder / RECORD, durable=True) as new:
+        new.write_text(json.dumps(asdict(record), indent=1))
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from bnre_exp.targets import resolve_target
 
 # What every stage computes with: versions of these, and the code that makes batches of a data set's contents.
 LIBRARIES = ("torch", "torchvision", "numpy", "pillow")
-DATA_CODE = ("data.loaders", "data.splits", "data.batches", "data.preprocess")
+DATA_CODE = ("data.spec", "data.loaders", "data.splits", "data.batches", "data.preprocess")
 SHOWN = ("model.", "dataset.", "task.", "runtime.precision", "runtime.memory_format")
 
 

@@ -11,6 +11,7 @@ from bnre_exp.algorithms.bn_statistics import has_running_statistics
 from bnre_exp.config import Config, Device, MemoryFormat
 from bnre_exp.data.loaders import Loaders, build_loaders
 from bnre_exp.data.preprocess import resolve_preprocessing
+from bnre_exp.data.spec import DataSpec
 from bnre_exp.errors import UserError
 from bnre_exp.jobs.plan import plan
 from bnre_exp.jobs.reporting import Job, Results, log_inputs
@@ -74,13 +75,14 @@ def _loaders(
         built.preprocessing, image_size=data.image_size, mean=data.mean, std=data.std,
         default_image_size=data.default_image_size, default_mean=data.default_mean, default_std=data.default_std,
     )  # fmt: skip
-    return build_loaders(
-        data._target_, root=data.root, kwargs=data.kwargs, preprocessing=preprocessing, seed=config.seed,
-        batch_size=data.batch_size, eval_batch_size=data.eval_batch_size, val_fraction=data.val_fraction,
-        train_limit=data.train_limit, test_limit=data.test_limit, in_memory=data.in_memory, augment=data.augment,
-        workers=config.runtime.workers, pin_memory=device.type == "cuda", progress=progress,
-        digests_folder=store.folder / "digests" if store.mode != "off" else None,
+    spec = DataSpec(
+        data._target_, root=data.root, kwargs=data.kwargs, seed=config.seed, batch_size=data.batch_size,
+        eval_batch_size=data.eval_batch_size, val_fraction=data.val_fraction, train_limit=data.train_limit,
+        test_limit=data.test_limit, in_memory=data.in_memory, augment=data.augment, workers=config.runtime.workers,
+        pin_memory=device.type == "cuda",
     )  # fmt: skip
+    digests = store.folder / "digests" if store.mode != "off" else None
+    return build_loaders(spec, preprocessing=preprocessing, progress=progress, digests_folder=digests)
 
 
 def _check(setting: Setting) -> None:

@@ -2,58 +2,32 @@
 
 Layout of the store's folder: ``entries/STAGE-KEY/`` (``entry.json`` and the files of one result), ``locks/`` (one job
 computes, others wait), ``pins/`` (which results running jobs need), ``partial/STAGE-KEY/`` (of unfinished work),
-``damaged/`` (set aside), ``tmp/``. Locks are those of the file system, so they hold across processes and hosts and end
-with the process that held them, however it died.
+``damaged/`` (set aside), ``tmp/``.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
-import socket
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from bnre_exp.digests import digest, file_sha256
+from bnre_exp.digests import digest
+from bnre_exp.files import replacing
+from bnre_exp.jobs.entries import ENTRY, Entry, damage_of, describe_entry, read_entry
+from bnre_exp.jobs.eviction import entries_of, evict, newest, remove
+from bnre_exp.jobs.locks import held, pin
 
-FORMAT = 1
-ENTRY = "entry.json"
-STALE = 24 * 3600.0  # seconds after which what a killed process left in tmp/ is removed
-POLL = 0.2  # seconds between two looks at a lock
+__all__ = ["ENTRY", "Entry", "Slot", "Store"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One result. depends: all that its key is made of; config: the settings it depends on, by the name the user types;
-    upstream: SHA-256 of what it was computed from; files: name -> sha256 and bytes; created, used: seconds since 1970.
-    """
-
-    folder: Path
-    stage: str
-    key: str
-    depends: Mapping[str, Any]
-    config: Mapping[str, Any]
-    upstream: str | None
-    files: Mapping[str, Mapping[str, Any]]
-    created: float
-    used: float
-
-    @property
-    def size(self) -> int:
-        """Bytes of its files."""
-        return sum(int(file["bytes"]) for file in self.files.values())
 
 
 class Slot:
@@ -110,56 +84,32 @@ class Store:
         if self.mode == "off":
             yield Slot(None, None, lambda config, fill: None)
             return
-        key = digest(depends)
-        with self._lock(stage, key, on_wait):
-            entry = self._find(stage, key, upstream)
+        name = _name(stage, depends)
+        with held(self.folder, name, on_wait):
+            entry = self._find(stage, name, upstream)
             if entry is not None:
-                self._pin(entry)
-            partial = self.folder / "partial" / f"{stage}-{key}"
-            if self.mode == "refresh" and _newest(partial) < self.since:
-                self._remove(partial)
-
-            def write(config: Mapping[str, Any], fill: Callable[[Path], None]) -> Entry | None:
-                return self._write(stage, key, depends, config, upstream, fill)
-
-            yield Slot(entry, partial, write)
+                self._use(entry)
+            begun = self.folder / "partial" / name
+            if self.mode == "refresh" and newest(begun) < self.since:
+                remove(self.folder, begun)
+            yield Slot(entry, begun, partial(self._write, stage, depends, upstream))
 
     def has(self, stage: str, depends: Mapping[str, Any]) -> bool:
         """Whether there seems to be a result, without a look at its files."""
-        key = digest(depends)
-        entry = None if self.mode == "off" else _read(self.folder / "entries" / f"{stage}-{key}")
+        entry = None if self.mode == "off" else read_entry(self.folder / "entries" / _name(stage, depends))
         return entry is not None and not self._is_too_old(entry)
-
-    @contextmanager
-    def _lock(self, stage: str, key: str, on_wait: Callable[[str], None]) -> Iterator[None]:
-        path = self.folder / "locks" / f"{stage}-{key}.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock, holder = FileLock(path, poll_interval=POLL), path.with_suffix(".json")
-        try:
-            lock.acquire(timeout=0.5)  # one that makes room holds it for a moment
-        except Timeout:
-            on_wait(_who_holds(holder))
-            lock.acquire()
-        try:
-            with suppress(OSError):
-                holder.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}))
-            yield
-        finally:
-            with suppress(OSError):
-                holder.unlink()
-            lock.release()
 
     def _is_too_old(self, entry: Entry) -> bool:
         return self.mode == "refresh" and entry.created < self.since
 
-    def _find(self, stage: str, key: str, upstream: str | None) -> Entry | None:
-        folder = self.folder / "entries" / f"{stage}-{key}"
+    def _find(self, stage: str, name: str, upstream: str | None) -> Entry | None:
+        folder = self.folder / "entries" / name
         if not folder.exists():
             return None
-        entry = _read(folder)
-        problem = "its entry.json is damaged" if entry is None else _problem(entry)
+        entry = read_entry(folder)
+        problem = "its entry.json is damaged" if entry is None else damage_of(entry)
         if entry is None or problem:
-            aside = self.folder / "damaged" / f"{folder.name}-{uuid.uuid4().hex[:8]}"
+            aside = self.folder / "damaged" / f"{name}-{uuid.uuid4().hex[:8]}"
             aside.parent.mkdir(parents=True, exist_ok=True)
             os.replace(folder, aside)
             logger.warning(
@@ -175,82 +125,42 @@ class Store:
     def _write(
         self,
         stage: str,
-        key: str,
         depends: Mapping[str, Any],
-        config: Mapping[str, Any],
         upstream: str | None,
+        config: Mapping[str, Any],
         fill: Callable[[Path], None],
     ) -> Entry | None:
-        target, new = self.folder / "entries" / f"{stage}-{key}", self.folder / "tmp" / uuid.uuid4().hex
+        name = _name(stage, depends)
+        target = self.folder / "entries" / name
         try:
-            new.mkdir(parents=True)
-            fill(new)
-            paths = sorted(path for path in new.rglob("*") if path.is_file())
-            files = {str(p.relative_to(new)): {"sha256": file_sha256(p), "bytes": p.stat().st_size} for p in paths}
-            record = {
-                "format": FORMAT, "stage": stage, "key": key, "created": time.time(), "host": socket.gethostname(),
-                "config": dict(config), "depends": dict(depends), "upstream": upstream, "files": files,
-            }  # fmt: skip
-            (new / ENTRY).write_text(json.dumps({**record, "sha256": digest(record)}, indent=1))
-            for path in [*paths, new / ENTRY]:
-                _to_disk(path)
-            target.parent.mkdir(exist_ok=True)
-            self._remove(target)
-            os.replace(new, target)
-            _to_disk(target.parent)
+            with replacing(target, durable=True, within=self.folder / "tmp") as new:
+                new.mkdir()
+                fill(new)
+                describe_entry(new, stage, depends, config, upstream)
         except (OSError, SafetensorError) as error:
             logger.warning("The result of %s cannot be kept in the store %s: %s.", stage, self.folder, error)
             return None
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
-        self._remove(self.folder / "partial" / target.name)
-        entry = _read(target)
+        remove(self.folder, self.folder / "partial" / name)
+        entry = read_entry(target)
         if entry is not None:
-            self._pin(entry)
+            self._use(entry)
         with suppress(OSError):  # housekeeping never ends a job
             self.evict()
         return entry
 
-    def _pin(self, entry: Entry) -> None:
+    def _use(self, entry: Entry) -> None:
         self._used.append(entry)
-        path = self.folder / "pins" / entry.folder.name / f"{uuid.uuid4().hex}.lock"
-        with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path)
-            lock.acquire(timeout=0)
-            self._pins.callback(_unpin, lock, path)
-
-    def _remove(self, folder: Path) -> None:
-        """Remove a folder so that nobody ever sees a part of it."""
-        aside = self.folder / "tmp" / f"{uuid.uuid4().hex}-old"
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
-            os.replace(folder, aside)
-            shutil.rmtree(aside, ignore_errors=True)
+        pin(self.folder, entry.folder.name, self._pins)
 
     def entries(self) -> list[Entry]:
         """All intact-looking entries, the least recently used first (their files are not looked at)."""
-        folders = self.folder.joinpath("entries")
-        found = [_read(folder) for folder in folders.iterdir()] if folders.is_dir() else []
-        return sorted((entry for entry in found if entry is not None), key=lambda entry: entry.used)
+        return entries_of(self.folder)
 
     def evict(self, max_bytes: float | None = None, older_than: float = 0.0) -> list[Entry]:
         """Remove what was used least recently, results and unfinished work, until the store fits ``max_bytes``
         (default: its own limit), and all last used before ``older_than`` (seconds since 1970). What a running job uses
         stays. Returns the removed results."""
-        limit, removed = self.max_bytes if max_bytes is None else max_bytes, []
-        found: list[tuple[float, Path, int, Entry | None]] = []
-        found += [(entry.used, entry.folder, entry.size, entry) for entry in self.entries()]
-        partial = self.folder / "partial"
-        for folder in partial.iterdir() if partial.is_dir() else []:
-            found.append((_newest(folder), folder, _size(folder), None))
-        total = sum(size for _, _, size, _ in found)
-        for used, folder, size, entry in sorted(found, key=lambda item: item[0]):
-            if (total > limit or used < older_than) and self._remove_unless_used(folder):
-                total -= size
-                removed += [entry] if entry is not None else []
-        self._sweep_tmp()
-        return removed
+        return evict(self.folder, self.max_bytes if max_bytes is None else max_bytes, older_than)
 
     def remove_damaged(self) -> int:
         """Remove what was set aside as damaged; returns how many entries."""
@@ -259,103 +169,6 @@ class Store:
         shutil.rmtree(folder, ignore_errors=True)
         return count
 
-    def _remove_unless_used(self, folder: Path) -> bool:
-        lock = FileLock(self.folder / "locks" / f"{folder.name}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            return False
-        try:
-            if folder.parent.name == "entries" and _is_pinned(self.folder / "pins" / folder.name):
-                return False
-            self._remove(folder)
-            return True
-        finally:
-            lock.release()
 
-    def _sweep_tmp(self) -> None:
-        folder = self.folder / "tmp"
-        for left in folder.iterdir() if folder.is_dir() else []:
-            with suppress(OSError):
-                if left.stat().st_mtime < time.time() - STALE:
-                    shutil.rmtree(left, ignore_errors=True)
-
-
-def _who_holds(holder: Path) -> str:
-    try:
-        record = json.loads(holder.read_text())
-        minutes = (time.time() - record["since"]) / 60
-        return f"process {record['pid']} on {record['host']}, for {minutes:.0f} min now"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
-
-
-def _read(folder: Path) -> Entry | None:
-    """The entry as its entry.json describes it; None if that is missing, cut short or changed."""
-    try:
-        record = json.loads((folder / ENTRY).read_bytes())
-        seal = record.pop("sha256")
-        if record["format"] != FORMAT or seal != digest(record):
-            return None
-        used = (folder / ENTRY).stat().st_mtime
-        names = ("stage", "key", "depends", "config", "upstream", "files", "created")
-        return Entry(folder, used=used, **{name: record[name] for name in names})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def _problem(entry: Entry) -> str | None:
-    for name, expected in entry.files.items():
-        try:
-            if file_sha256(entry.folder / name) != expected["sha256"]:
-                return f"{name} is not what was written"
-        except OSError as error:
-            return f"{name}: {error.strerror or error}"
-    return None
-
-
-def _unpin(lock: FileLock, path: Path) -> None:
-    with suppress(OSError):
-        lock.release()
-        path.unlink(missing_ok=True)
-        path.parent.rmdir()
-
-
-def _is_pinned(folder: Path) -> bool:
-    """Whether a living process needs an entry; pins of dead ones are removed."""
-    for path in folder.glob("*.lock") if folder.is_dir() else []:
-        lock = FileLock(path)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            return True
-        path.unlink(missing_ok=True)
-        lock.release()
-    with suppress(OSError):
-        folder.rmdir()
-    return False
-
-
-def _newest(folder: Path) -> float:
-    """When the newest file in a folder was written; now, if there is none."""
-    times = []
-    for path in folder.rglob("*"):
-        with suppress(OSError):
-            times.append(path.stat().st_mtime)
-    return max(times, default=time.time())
-
-
-def _size(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        with suppress(OSError):
-            total += path.stat().st_size if path.is_file() else 0
-    return total
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _name(stage: str, depends: Mapping[str, Any]) -> str:
+    return f"{stage}-{digest(depends)}"

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from bnre_exp.data.loaders import build_loaders
 from bnre_exp.data.preprocess import Preprocessing, stored_preprocessing
+from bnre_exp.data.spec import DataSpec
 from bnre_exp.errors import UserError
 
 NAMED = ("digits", "fashion_mnist", "cifar10", "cifar100")
@@ -73,12 +74,11 @@ def batches_of(model: onnx.ModelProto, options: argparse.Namespace) -> Iterable[
             f"--data {options.data}: expected an .npy or .npz file, a folder of images, or one of {', '.join(NAMED)}."
         )
     target = f"bnre_exp.data.{options.data}" if options.data in NAMED else f"{__name__}.image_files"
-    loaders = build_loaders(
-        target, root=None if options.data in NAMED else options.data, kwargs={},
-        preprocessing=_preprocessing(model, options), seed=options.seed, batch_size=options.batch_size,
-        eval_batch_size=options.batch_size, val_fraction=0.0, train_limit=None, test_limit=None,
-        in_memory=options.data in NAMED, augment=False, workers=0,
+    spec = DataSpec(
+        target, root=None if options.data in NAMED else options.data, seed=options.seed, batch_size=options.batch_size,
+        eval_batch_size=options.batch_size, val_fraction=0.0, in_memory=options.data in NAMED,
     )  # fmt: skip
+    loaders = build_loaders(spec, preprocessing=_preprocessing(model, options))
     return loaders.fresh("reestimation")
 
 

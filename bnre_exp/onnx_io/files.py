@@ -11,6 +11,7 @@ from pathlib import Path
 import onnx
 
 from bnre_exp.errors import UserError, first_line
+from bnre_exp.files import replacing
 
 LARGEST = 2**31 - 2**20  # protobuf holds no more in one piece; weights then go to a file beside the model
 
@@ -38,17 +39,14 @@ def save_model(model: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
     Raises ``UserError`` if the disk refuses.
     """
     target = Path(os.path.realpath(path))
-    unique = uuid.uuid4().hex
-    new, data = target.with_name(f".{target.name}.{unique}"), f"{target.name}.{unique[:8]}.data"
+    data = f"{target.name}.{uuid.uuid4().hex[:8]}.data"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if model.ByteSize() < LARGEST:
-            onnx.save(model, new)
-        else:
-            onnx.save(copy.deepcopy(model), new, save_as_external_data=True, location=data)
-        os.replace(new, target)
+        with replacing(target) as new:
+            if model.ByteSize() < LARGEST:
+                onnx.save(model, new)
+            else:
+                onnx.save(copy.deepcopy(model), new, save_as_external_data=True, location=data)
     except OSError as error:
+        with suppress(OSError):  # a disk that is full would stay full
+            target.with_name(data).unlink(missing_ok=True)
         raise UserError(f"{target} cannot be written: {error.strerror or error}.") from error
-    finally:
-        with suppress(OSError):
-            new.unlink(missing_ok=True)

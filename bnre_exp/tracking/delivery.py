@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -14,6 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from bnre_exp.errors import UserError
+from bnre_exp.files import replacing
 from bnre_exp.tracking import stores
 from bnre_exp.tracking.journal import Journal, read_records
 from bnre_exp.tracking.send import send
@@ -147,9 +147,8 @@ def read_note(folder: Path) -> dict[str, Any]:
 
 def write_note(folder: Path, note: Mapping[str, Any]) -> None:
     """Replace the note of a folder, in one step."""
-    new = folder / f".{DELIVERED}.new"
-    new.write_text(json.dumps(note))
-    os.replace(new, folder / DELIVERED)
+    with replacing(folder / DELIVERED) as new:
+        new.write_text(json.dumps(note))
 
 
 def ensure_run(client: Any, folder: Path, about: Mapping[str, Any], note: dict[str, Any]) -> None:

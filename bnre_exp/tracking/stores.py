@@ -8,7 +8,6 @@ import signal
 import sqlite3
 import urllib.error
 import urllib.request
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from bnre_exp.errors import UserError
+from bnre_exp.files import replacing
 from bnre_exp.tracking.filesystems import is_on_network
 
 PATIENCE = 3.0  # seconds that a call waits for a locked or silent store; MLflow itself waits 20, or minutes
@@ -87,7 +87,7 @@ def turn(uri: str) -> Iterator[None]:
 
 
 def client_of(uri: str) -> Any:
-    """MLflow\'s client of a store; a database is made if there is none."""
+    """MLflow's client of a store; a database is made if there is none."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     if uri.startswith("http"):  # the defaults keep a run waiting for minutes
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -113,12 +113,11 @@ def client_of(uri: str) -> Any:
 
 def _make_database(database: Path, client_class: Any) -> None:
     """MLflow makes its tables step by step: killed in between, it leaves a database that nothing can open again."""
-    new = database.with_name(f".{database.name}.{uuid.uuid4().hex}")
     try:
-        made = client_class(f"sqlite:///{new}")
-        with suppress(AttributeError):
-            made._tracking_client.store.engine.dispose()
-        os.replace(new, database)
+        with replacing(database) as new:
+            made = client_class(f"sqlite:///{new}")
+            with suppress(AttributeError):
+                made._tracking_client.store.engine.dispose()
     finally:
         for left in database.parent.glob(f".{database.name}.*"):  # of this one, and of any that was killed
             left.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from bnre_exp import QuantScheme, UserError, calibrate, quantize, train
 from bnre_exp.algorithms.snapshot import Snapshot, Training, capture, restore
 from bnre_exp.data.loaders import Preprocessing, build_loaders
+from bnre_exp.data.spec import DataSpec
 from tests.networks import Net
 
 EPOCHS = 3
@@ -89,10 +90,11 @@ def simulation(calibrated: bool) -> nn.Module:
 
 
 def digits(seed: int, workers: int = 0) -> tuple[Any, Any]:
-    loaders = build_loaders(
-        "bnre_exp.data.digits", root=None, kwargs={}, preprocessing=SMALL, seed=3, batch_size=32, eval_batch_size=40,
-        val_fraction=0.3, train_limit=200, test_limit=20, in_memory=True, augment=True, workers=workers,
+    spec = DataSpec(
+        "bnre_exp.data.digits", seed=3, batch_size=32, eval_batch_size=40, val_fraction=0.3, train_limit=200,
+        test_limit=20, augment=True, workers=workers,
     )  # fmt: skip
+    loaders = build_loaders(spec, preprocessing=SMALL)
     loaders.train.batch_sampler.generator.manual_seed(seed)  # type: ignore[union-attr]
     loaders.train.generator.manual_seed(seed)  # type: ignore[union-attr]
     return loaders.train, loaders.validation

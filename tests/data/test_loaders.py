@@ -18,9 +18,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bnre_exp.data import datasets, splits
-from bnre_exp.data import loaders as data
-from bnre_exp.data.loaders import ImageTensors, Loaders, Preprocessing, build_loaders, check_labels
+from bnre_exp import data
+from bnre_exp.data import DataSpec, ImageTensors, Loaders, Preprocessing, build_loaders, check_labels, datasets, splits
 from bnre_exp.data.preprocess import normalise, random_crop_and_flip, resize_and_crop, resolve_preprocessing, to_uint8
 from bnre_exp.errors import UserError
 
@@ -45,23 +44,9 @@ class PilRgb(Dataset[Any]):
         return Image.fromarray(pixels.astype(np.uint8)), index % 3 + self.first_class
 
 
-def digits_loaders(**changes: Any) -> Loaders:
-    options: dict[str, Any] = {
-        "root": None,
-        "kwargs": {},
-        "preprocessing": PLAIN,
-        "seed": 3,
-        "batch_size": 64,
-        "eval_batch_size": 100,
-        "val_fraction": 0.1,
-        "train_limit": None,
-        "test_limit": None,
-        "in_memory": True,
-        "augment": False,
-        "workers": 0,
-    }
-    target = changes.pop("target", "bnre_exp.data.digits")
-    return build_loaders(target, **{**options, **changes})
+def digits_loaders(preprocessing: Preprocessing = PLAIN, **changes: Any) -> Loaders:
+    options: dict[str, Any] = {"target": "bnre_exp.data.digits", "seed": 3, "batch_size": 64, "eval_batch_size": 100}
+    return build_loaders(DataSpec(**{**options, **changes}), preprocessing=preprocessing)
 
 
 def pil_loaders(**changes: Any) -> Loaders:

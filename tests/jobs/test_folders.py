@@ -31,7 +31,7 @@ from bnre_exp.tracking.filesystems import is_on_network
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from bnre_exp.runs import claim, recorded
+from bnre_exp.jobs.folders import claim, recorded
 folder = Path(sys.argv[1])
 with claim(folder), recorded(folder, "id", "label") as record:
     print("running", flush=True)

@@ -102,16 +102,14 @@ def test_stages_that_are_off_have_no_metrics_and_say_so(tmp_path):
 
 
 def test_the_folded_checkpoint_gives_the_reported_accuracy(tmp_path):
-    from bnre_exp.data.loaders import build_loaders, resolve_preprocessing
+    from bnre_exp.data import DataSpec, build_loaders, resolve_preprocessing
 
     results, _ = job(tmp_path, "quant=w4a4")
     preprocessing = resolve_preprocessing(
         None, image_size=None, mean=None, std=None, default_image_size=32, default_mean=[0.305], default_std=[0.324]
     )
-    loaders = build_loaders(
-        "bnre_exp.data.digits", root=None, kwargs={}, preprocessing=preprocessing, seed=0, batch_size=32,
-        eval_batch_size=256, val_fraction=0.1, train_limit=192, test_limit=64, in_memory=True, augment=False, workers=0,
-    )  # fmt: skip
+    spec = DataSpec("bnre_exp.data.digits", batch_size=32, train_limit=192, test_limit=64)
+    loaders = build_loaders(spec, preprocessing=preprocessing)
     assert evaluate(load_folded(results.folded), loaders.test).top1 == results.metrics["export/top1"]
 
 

@@ -183,7 +183,7 @@ def test_pruning_by_age_takes_unfinished_work_too(tmp_path):
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from bnre_exp.store import Store
+from bnre_exp.jobs.store import Store
 folder, seconds = Path(sys.argv[1]), float(sys.argv[2])
 with Store(folder) as store, store.stage("fp32", {"a": 1}, lambda who: print("waits for", who, flush=True)) as slot:
     print("inside", flush=True)

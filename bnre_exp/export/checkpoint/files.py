@@ -1,16 +1,15 @@
-"""Files, and the two of a checkpoint: written whole or not at all, read with every byte checked."""
+"""The two files of a checkpoint: written whole or not at all, read with every byte checked."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
 from bnre_exp.errors import UserError
+from bnre_exp.files import replacing
 
 FORMAT, VERSION = "bnre_exp.folded", 2
 READABLE = (1, 2)  # 1 had no packed tensors
@@ -26,21 +25,16 @@ def write_checkpoint(path: Path, document: dict[str, Any], weights: bytes) -> No
     check_replaceable(path)
     header = {"format": FORMAT, "version": VERSION, "weights_sha256": hashlib.sha256(weights).hexdigest()}
     text = _one_line_an_entry({**header, **document})
-    unique = uuid.uuid4().hex
-    new, old = path.with_name(f".{path.name}.{unique}.new"), path.with_name(f".{path.name}.{unique}.old")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new.mkdir()
-        (new / WEIGHTS).write_bytes(weights)
-        (new / NETWORK).write_text(text, encoding="utf-8")
-        _swap(new, path, old)
+        with replacing(path) as new:
+            new.mkdir()
+            (new / WEIGHTS).write_bytes(weights)
+            (new / NETWORK).write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"The checkpoint {path} cannot be written: {error.strerror or error}. Free space there, or give another "
             "folder."
         ) from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def _one_line_an_entry(document: dict[str, Any]) -> str:
@@ -82,20 +76,6 @@ def _is_ours(path: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(document, dict) and document.get("format") == FORMAT
-
-
-def _swap(new: Path, path: Path, old: Path) -> None:
-    """A folder with files in it cannot be replaced in one step, so the old one steps aside, and back if need be."""
-    if not path.exists():
-        os.replace(new, path)
-        return
-    os.replace(path, old)
-    try:
-        os.replace(new, path)
-    except BaseException:
-        os.replace(old, path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], bytes]:

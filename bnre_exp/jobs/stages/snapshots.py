@@ -1,18 +1,19 @@
-"""Where a training keeps its state between two epochs."""
+"""Where a stage keeps the state of its training, to take it up again."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-import os
 from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from bnre_exp.algorithms.snapshot import Snapshot
 from bnre_exp.digests import file_sha256
+from bnre_exp.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -41,20 +42,16 @@ class SnapshotFolder:
 
     def save(self, snapshot: Snapshot) -> None:
         """Write a snapshot, whole or not at all, and remove the one before it."""
-        new = self.folder / f"new-{os.getpid()}"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(snapshot.tensors, new, {"values": json.dumps(snapshot.values)})
-            with open(new, "rb") as file:
-                os.fsync(file.fileno())
-            sha = file_sha256(new)
+            content = save(snapshot.tensors, {"values": json.dumps(snapshot.values)})
+            path = self.folder / f"snapshot-{hashlib.sha256(content).hexdigest()}.safetensors"
             before = self._files()
-            os.replace(new, self.folder / f"snapshot-{sha}.safetensors")
-            for path in before:
-                if path.stem != f"snapshot-{sha}":
-                    path.unlink(missing_ok=True)
+            with replacing(path, durable=True) as new:
+                new.write_bytes(content)
+            for other in before:
+                if other != path:
+                    other.unlink(missing_ok=True)
         except (OSError, SafetensorError) as error:
-            new.unlink(missing_ok=True)
             if not self._is_told:
                 logger.warning("The state of the training cannot be kept in %s (%s); it goes on.", self.folder, error)
             self._is_told = True

@@ -60,7 +60,7 @@ import importlib.util, sys
 sys.path.insert(0, sys.argv[1])
 import torch
 from safetensors.torch import load_file
-from bnre_exp.export.checkpoint import load_folded
+from bnre_exp.export.checkpoint.save_load import load_folded
 assert importlib.util.find_spec("user_code") is None
 
 def forbid(event, args):

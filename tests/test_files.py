@@ -1,0 +1,100 @@
+"""Files and folders are written whole or not at all, and what was there is as it was after an error."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from bnre_exp import files
+from bnre_exp.errors import UserError
+from bnre_exp.files import replacing, write_file
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file below a folder, hidden ones too."""
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def write(target: Path, is_folder: bool, text: str, **how: object) -> None:
+    with replacing(target, **how) as new:  # type: ignore[arg-type]
+        if is_folder:
+            new.mkdir()
+        (new / "deep" if is_folder else new).write_text(text)
+
+
+@pytest.mark.parametrize("durable", [False, True])
+@pytest.mark.parametrize("is_folder", [False, True], ids=["file", "folder"])
+def test_the_new_one_takes_the_place_of_the_old(tmp_path: Path, is_folder: bool, durable: bool) -> None:
+    target = tmp_path / "made" / "target"
+    name = "made/target/deep" if is_folder else "made/target"
+    for text in ("old", "new"):
+        write(target, is_folder, text, durable=durable)
+        assert contents(tmp_path) == {name: text}
+
+
+@pytest.mark.parametrize("is_folder", [False, True], ids=["file", "folder"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["disk", "user"])
+def test_an_error_within_the_block_leaves_the_old(tmp_path: Path, is_folder: bool, error: BaseException) -> None:
+    write(tmp_path / "target", is_folder, "old")
+    before = contents(tmp_path)
+    with pytest.raises(type(error)), replacing(tmp_path / "target") as new:
+        if is_folder:
+            new.mkdir()
+        (new / "half" if is_folder else new).write_text("half")
+        raise error
+    assert contents(tmp_path) == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_old_folder_that_stepped_aside_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "target", True, "old")
+    replace = os.replace
+
+    def refusing(source: Path, target: Path) -> None:
+        if source.suffix == ".new":
+            raise OSError(5, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "replace", refusing)
+    with pytest.raises(OSError, match="Input/output"):
+        write(tmp_path / "target", True, "new")
+    assert contents(tmp_path) == {"target/deep": "old"}
+
+
+def test_a_folder_is_no_place_for_a_file_nor_a_file_for_a_folder(tmp_path: Path) -> None:
+    write(tmp_path / "folder", True, "old")
+    write(tmp_path / "file", False, "old")
+    with pytest.raises(IsADirectoryError):
+        write(tmp_path / "folder", False, "new")
+    with pytest.raises(NotADirectoryError):
+        write(tmp_path / "file", True, "new")
+    assert contents(tmp_path) == {"folder/deep": "old", "file": "old"}
+
+
+def test_what_is_not_finished_can_be_elsewhere(tmp_path: Path) -> None:
+    with replacing(tmp_path / "entries" / "one", within=tmp_path / "tmp") as new:
+        assert new.parent == tmp_path / "tmp" and not list((tmp_path / "entries").iterdir())
+        new.write_text("whole")
+    assert contents(tmp_path) == {"entries/one": "whole"}
+
+
+def test_durable_waits_for_every_file_and_for_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(files.os, "fsync", lambda descriptor: seen.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    write(tmp_path / "target", True, "text", durable=True)
+    assert seen[0].endswith(".new/deep") and seen[1].endswith(".new") and seen[2] == str(tmp_path)
+    assert len(seen) == 3
+    write(tmp_path / "target", True, "text")
+    assert len(seen) == 3
+
+
+def test_write_file_says_why_it_cannot(tmp_path: Path) -> None:
+    write_file(tmp_path / "new" / "file", b"text")
+    assert contents(tmp_path) == {"new/file": "text"}
+    with pytest.raises(UserError, match="no path of a file"):
+        write_file(tmp_path / "new", b"")
+    with pytest.raises(UserError, match="cannot be written: File exists"):
+        write_file(tmp_path / "new" / "file" / "below", b"")
+    with pytest.raises(UserError, match="cannot be written: embedded null byte"):
+        write_file(tmp_path / "a\0b", b"")
