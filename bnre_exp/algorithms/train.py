@@ -91,16 +91,13 @@ def train(
     without a length or batches, for a snapshot that does not fit (the model is then as it was), and with ``snapshots``
     for what a snapshot cannot hold (:func:`~bnre_exp.algorithms.snapshot.capture`).
     """
-    if epochs < 1:
-        raise UserError(f"epochs={epochs}: expected at least 1; to leave training out, do not call it.")
-    if not isinstance(dataloader, Sized) or len(dataloader) == 0:
-        raise UserError("train: the data loader must have a length of at least one batch.")
+    batches_an_epoch = _count(dataloader, epochs)
     optimize = _optimizer(model, optimizer, lr, momentum, weight_decay)
-    scheduler = _scheduler(optimize, schedule, lr, epochs * len(dataloader))
+    scheduler = _scheduler(optimize, schedule, lr, epochs * batches_an_epoch)
     task = Classification() if task is None else task
     loss_of = _loss_of_batch(model, precision, task, forward_fn, loss_fn, label_smoothing)
     settings = {
-        "epochs": epochs, "batches an epoch": len(dataloader), "lr": lr, "optimizer": optimizer, "momentum": momentum,
+        "epochs": epochs, "batches an epoch": batches_an_epoch, "lr": lr, "optimizer": optimizer, "momentum": momentum,
         "weight_decay": weight_decay, "schedule": schedule, "label_smoothing": label_smoothing, "precision": precision,
         "device": device_of(model).type,
     }  # fmt: skip
@@ -108,7 +105,7 @@ def train(
     history = _resume(training, snapshots, on_epoch) if snapshots is not None else []
     for epoch in range(len(history) + 1, epochs + 1):
         started = time.perf_counter()
-        batches = progress(dataloader, f"{description} {epoch}/{epochs}", len(dataloader))
+        batches = progress(dataloader, f"{description} {epoch}/{epochs}", batches_an_epoch)
         loss = _train_epoch(training, batches, loss_of, task, epoch, description)
         rate, seconds = optimize.param_groups[0]["lr"], time.perf_counter() - started
         score = evaluate(model, validation, forward_fn, task=task).metrics if validation is not None else None
@@ -119,6 +116,15 @@ def train(
             on_epoch(history[-1])
     model.eval()
     return history
+
+
+def _count(dataloader: Iterable[Any], epochs: int) -> int:
+    """Batches an epoch. Raises ``UserError`` if there are none, or no epochs."""
+    if epochs < 1:
+        raise UserError(f"epochs={epochs}: expected at least 1; to leave training out, do not call it.")
+    if not isinstance(dataloader, Sized) or len(dataloader) == 0:
+        raise UserError("train: the data loader must have a length of at least one batch.")
+    return len(dataloader)
 
 
 def _resume(training: Training, snapshots: Snapshots, on_epoch: Callable[[Epoch], None] | None) -> list[Epoch]:
