@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -83,10 +84,12 @@ def does_nothing_in_evaluation(node: fx.Node) -> bool:
     return type(module) in STOCHASTIC_MODULES or name in STOCHASTIC_CLASSES
 
 
-def is_nonnegative(node: Any) -> bool:
-    """Whether every value of the node's output is provably >= 0, whatever the input."""
+def is_nonnegative(node: Any, known: Mapping[fx.Node, bool] | None = None) -> bool:
+    """Whether every value of the node's output is provably >= 0, whatever the input. known: of nodes asked before."""
     if not isinstance(node, fx.Node):
         return isinstance(node, (int, float)) and bool(node >= 0)
+    if known and node in known:
+        return known[node]
     module = module_of(node)
     if isinstance(module, ActivationQuantizer):
         return module.unsigned
@@ -103,7 +106,7 @@ def is_nonnegative(node: Any) -> bool:
         operands = operands[:1]
     values = [] if is_preserving(node) else [*node.args, *node.kwargs.values()]  # add(x, y, alpha=-1) subtracts
     constants = [value for value in values if isinstance(value, (int, float))]
-    return passes_on and bool(operands) and all(is_nonnegative(operand) for operand in (*operands, *constants))
+    return passes_on and bool(operands) and all(is_nonnegative(operand, known) for operand in (*operands, *constants))
 
 
 def input_quantizer(layer: fx.Node) -> ActivationQuantizer | None:

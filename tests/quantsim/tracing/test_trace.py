@@ -58,8 +58,8 @@ def test_sizes_decide_and_other_sizes_are_refused(forward, tmp_path):
         for batch in (1, 2, 7):
             x = torch.randn(batch, 3, 12, 12)
             torch.testing.assert_close(network(x), model(x), rtol=1e-4, atol=1e-4)
-    assert any("decided by the input's size: " in note and "test_tracing.py:" in note for note in sim_report(sim).notes)
-    with pytest.raises(UserError, match=r"takes another course.*test_tracing.py:.*with an example of the size"):
+    assert any("decided by the input's size: " in note and "test_trace.py:" in note for note in sim_report(sim).notes)
+    with pytest.raises(UserError, match=r"takes another course.*test_trace.py:.*with an example of the size"):
         sim(torch.randn(2, 3, 6, 6))
     save_folded(folded, tmp_path / "net")
     loaded = load_folded(tmp_path / "net")
