@@ -183,7 +183,7 @@ def leave_report(job: Job) -> None:
         summary.places["MLflow"] = ui_command(log.uri)
         summary.places["  then open"] = compare_link(log.experiment_id, ui_address(log.uri))
     if log.undelivered:
-        job.exceptions("note", [("MLflow", f"{log.undelivered} records are not there yet: scripts/sync_mlflow")])
+        job.exceptions("note", [("MLflow", f"{log.undelivered} records are not there yet: bnre-exp-sync")])
     path = job.run_dir / "report.md"
     path.write_text(markdown(summary))
     log.artifact(path)

@@ -118,7 +118,7 @@ def close_if_dead(folder: Path) -> None:
 
 
 def make_room(folder: Path) -> None:
-    """Set aside what another run left in a folder; what MLflow lacks of it is delivered first, or by sync_mlflow."""
+    """Set aside what another run left in a folder; what MLflow lacks of it is delivered first, or by bnre-exp-sync."""
     with suppress(UserError):
         sync(folder)
     set_aside(folder)
@@ -172,6 +172,6 @@ def _leave_comparison(plan: SweepPlan, log: RunLog, console: Console) -> None:
             log.experiment_id, ui_address(log.uri), view=log.view(differing_params(rows), shown)
         )
     if log.undelivered:
-        places["not in MLflow yet"] = f"{log.undelivered} records of the sweep's own run: scripts/sync_mlflow"
+        places["not in MLflow yet"] = f"{log.undelivered} records of the sweep's own run: bnre-exp-sync"
     for what, place in places.items():
         console.print(Text(f"{what}: "), Text(place, style="cyan"), sep="", soft_wrap=True)
