@@ -46,6 +46,8 @@ IN_OTHER_WORDS = {
     ".venv/bin/python": "python",
     "--sweep ID": '--sweep "$(ls -d outputs/multirun/* | tail -1)"',
 }
+# Of three and more values that a sweep takes, the first and the last are run.
+MANY = r"=([\w.]+),(?:[\w.]+,)+([\w.]+)"
 # Appended to commands that match, so that they take seconds. Agreement on 32 images comes in steps of 3 %.
 SMALL = {
     r"bnre-exp (?!--|.*--cfg)": "dataset.train_limit=64 dataset.test_limit=32 dataset.batch_size=16 "
@@ -53,6 +55,7 @@ SMALL = {
     r"bnre-exp (?!--|.*--cfg)(?!.*model.checkpoint)": "train.epochs=1",
     r"bnre-exp (?!--|.*--cfg)(?!.*(qat=off|experiment=(ptq|bits|batches|per_channel)))": "qat.epochs=1",
     r"bnre-exp .*optuna": "hydra.sweeper.n_trials=2",
+    r"bnre-exp .*experiment=(bits|batches|per_channel)": "hydra.mode=RUN",  # ptq is run as the sweep it is
     r"bnre-exp .*experiment=smoke": "dataset.train_limit=128",
     r"python .*zoo.py": "--filter mobilenetv3_small_050 --output zoo",
 }
@@ -76,6 +79,7 @@ def as_run(command: str) -> str:
     """A command as it is run here."""
     for shown, instead in IN_OTHER_WORDS.items():
         command = command.replace(shown, instead)
+    command = re.sub(MANY, r"=\1,\2", command)
     more = [text for pattern, text in SMALL.items() if re.match(pattern, command + " ")]
     return " ".join([command, *more])
 
@@ -108,8 +112,8 @@ def write_files(folder: Path) -> None:
             if named:
                 (folder / named[1]).write_text(text)
     torch.onnx.export(
-        Small().eval(), (torch.randn(2, 3, 32, 32),), folder / "in.onnx", dynamo=True, optimize=False, verbose=False, external_data=False,
-        input_names=["x"], dynamic_shapes=({0: torch.export.Dim("n")},),
+        Small().eval(), (torch.randn(2, 3, 32, 32),), folder / "in.onnx", dynamo=True, optimize=False, verbose=False,
+        external_data=False, input_names=["x"], dynamic_shapes=({0: torch.export.Dim("n")},),
     )  # fmt: skip
     (folder / "net.onnx").write_bytes((folder / "in.onnx").read_bytes())
     rng = np.random.default_rng(0)
