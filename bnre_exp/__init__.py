@@ -1,5 +1,7 @@
 """Batch-norm re-estimation after quantization: simulate, re-estimate, fold, and prove that it helps."""
 
+from importlib.metadata import PackageNotFoundError, version
+
 from bnre_exp.algorithms.bias import quantize_biases
 from bnre_exp.algorithms.calibrate import calibrate
 from bnre_exp.algorithms.evaluate import evaluate
@@ -16,12 +18,18 @@ from bnre_exp.quantsim.listing import LayerRow, list_layers
 from bnre_exp.quantsim.quantizers.scheme import LayerRule, QuantScheme
 from bnre_exp.quantsim.sim import activation_quantizers, bypassed, sim_report, weight_quantizers
 
+try:
+    __version__ = version("bnre_exp")
+except PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "unknown"
+
 __all__ = [
     "LayerRow",
     "LayerRule",
     "QuantScheme",
     "TrainingDivergedError",
     "UserError",
+    "__version__",
     "activation_quantizers",
     "bypassed",
     "calibrate",

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Compare runs: what differs between them, their accuracy stage by stage, and plots. With neither --sweep nor --filter,
 the newest sweep is compared, or all runs if there is none. Table and plots also go to files."""
 
@@ -50,9 +49,10 @@ def choose(sweep: str | None, filter_string: str | None, uri: str, experiment: s
     return title, rows
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit status. arguments: None means those of the process."""
     output = Path(os.environ.get("BNRE_OUTPUT_DIR", "outputs"))
-    parser = argparse.ArgumentParser(prog="scripts/compare_runs.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog="bnre-exp-compare", description=__doc__)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--sweep", metavar="ID", help="id of a sweep's run in MLflow, or the folder of a sweep")
     which.add_argument(
@@ -82,4 +82,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The text of ``python -m bnre_exp --help``, made from the config dataclasses and the folder of config groups."""
+"""The text of ``bnre-exp --help``, made from the config dataclasses and the folder of config groups."""
 
 from __future__ import annotations
 
@@ -19,22 +19,29 @@ _GAP = 2
 INTRODUCTION = """\
 Does re-estimating the batch-norm statistics of a quantized network help, with how many batches, and what do I ship?
 One job trains or loads an FP32 network, quantizes it, trains it further (QAT), re-estimates its BN statistics, folds BN
-into the weights and exports the result; after each stage it measures the test accuracy, and logs it to MLflow.
+into the weights and exports the result; after each stage it evaluates the network by the metrics of its task, and logs
+them to MLflow.
 
-Usage: python -m bnre_exp [GROUP=CHOICE ...] [FIELD=VALUE ...] [-m]
+Usage: bnre-exp [GROUP=CHOICE ...] [FIELD=VALUE ...] [-m]          (python -m bnre_exp is the same)
 
-  python -m bnre_exp                                              the defaults: ResNet-18 on digits, 4-bit weights
-  python -m bnre_exp model=mobilenet_v2 dataset=fashion_mnist     another network, another dataset
-  python -m bnre_exp qat=off quant=w3a8 reest.num_batches=50      PTQ: calibrated, re-estimated, not trained
-  python -m bnre_exp -m quant.weight_bits=2,3,4,8 reest.num_batches=0,10,100      multirun: one run each, 12 in all
-  python -m bnre_exp model=mobilenet_v2 model.kwargs.width_mult=0.5    an argument of the network's constructor
-  python -m bnre_exp experiment=smoke                             seconds: every stage, on a few images
-  python -m bnre_exp 'quant.overrides=[{pattern: "layer4.*", weight_bits: 8}]'    exceptions by layer
+  bnre-exp                                              the defaults: ResNet-18 on digits, 4-bit weights
+  bnre-exp model=mobilenet_v2 dataset=fashion_mnist     another network, another dataset
+  bnre-exp qat=off quant=w3a8 reest.num_batches=50      PTQ: calibrated, re-estimated, not trained
+  bnre-exp -m quant.weight_bits=2,3,4,8 reest.num_batches=0,10,100      multirun: one run each, 12 in all
+  bnre-exp model=mobilenet_v2 model.kwargs.width_mult=0.5    an argument of the network's constructor
+  bnre-exp model=custom model._target_=mynet.MyNet      your own network, from mynet.py in the working directory
+  bnre-exp experiment=smoke                             seconds: every stage, on a few images
+  bnre-exp 'quant.overrides=[{pattern: "layer4.*", weight_bits: 8}]'    exceptions by layer
 
   --help   --version   --cfg job (the composed configuration)   --hydra-help (all flags of Hydra)
+  bnre-exp-onnx re-estimates and folds ONNX files; bnre-exp-store lists and prunes kept stages; bnre-exp-sync brings to
+  MLflow what it missed; bnre-exp-compare compares runs. Each has --help.
 """
 
 _GROUP_NOTES = {
+    "dataset": "yours: image_folder, or a callable named by dataset._target_",
+    "model": "yours: custom with model._target_, timm with model.name, onnx with model.path",
+    "task": "loss, metrics and agreement; yours: custom with task._target_, a class as in bnre_exp/tasks/task.py",
     "experiment": "a file that sets fields of several groups; yours: conf/experiment/NAME.yaml, or --config-dir DIR",
 }
 

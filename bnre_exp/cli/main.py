@@ -104,6 +104,8 @@ def main() -> int:
         if flags & set(arguments):
             return _print(text(config_folder()))
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions reach this function, which words them
+    if not {"", os.getcwd()} & set(sys.path):  # an installed command has its own folder there, python -m this one
+        sys.path.insert(0, os.getcwd())
     logging.raiseExceptions = False  # a full disk must not add a traceback of the log file's own
     register()
     try:

@@ -1,4 +1,4 @@
-"""What the stage store holds, and room in it: scripts/store [list|prune] [--help]."""
+"""What the stage store holds, and room in it: bnre-exp-store [list|prune] [--help]."""
 
 from __future__ import annotations
 
@@ -63,9 +63,10 @@ def table(entries: Sequence[Entry], now: float) -> Table:
     return found
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit status. arguments: None means those of the process."""
     output = Path(os.environ.get("BNRE_OUTPUT_DIR", "outputs"))
-    parser = argparse.ArgumentParser(prog="scripts/store", description="List or prune the stage store.")
+    parser = argparse.ArgumentParser(prog="bnre-exp-store", description="List or prune the stage store.")
     parser.add_argument("action", nargs="?", choices=("list", "prune"), default="list")
     parser.add_argument(
         "--dir", type=Path, default=output / "store", help="the store (store.dir); default: %(default)s"
@@ -98,4 +99,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

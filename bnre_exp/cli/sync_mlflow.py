@@ -1,5 +1,5 @@
-"""Bring to MLflow what runs could not deliver while it was out of reach: scripts/sync_mlflow [OUTPUT_DIR]. What is
-there already is not sent again."""
+"""Bring to MLflow what runs could not deliver while it was out of reach: bnre-exp-sync [OUTPUT_DIR]. What is there
+already is not sent again."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ def waiting(output: Path) -> list[Path]:
     return [path.parent for path in sorted(output.rglob(NAME)) if undelivered(path.parent)]
 
 
-def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="scripts/sync_mlflow", description=__doc__)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit status. arguments: None means those of the process."""
+    parser = argparse.ArgumentParser(prog="bnre-exp-sync", description=__doc__)
     default = Path(os.environ.get("BNRE_OUTPUT_DIR", "outputs"))
     parser.add_argument("output", nargs="?", type=Path, default=default, help="of the runs; default: %(default)s")
     given = parser.parse_args(arguments)
@@ -57,4 +58,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -120,7 +120,7 @@ def close_if_dead(folder: Path) -> None:
 
 
 def make_room(folder: Path) -> None:
-    """Set aside what another run left in a folder; what MLflow lacks of it is delivered first, or by sync_mlflow."""
+    """Set aside what another run left in a folder; what MLflow lacks of it is delivered first, or by bnre-exp-sync."""
     with suppress(UserError):
         sync(folder)
     set_aside(folder)

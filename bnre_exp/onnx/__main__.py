@@ -60,7 +60,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bnre_exp.onnx", description=__doc__)
+    parser = argparse.ArgumentParser(prog="bnre-exp-onnx", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     reestimate = commands.add_parser("reestimate", help="new BN statistics from training data")
     fold = commands.add_parser("fold", help="batch norms into the layers before them")

@@ -86,7 +86,7 @@ class Delivery:
             if already is None:
                 logger.warning(
                     "MLflow at %s does not take records (%s). The run goes on; what is missing there is in %s, and is "
-                    "delivered when MLflow answers, or by scripts/sync_mlflow.",
+                    "delivered when MLflow answers, or by bnre-exp-sync.",
                     self.uri, first_line(error), self._journal.folder / "metrics.jsonl",
                 )  # fmt: skip
         finally:

@@ -233,7 +233,7 @@ def test_in_memory_and_item_by_item_agree(target: str) -> None:
 
 
 def test_resize_is_that_of_pil() -> None:
-    image = data.fashion_mnist(False).images[5]
+    image = data.digits(False).images[5]
     preprocessing = Preprocessing(32, 40, PLAIN.mean, PLAIN.std)
     pil = Image.fromarray(image[0].numpy()).resize((40, 40), Image.Resampling.BILINEAR).crop((4, 4, 36, 36))
     ours = resize_and_crop(image.unsqueeze(0), preprocessing)[0, 0]
@@ -302,6 +302,7 @@ def test_digits_split_is_fixed_stratified_and_complete() -> None:
     assert sorted(row.numpy().tobytes() for row in pixels) == sorted(row.numpy().tobytes() for row in original)
 
 
+@pytest.mark.fashion_mnist
 @pytest.mark.parametrize(("train", "stem", "count"), [(True, "train", 60000), (False, "t10k", 10000)])
 def test_fashion_mnist_is_what_debian_installs(train: bool, stem: str, count: int) -> None:
     split = data.fashion_mnist(train)

