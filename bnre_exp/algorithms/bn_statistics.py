@@ -1,20 +1,48 @@
-"""Statistics of batch norms over several batches: the estimators, and how a network's batch norms are observed."""
+"""Statistics of batch norms over several batches, of torch modules and ONNX models alike: the estimators, the loop over
+batches, and how new statistics are written and taken back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnre_exp.algorithms.feeding import Passes, take_batches
 from bnre_exp.errors import UserError
+from bnre_exp.progress import Progress
 
 METHODS = ("batch_average", "pooled", "ema")
 
 Statistics = tuple[Tensor, Tensor]  # running_mean, running_var, each [C]
+H = TypeVar("H", bound="StatisticsHandle")
+K = TypeVar("K")  # whatever stands for a batch norm
+
+
+@dataclass(kw_only=True)
+class StatisticsHandle:
+    """Undoes a re-estimation: ``remove()``, or leaving a ``with`` block, puts the old statistics back.
+
+    num_batches: batches used; passes: passes over the loader that they took.
+    """
+
+    num_batches: int
+    passes: int
+    _undo: ExitStack = field(repr=False)
+
+    def remove(self) -> None:
+        """Restore the statistics of before, bit for bit. A second call does nothing."""
+        self._undo.close()
+
+    def __enter__(self: H) -> H:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
 
 
 class Estimator:
@@ -44,9 +72,61 @@ class Estimator:
             self.count = total
 
     def result(self, dtype: torch.dtype) -> Statistics:
-        """Mean and unbiased variance."""
+        """Mean and unbiased variance so far; later calls leave them alone."""
         spread = self.spread / (self.count - 1) if self.method == "pooled" else self.spread
-        return self.mean.to(dtype), spread.to(dtype)
+        return self.mean.to(dtype, copy=True), spread.to(dtype, copy=True)
+
+
+def check_arguments(method: str, num_batches: int) -> None:
+    """Raise ``UserError`` for a method that there is not, and for no batches."""
+    if method not in METHODS:
+        raise UserError(f"method={method!r}: expected one of {', '.join(METHODS)}.")
+    if num_batches < 1:
+        raise UserError(f"num_batches={num_batches}: expected at least 1; to leave re-estimation out, do not call it.")
+
+
+def check_count(name: str, count: int) -> None:
+    """Raise ``UserError`` naming a batch norm that is called with ``count`` values a channel, if that is too few."""
+    if count < 2:
+        raise UserError(
+            f"The batch norm {name} gets a batch with one value per channel, which has no variance; use larger "
+            "batches (drop_last=True drops a short last one)."
+        )
+
+
+def observe_batches(
+    loader: Iterable[Any], num_batches: int, observe: Callable[[Any], None], count: Passes, progress: Progress
+) -> Iterator[int]:
+    """Give ``num_batches`` batches to ``observe``, and yield after each how many those were; ``count`` follows.
+
+    observe: feeds one batch to a network and adds each call of each of its batch norms to that one's
+    :class:`Estimator`. Between two batches the network is as it was, and every estimator may be asked for its result.
+    Raises ``UserError`` as :func:`take_batches` does.
+    """
+    for batch in progress(take_batches(loader, num_batches, count), "re-estimate", num_batches):
+        observe(batch)
+        yield count.batches
+
+
+def commit(
+    names: Mapping[K, str], results: Mapping[K, Statistics], write: Callable[[K, Statistics], Callable[[], Any]]
+) -> ExitStack:
+    """Write the results of all batch norms, or of none; returns what undoes it.
+
+    names: of the batch norms; write: puts statistics in place of one's old ones, and returns what puts those back.
+    Raises ``UserError`` naming batch norms whose results are not finite.
+    """
+    bad = [names[bn] for bn, statistics in results.items() if not all(bool(x.isfinite().all()) for x in statistics)]
+    if bad:
+        raise UserError(
+            f"Re-estimation gave statistics that are not finite for {', '.join(bad[:5])}"
+            f"{' and others' if len(bad) > 5 else ''}; the old ones are kept. Look for NaN in the data or weights, and "
+            "for values that its type does not hold."
+        )
+    with ExitStack() as undo:
+        for bn, statistics in results.items():
+            undo.callback(write(bn, statistics))
+        return undo.pop_all()
 
 
 def has_running_statistics(model: nn.Module) -> bool:
@@ -54,17 +134,22 @@ def has_running_statistics(model: nn.Module) -> bool:
     return any(isinstance(m, _BatchNorm) and m.running_mean is not None for m in model.modules())
 
 
-def write_statistics(statistics: dict[Any, Statistics]) -> None:
-    for bn, (mean, var) in statistics.items():
-        bn.running_mean.copy_(mean)
-        bn.running_var.copy_(var)
+@torch.no_grad()
+def write_statistics(bn: Any, statistics: Statistics) -> Callable[[], Any]:
+    """Put statistics in place of those of a BN module; returns what puts the old ones back."""
+    before = bn.running_mean.clone(), bn.running_var.clone()
+    bn.running_mean.copy_(statistics[0])
+    bn.running_var.copy_(statistics[1])
+    return lambda: write_statistics(bn, before)
 
 
 @contextmanager
 def recording(bns: dict[Any, str], estimators: dict[Any, Estimator]) -> Iterator[None]:
-    """BNs in training mode with momentum 1, so that after a call the buffers hold the statistics of that call."""
+    """BNs in training mode with momentum 1, so that after a call the buffers hold the statistics of that call; each is
+    as before in the end, its statistics included."""
     with ExitStack() as stack:
         for bn, name in bns.items():
+            stack.callback(write_statistics, bn, (bn.running_mean.clone(), bn.running_var.clone()))
             stack.callback(_restore, bn, bn.momentum, bn.num_batches_tracked, bn.training)
             if bn.num_batches_tracked is not None:
                 bn.num_batches_tracked = bn.num_batches_tracked.clone()
@@ -85,11 +170,7 @@ def _hooks(name: str, estimator: Estimator) -> tuple[Any, Any]:
         return int(x.numel() // x.shape[1]) if x.shape[1] else 0
 
     def before(bn: Any, args: Any, kwargs: Any) -> None:
-        if values_per_channel(args, kwargs) < 2:
-            raise UserError(
-                f"The batch norm {name} gets a batch with one value per channel, which has no variance; use larger "
-                "batches (drop_last=True drops a short last one)."
-            )
+        check_count(name, values_per_channel(args, kwargs))
         # Old values that are not finite would survive their weight of zero.
         bn.running_mean.zero_()
         bn.running_var.zero_()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from types import TracebackType
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,51 +11,31 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import FrozenBatchNorm2d
 
-from bnre_exp.algorithms.bn_statistics import METHODS, Estimator, Statistics, recording, write_statistics
-from bnre_exp.algorithms.feeding import (
-    ForwardFn,
-    Passes,
-    cached_weights,
-    device_of,
-    evaluation_mode,
-    feed,
-    take_batches,
+from bnre_exp.algorithms.bn_statistics import (
+    Estimator,
+    StatisticsHandle,
+    check_arguments,
+    commit,
+    observe_batches,
+    recording,
+    write_statistics,
 )
+from bnre_exp.algorithms.feeding import ForwardFn, Passes, cached_weights, device_of, evaluation_mode, feed
 from bnre_exp.errors import UserError
 from bnre_exp.progress import Progress, no_progress
 
 
-@dataclass
-class ReestimationHandle:
-    """Undoes a re-estimation: ``remove()``, or leaving a ``with`` block, puts the old statistics back.
+@dataclass(kw_only=True)
+class ReestimationHandle(StatisticsHandle):
+    """Undoes the re-estimation of a module.
 
-    num_batches: batches used; passes: passes over the loader that they took; unreached: names of BNs that the forward
-    pass never called, which keep their statistics; without_statistics: names of BNs that have none to estimate;
-    frozen: names of FrozenBatchNorm2d modules, whose statistics are constants.
+    unreached: names of BNs that the forward pass never called, which keep their statistics; without_statistics: names
+    of BNs that have none to estimate; frozen: names of FrozenBatchNorm2d modules, whose statistics are constants.
     """
 
-    num_batches: int
-    passes: int
     unreached: tuple[str, ...]
     without_statistics: tuple[str, ...]
     frozen: tuple[str, ...]
-    _before: dict[Any, Statistics] = field(repr=False, default_factory=dict)
-
-    @torch.no_grad()
-    def remove(self) -> None:
-        """Restore the statistics of before, bit for bit. A second call does nothing."""
-        while self._before:
-            bn, (mean, var) = self._before.popitem()
-            bn.running_mean.copy_(mean)
-            bn.running_var.copy_(var)
-
-    def __enter__(self) -> ReestimationHandle:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
 
 
 @torch.no_grad()
@@ -84,15 +63,36 @@ def reestimate_bn_stats(
 
     Source: Nagel et al., "Overcoming oscillations in quantization-aware training", ICML 2022, section 4.1.
     """
-    if method not in METHODS:
-        raise UserError(f"method={method!r}: expected one of {', '.join(METHODS)}.")
-    if num_batches < 1:
-        raise UserError(f"num_batches={num_batches}: expected at least 1; to leave re-estimation out, do not call it.")
+    check_arguments(method, num_batches)
     names = {module: name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     bns: dict[Any, str] = {
         bn: name for bn, name in names.items() if bn.running_mean is not None and bn.running_var is not None
     }
     frozen = tuple(name for name, module in model.named_modules() if isinstance(module, FrozenBatchNorm2d))
+    _check_any(bns, frozen)
+    estimators = {bn: Estimator(method, momentum, bn.running_mean, bn.running_var) for bn in bns}
+    device, count = device_of(model), Passes()
+
+    def observe(batch: Any) -> None:
+        with evaluation_mode(model), recording(bns, estimators):
+            feed(model, batch, device, forward_fn)
+
+    with cached_weights(model, forward_fn):
+        for _ in observe_batches(dataloader, num_batches, observe, count, progress):
+            pass
+    results = {bn: estimator.result(bn.running_mean.dtype) for bn, estimator in estimators.items() if estimator.calls}
+    return ReestimationHandle(
+        num_batches=count.batches,
+        passes=count.passes,
+        unreached=tuple(name for bn, name in bns.items() if bn not in results),
+        without_statistics=tuple(name for bn, name in names.items() if bn not in bns),
+        frozen=frozen,
+        _undo=commit(bns, results, write_statistics),
+    )
+
+
+def _check_any(bns: dict[Any, str], frozen: tuple[str, ...]) -> None:
+    """Raise ``UserError`` if there is nothing to re-estimate."""
     if not bns and frozen:
         raise UserError(
             f"All {len(frozen)} batch norms of the model are FrozenBatchNorm2d, whose statistics are constants; build "
@@ -100,29 +100,3 @@ def reestimate_bn_stats(
         )
     if not bns:
         raise UserError("The model has no batch norm with running statistics (is it folded already?).")
-    before = {bn: (bn.running_mean.clone(), bn.running_var.clone()) for bn in bns}
-    estimators = {bn: Estimator(method, momentum, *before[bn]) for bn in bns}
-    count, device = Passes(), device_of(model)
-    try:
-        cache = cached_weights(model, forward_fn)
-        with evaluation_mode(model), recording(bns, estimators), cache:
-            for batch in progress(take_batches(dataloader, num_batches, count), "re-estimate", num_batches):
-                feed(model, batch, device, forward_fn)
-    finally:
-        write_statistics(before)
-    after = {bn: e.result(before[bn][0].dtype) for bn, e in estimators.items() if e.calls}
-    bad = [bns[bn] for bn, statistics in after.items() if not all(bool(x.isfinite().all()) for x in statistics)]
-    if bad:
-        raise UserError(
-            f"Re-estimation gave statistics that are not finite for {', '.join(bad[:5])}"
-            f"{' and others' if len(bad) > 5 else ''}; the old ones are kept. Look for NaN in the data or weights."
-        )
-    write_statistics(after)
-    return ReestimationHandle(
-        num_batches=count.batches,
-        passes=count.passes,
-        unreached=tuple(bns[bn] for bn in bns if bn not in after),
-        without_statistics=tuple(name for bn, name in names.items() if bn not in bns),
-        frozen=frozen,
-        _before={bn: before[bn] for bn in after},
-    )

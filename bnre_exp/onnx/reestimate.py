@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from types import TracebackType
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,16 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from bnre_exp.algorithms.bn_statistics import METHODS, Estimator
-from bnre_exp.algorithms.feeding import Passes, take_batches
+from bnre_exp.algorithms.bn_statistics import (
+    Estimator,
+    Statistics,
+    StatisticsHandle,
+    check_arguments,
+    check_count,
+    commit,
+    observe_batches,
+)
+from bnre_exp.algorithms.feeding import Passes
 from bnre_exp.errors import UserError
 from bnre_exp.onnx.constants import (
     bn_name,
@@ -33,32 +41,15 @@ OLDEST_OPSET = 9  # before, a batch norm could normalize every position by itsel
 MEAN, VAR = 3, 4  # inputs of a BatchNormalization node
 
 
-@dataclass
-class OnnxReestimationHandle:
-    """Undoes a re-estimation: ``remove()``, or leaving a ``with`` block, puts the old statistics back.
+@dataclass(kw_only=True)
+class OnnxReestimationHandle(StatisticsHandle):
+    """Undoes the re-estimation of an ONNX model.
 
-    num_batches: batches used; passes: passes over the batches that they took; reestimated: names of the batch norms
-    with new statistics; skipped: ``(name, reason)`` of the others.
+    reestimated: names of the batch norms with new statistics; skipped: ``(name, reason)`` of the others.
     """
 
-    num_batches: int
-    passes: int
     reestimated: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...]
-    _undo: list[Callable[[], None]] = field(repr=False)
-
-    def remove(self) -> None:
-        """Restore the statistics of before, bit for bit. A second call does nothing."""
-        while self._undo:
-            self._undo.pop()()
-
-    def __enter__(self) -> OnnxReestimationHandle:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
 
 
 @dataclass
@@ -94,10 +85,7 @@ def reestimate_bn_stats(
     opset below 9, ONNX Runtime does not take it, the batches do not fit its inputs, or a statistic is not finite; the
     model is then as before.
     """
-    if method not in METHODS:
-        raise UserError(f"method={method!r}: expected one of {', '.join(METHODS)}.")
-    if num_batches < 1:
-        raise UserError(f"num_batches={num_batches}: expected at least 1.")
+    check_arguments(method, num_batches)
     if opset_of(model) < OLDEST_OPSET:
         raise UserError(
             f"The model has opset {opset_of(model)}; expected {OLDEST_OPSET} or higher "
@@ -109,24 +97,28 @@ def reestimate_bn_stats(
     estimators = [Estimator(method, momentum, _tensor(bn.mean), _tensor(bn.var)) for bn in bns]
     session = open_session(_observed(model, bns), providers)
     count = Passes()
-    for batch in progress(take_batches(batches, num_batches, count), "re-estimate", num_batches):
+
+    def observe(batch: Any) -> None:
         _take_in(run_session(session, feeds(session, batch)), bns, estimators)
-    after = [tuple(x.numpy() for x in estimator.result(torch.float64)) for estimator in estimators]
+
+    for _ in observe_batches(batches, num_batches, observe, count, progress):
+        pass
+    names = {index: bn.name for index, bn in enumerate(bns)}
+    results = {index: _rounded(bn, estimators[index]) for index, bn in enumerate(bns)}
+    return OnnxReestimationHandle(
+        num_batches=count.batches,
+        passes=count.passes,
+        reestimated=tuple(names.values()),
+        skipped=tuple(skipped),
+        _undo=commit(names, results, lambda index, statistics: _write(model, bns[index], statistics)),
+    )
+
+
+def _rounded(bn: _Bn, estimator: Estimator) -> Statistics:
+    """The result as the types of the old statistics hold it, in float64."""
+    mean, var = (values.numpy() for values in estimator.result(torch.float64))
     with np.errstate(all="ignore"):
-        new = [(mean.astype(bn.mean.dtype), var.astype(bn.var.dtype)) for bn, (mean, var) in zip(bns, after)]
-    bad = [bn.name for bn, values in zip(bns, new) if not all(np.isfinite(_tensor(x)).all() for x in values)]
-    if bad:
-        raise UserError(
-            f"Re-estimation gave statistics that are not finite for {', '.join(bad[:5])}"
-            f"{' and others' if len(bad) > 5 else ''}; the old ones are kept. Look for NaN in the data or weights, and "
-            "for values that its type does not hold."
-        )
-    undo: list[Callable[[], None]] = []
-    for bn, (mean, var) in zip(bns, new):
-        _write(model, bn, MEAN, mean, undo)
-        _write(model, bn, VAR, var, undo)
-    names = tuple(bn.name for bn in bns)
-    return OnnxReestimationHandle(count.batches, count.passes, names, tuple(skipped), undo)
+        return _tensor(mean.astype(bn.mean.dtype)), _tensor(var.astype(bn.var.dtype))
 
 
 def _tensor(values: np.ndarray) -> torch.Tensor:
@@ -242,19 +234,21 @@ def _take_in(results: Sequence[Any], bns: list[_Bn], estimators: list[Estimator]
         for node in bn.nodes:
             mean, var, size = next(values), next(values), int(next(values))
             count = size // bn.mean.size
-            if count < 2:
-                raise UserError(
-                    f"The batch norm {bn_name(node)} gets a batch with one value per channel, which has no variance; "
-                    "use larger batches."
-                )
+            check_count(bn_name(node), count)
             estimator.add(torch.from_numpy(mean), torch.from_numpy(var) * (count / (count - 1)), count)
 
 
-def _write(
-    model: onnx.ModelProto, bn: _Bn, index: int, values: np.ndarray, undo: list[Callable[[], None]]
-) -> None:  # fmt: skip
-    """Put new values in place of the old, under the old name unless something else reads that, too; adds to ``undo``
-    what takes that back."""
+def _write(model: onnx.ModelProto, bn: _Bn, statistics: Statistics) -> Callable[[], None]:
+    """Put statistics in place of the old ones; returns what takes that back."""
+    with ExitStack() as undo:
+        for index, old, values in ((MEAN, bn.mean, statistics[0]), (VAR, bn.var, statistics[1])):
+            undo.callback(_write_tensor(model, bn, index, values.numpy().astype(old.dtype)))
+        return undo.pop_all().close
+
+
+def _write_tensor(model: onnx.ModelProto, bn: _Bn, index: int, values: np.ndarray) -> Callable[[], Any]:
+    """Put new values in place of the old, under the old name unless something else reads that, too; returns what
+    takes that back."""
     graph = model.graph
     constants, old = constants_of(graph), bn.nodes[0].input[index]
     own = {id(node) for node in bn.nodes}
@@ -264,8 +258,7 @@ def _write(
         tensor = constants.tensors[old]
         before = copy.deepcopy(tensor)
         tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-        undo.append(lambda: tensor.CopyFrom(before))
-        return
+        return lambda: tensor.CopyFrom(before)
     name = unique(f"{bn.nodes[0].output[0]}_{'running_mean' if index == MEAN else 'running_var'}", names_of(graph))
     graph.initializer.append(numpy_helper.from_array(values, name))
     if model.ir_version < 4:  # an initializer was an input as well
@@ -282,4 +275,4 @@ def _write(
             for item in [item for item in items if item.name == name]:
                 items.remove(item)
 
-    undo.append(restore)
+    return restore
