@@ -28,8 +28,8 @@ def evaluate(
     """The metrics of ``model`` over all of ``dataloader``, in evaluation mode; nothing is changed.
 
     task: what the network is for; None: classification, whose loader yields ``(input, label)`` with label int64
-    ``[N]``, and whose metrics are ``top1`` and ``loss``. ``forward_fn(model, batch)`` feeds the network instead of the
-    task. Raises ``UserError`` for an empty loader or a batch without what the task needs.
+    ``[N]``. ``forward_fn(model, batch)`` feeds the network instead of the task. Raises ``UserError`` for an empty
+    loader or a batch without what the task needs.
     """
     task = Classification() if task is None else task
     device, meter, count = device_of(model), task.meter(), 0

@@ -77,19 +77,17 @@ def train(
 ) -> list[Epoch]:
     """Train in place for ``epochs`` passes over ``dataloader``, which has a length.
 
-    lr: peak learning rate; schedule: "one_cycle", "cosine" or "constant", stepped every batch. optimizer: "sgd" (with
-    ``momentum``, Nesterov) or "adamw". weight_decay acts on weights of two or more axes only: never on BN parameters,
-    biases or quantizer scales. precision: "bfloat16" computes under autocast. task: None: classification, whose loader
-    yields ``(input, label)``; ``forward_fn(model, batch)`` replaces its feeding, ``loss_fn(output, label)`` its loss
-    with ``label_smoothing``. ``on_epoch`` is called after every epoch. The model is left in evaluation mode.
+    lr: its peak; schedule: "one_cycle", "cosine" or "constant", by batches. optimizer: "sgd" (Nesterov) or "adamw".
+    weight_decay acts on weights of two or more axes only: never on BN parameters, biases or quantizer scales.
+    precision: "bfloat16" computes under autocast. task: None: classification, whose loader yields ``(input, label)``;
+    ``forward_fn(model, batch)`` replaces its feeding, ``loss_fn(output, label)`` its loss with ``label_smoothing``.
+    ``on_epoch`` is called after every epoch. The model is left in evaluation mode.
 
-    snapshots: saved to after every epoch. If it holds a snapshot already, the training goes on with the epoch after
-    that, on the CPU with the same bits as if it had never stopped; ``on_epoch`` is first called for the epochs
-    restored, and the history returned has all of them. The caller sees to it that data and functions are as before.
+    snapshots: saved to after every epoch. From a snapshot that is there the training goes on, with the same bits on the
+    CPU if data and functions are as before; ``on_epoch`` is first called for its epochs, and the history has all.
 
     Raises :class:`~bnre_exp.errors.TrainingDivergedError` when the loss is not finite, ``UserError`` for a loader
-    without a length or batches, for a snapshot that does not fit (the model is then as it was), and with ``snapshots``
-    for what a snapshot cannot hold (:func:`~bnre_exp.algorithms.snapshot.capture`).
+    without a length or batches, and for a snapshot that does not fit (the model is then as it was) or cannot be made.
     """
     batches_an_epoch = _count(dataloader, epochs)
     optimize = _optimizer(model, optimizer, lr, momentum, weight_decay)
@@ -108,7 +106,7 @@ def train(
         batches = progress(dataloader, f"{description} {epoch}/{epochs}", batches_an_epoch)
         loss = _train_epoch(training, batches, loss_of, task, epoch, description)
         rate, seconds = optimize.param_groups[0]["lr"], time.perf_counter() - started
-        score = evaluate(model, validation, forward_fn, task=task).metrics if validation is not None else None
+        score = None if validation is None else evaluate(model, validation, forward_fn, task=task).metrics
         history.append(Epoch(epoch, loss, rate, seconds, score))
         if snapshots is not None:
             snapshots.save(capture(training, [done.as_json() for done in history]))

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--sweep", metavar="ID", help="id of a sweep's run in MLflow, or the folder of a sweep")
     which.add_argument(
-        "--filter", help="in MLflow's language: params.model.name = 'resnet18' and metrics.`fp32/top1` > 0.9"
+        "--filter", help="in MLflow's language: params.model.name = 'resnet18' and metrics.`fp32/loss` < 0.5"
     )
     parser.add_argument("--experiment", default="bnre_exp", help="of MLflow; default: %(default)s")
     parser.add_argument("--uri", default=f"sqlite:///{output / 'mlflow.db'}", help="of MLflow; default: %(default)s")

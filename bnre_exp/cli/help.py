@@ -102,7 +102,7 @@ def _section(section: Any, group: str, values: dict[str, Any]) -> str:
     heading = f"{group or 'general'}: {(section.__doc__ or '').strip().splitlines()[0]}"
     lines = textwrap.wrap(heading, WIDTH, subsequent_indent="    ")
     for item in fields(section):
-        if isinstance(item.default_factory, type) and is_dataclass(item.default_factory):
+        if item.metadata["is_old"] or (isinstance(item.default_factory, type) and is_dataclass(item.default_factory)):
             continue
         name = f"{group}.{item.name}" if group else item.name
         default = _value_text(values[name] if name in values else _default(item))

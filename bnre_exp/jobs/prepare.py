@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from bnre_exp.jobs.store import Store
 from bnre_exp.models.build import build_model, check_output
 from bnre_exp.models.zoo import BuiltModel
 from bnre_exp.quantsim.insert import quantize
+from bnre_exp.quantsim.sim import sim_report
 from bnre_exp.report.console import ConsoleProgress
 from bnre_exp.report.summary import Summary
 from bnre_exp.tasks.build import build_task
@@ -99,18 +101,17 @@ def _check(setting: Setting) -> None:
 
 
 def _check_before_training(job: Job) -> None:
-    """Can the network be quantized, and written as is asked for? A mistake should not be told after hours of training;
-    what is known from an earlier job is not tried again."""
+    """Can the network be quantized, and written as is asked for? A mistake should not be told after hours of training.
+    Without training the stages tell it soon enough, and what is known from an earlier job was possible then."""
     known = {planned.stage.name: job.store.has(planned.stage.name, planned.depends) for planned in job.planned}
     setting, model = job.setting, job.config.model
     trains = (epochs_of(setting) > 0 and not known["fp32"]) or not known.get("qat", True)
     if known["export"] or not trains:
         return
-    example = setting.loaders.example()
-    sim = quantize(
-        setting.built.module, example.to(setting.device), scheme(job.config), leaf_modules=model.leaf_modules
-    )
-    check_export(sim, job.config.export, example)
+    quick = replace(scheme(job.config), weight_range="minmax")  # ranges do not matter here
+    sim = quantize(setting.built.module, setting.example(), quick, leaf_modules=model.leaf_modules)
+    setting.checked = sim_report(sim)
+    check_export(sim, job.config.export, setting.loaders.example())
 
 
 def open_store(config: Config, since: float) -> Store:

@@ -11,7 +11,7 @@ import torch
 
 from bnre_exp.digests import digest, tensors_digest
 from bnre_exp.jobs import code_identity
-from bnre_exp.jobs.code_identity import code_digest, environment, users_code
+from bnre_exp.jobs.code_identity import code_digest, users_code, versions
 
 
 def write(folder: Path, **files: str) -> None:
@@ -69,16 +69,6 @@ def test_nothing_is_imported_or_run_and_damaged_modules_do_no_harm(project):
     assert not {"script_fp", "broken_fp"} & set(sys.modules)
 
 
-def test_own_code_is_that_of_the_stage_and_what_it_imports():
-    closure = code_identity._closure(("bnre_exp.jobs.stages.fp32",), lambda name: name.startswith("bnre_exp."))
-    assert {"bnre_exp.algorithms.train", "bnre_exp.algorithms.evaluate", "bnre_exp.jobs.stages.outcome"} <= set(closure)
-    assert not {name for name in closure if "fold" in name or "tracking" in name or "reestimate" in name}
-    assert code_digest(["bnre_exp.jobs.stages.fp32"]) != code_digest(["bnre_exp.jobs.stages.fold"])
-    assert "bnre_exp.algorithms.fold" in code_identity._closure(
-        ("bnre_exp.jobs.stages.fold",), lambda name: name.startswith("bnre_exp.")
-    )
-
-
 def test_tensors_differ_by_name_dtype_shape_and_value():
     x = torch.arange(6.0)
     variants = [
@@ -92,6 +82,12 @@ def test_tensors_differ_by_name_dtype_shape_and_value():
     assert tensors_digest({"a": image}) == tensors_digest(layout)
 
 
-def test_digest_and_environment():
+def test_digest_and_versions():
     assert digest({"a": 1, "b": [2.5, None]}) == digest({"b": [2.5, None], "a": 1}) != digest({"a": 1, "b": [2.5, 0]})
-    assert environment()["torch"] == torch.__version__.partition("+")[0]
+    assert versions(["torch", "no-such-thing"]) == {
+        "torch": torch.__version__.partition("+")[0],
+        "no-such-thing": "another",
+    }
+    assert code_digest(["algorithms.fold"]) == code_digest(["algorithms.fold"]) != code_digest(["algorithms"])
+    with pytest.raises(ModuleNotFoundError, match="no algorithms.fuse"):
+        code_digest(["algorithms.fuse"])

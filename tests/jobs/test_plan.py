@@ -14,9 +14,10 @@ from rich.console import Console
 from bnre_exp import UserError
 from bnre_exp.cli.compose import compose_config
 from bnre_exp.digests import digest
+from bnre_exp.jobs import code_identity
 from bnre_exp.jobs.prepare import open_store, prepare
 from bnre_exp.jobs.run import run
-from bnre_exp.report.summary import Summary
+from bnre_exp.jobs.stages.table import STAGES
 from bnre_exp.tracking import open_run
 
 NET = """
@@ -35,6 +36,9 @@ class Net(nn.Module):
 partial = functools.partial(Net, act="relu")
 def silu():
     return Net("silu")
+from bnre_exp.tasks import Classification
+class Other(Classification):
+    pass
 class Shown(Net):
     def extra_repr(self):
         return f"f={self.forward.__func__} {object()}"
@@ -76,8 +80,8 @@ def keys(folder: Path, *overrides: str) -> dict[str, str]:
     console = Console(file=io.StringIO())
     about = {"params": {}, "tags": {}, "output_dir": folder, "experiment": "t", "run_name": "t", "enabled": False}
     with open_run(folder / digest(overrides), **about) as log, open_store(config, 0) as store:
-        job = prepare(config, folder / "run", log, console, store, Summary("t"))
-        return {planned.stage: digest(planned.depends) for planned in job.planned}
+        job = prepare(config, folder / "run", log, console, store, "t")
+        return {planned.stage.name: digest(planned.depends) for planned in job.planned}
 
 
 EVERYTHING = ["fp32", "ptq", "qat", "reest", "fold", "export"]
@@ -99,7 +103,7 @@ EVERYTHING = ["fp32", "ptq", "qat", "reest", "fold", "export"]
         ("runtime.precision=bfloat16", "fp32"),
         ("quant.weight_bits=3", "ptq"),
         ("model.leaf_modules=[head]", "ptq"),
-        ("quant.overrides=[{pattern: conv, weight_bits: 8}]", "ptq"),
+        ("quant.overrides=[{pattern:conv,weight_bits:8}]", "ptq"),
         ("qat.lr=0.1", "qat"),
         ("reest.num_batches=3", "reest"),
         ("fold.bias_bits=null", "fold"),
@@ -107,15 +111,116 @@ EVERYTHING = ["fp32", "ptq", "qat", "reest", "fold", "export"]
         ("reest.momentum=0.5", None),
         ("runtime.workers=1", None),
         ("fp32.min_top1=0.01", None),
+        ("fp32.min_headline=0.01", None),
+        ("task=custom task._target_=plannet.Other", "fp32"),
         ("tracking.run_name=other", None),
         ("store.max_gb=1", None),
         ("objective=fold/top1", None),
     ],
 )
 def test_a_setting_changes_the_stages_it_can_change_and_no_others(folder, override, first):
-    before, after = keys(folder), keys(folder, override)
+    before, after = keys(folder), keys(folder, *override.split(" "))
     changed = [stage for stage in EVERYTHING if before[stage] != after[stage]]
     assert changed == (EVERYTHING[EVERYTHING.index(first) :] if first else [])
+
+
+# Each file is of the stages that run it, and each library of those that use it; what only words, reports or keeps
+# results is of none.
+CHANGES = [
+    ("code", "config/sections.py", None),
+    ("code", "errors.py", None),
+    ("code", "report/plots.py", None),
+    ("code", "jobs/run.py", None),
+    ("code", "jobs/store.py", None),
+    ("code", "tracking/runlog.py", None),
+    ("code", "onnx/fold.py", None),
+    ("code", "data/batches.py", "fp32"),
+    ("code", "algorithms/train.py", "fp32"),
+    ("code", "tasks/classification.py", "fp32"),
+    ("code", "jobs/stages/ptq.py", "ptq"),
+    ("code", "quantsim/placement.py", "ptq"),
+    ("code", "quantsim/quantizers/ranges.py", "ptq"),
+    ("code", "algorithms/calibrate.py", "ptq"),
+    ("code", "algorithms/bn_statistics.py", "qat"),
+    ("code", "jobs/stages/reest.py", "reest"),
+    ("code", "algorithms/fold.py", "fold"),
+    ("code", "algorithms/integers.py", "fold"),
+    ("code", "export/checkpoint/save_load.py", "export"),
+    ("code", "export/onnx/qdq.py", "export"),
+    ("code", "onnx_io/session.py", "export"),
+    ("library", "torch", "fp32"),
+    ("library", "pillow", "fp32"),
+    ("library", "onnxruntime", "export"),
+    ("library", "onnx", "export"),
+    ("library", "onnxscript", "export"),
+    ("library", "onnx-ir", "export"),
+    ("library", "mlflow", None),
+    ("library", "timm", None),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "first"), CHANGES, ids=[name for _, name, _ in CHANGES])
+def test_a_change_of_code_or_of_a_library_reaches_the_stages_that_use_it(folder, monkeypatch, kind, name, first):
+    formats = "export.formats=[checkpoint,onnx]"
+    before = keys(folder, formats)
+    if kind == "code":
+        path, known = code_identity.ROOT / name, code_identity._meaning
+        assert path.is_file()
+        monkeypatch.setattr(code_identity, "_meaning", lambda file: "new" if file == path else known(file))
+    else:
+        known = code_identity._version
+        monkeypatch.setattr(code_identity, "_version", lambda library: "0" if library == name else known(library))
+    after = keys(folder, formats)
+    changed = [stage for stage in EVERYTHING if before[stage] != after[stage]]
+    assert changed == (EVERYTHING[EVERYTHING.index(first) :] if first else [])
+
+
+def test_without_onnx_files_the_libraries_of_onnx_do_not_count(folder, monkeypatch):
+    before, known = keys(folder, "export=checkpoint"), code_identity._version
+    monkeypatch.setattr(code_identity, "_version", lambda name: "0" if "onnx" in name else known(name))
+    assert keys(folder, "export=checkpoint") == before
+
+
+def test_the_version_of_a_package_that_a_target_comes_from_counts(folder, monkeypatch):
+    timm = ("model=timm", "model.name=mobilenetv3_small_050", "dataset.image_size=32")
+    before, known = keys(folder, *timm), code_identity._version_of
+    monkeypatch.setattr(code_identity, "_version_of", lambda top: "timm 0" if top == "timm" else known(top))
+    after = keys(folder, *timm)
+    assert all(before[stage] != after[stage] for stage in EVERYTHING)
+
+
+# What a stage imports, and what no result depends on: it words, reports, or holds what keys have by value.
+NEUTRAL = (
+    "errors", "progress", "digests", "files", "targets", "config", "report", "data.datasets", "jobs.stages.network",
+    "jobs.stages.outcome", "jobs.stages.snapshots", "jobs.stages.stage", "jobs.reporting", "jobs.store",
+    "jobs.entries", "jobs.eviction", "jobs.locks", "tracking", "jobs.plan", "jobs.code_identity", "jobs.stages.table",
+    "models", "data", "onnx_io.names", "onnx_io.opset", "onnx_io.files", "export.onnx.records",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_a_stage_declares_all_that_it_imports(stage):
+    config = compose_config(["export=all"])
+    declared = {path for name in stage.uses(config).code for path in code_identity._files_of(name)}
+    start = f"bnre_exp.jobs.stages.{stage.name}"
+    imported = code_identity._closure((start,), lambda name: name.startswith("bnre_exp."))
+    undeclared = [name for name, path in imported.items() if path is not None and path not in declared]
+    names = [name.removeprefix("bnre_exp.") for name in undeclared]
+    left = [name for name in names if not any(f"{name}.".startswith(f"{neutral}.") for neutral in NEUTRAL)]
+    assert not [name for name in left if not (code_identity.ROOT / name.replace(".", "/")).is_dir()]  # an __init__
+
+
+def test_comments_docstrings_and_layout_are_no_code(tmp_path):
+    def meaning(text: str) -> str:
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.py"
+        path.write_text(text)
+        return code_identity._meaning(path)
+
+    plain = meaning("def f(x):\n    return x + 1\n")
+    assert meaning('"""What."""\n\n\ndef f(x):  # why\n    """How."""\n\n    return (x\n            + 1)\n') == plain
+    assert meaning("def f(x):\n    return x + 2\n") != plain
+    assert meaning("def f(x):\n    'shown'; return x + 1\n") == plain
+    assert meaning("def f(x):\n    return 'shown'\n") != meaning("def f(x):\n    return 'hidden'\n")
 
 
 def test_the_same_in_another_process_folder_and_order(folder):
@@ -144,9 +249,7 @@ def test_code_behind_a_partial_counts_and_an_edit_is_seen_by_new_processes_only(
     (folder / "plannet.py").write_text(NET + "\nx = 1\n")
     assert keys(folder, "model._target_=plannet.partial") == before  # this process runs what it imported
     assert "has changed since it was imported" in caplog.text
-    from bnre_exp.jobs import code_identity as fingerprint
-
-    fingerprint._first_sha256.cache_clear()  # as a new process would
+    code_identity._first_sha256.cache_clear()  # as a new process would
     assert keys(folder, "model._target_=plannet.partial")["fp32"] != before["fp32"]
 
 

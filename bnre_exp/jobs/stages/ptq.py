@@ -9,7 +9,7 @@ from torch import fx, nn
 from bnre_exp.jobs.stages.calibration import calibrate_stage
 from bnre_exp.jobs.stages.outcome import Measured, Outcome
 from bnre_exp.jobs.stages.setting import Setting, scheme, seed, timed
-from bnre_exp.quantsim.insert import quantize
+from bnre_exp.quantsim.insert import quantize, quantize_again
 from bnre_exp.quantsim.sim import sim_report
 
 if TYPE_CHECKING:
@@ -22,7 +22,11 @@ def ptq(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
     seed(config, "ptq")
 
     def work() -> fx.GraphModule:
-        sim = quantize(given.network, setting.example(), scheme(config), leaf_modules=config.model.leaf_modules)
+        how, leaves = (given.network, setting.example(), scheme(config)), config.model.leaf_modules
+        if setting.checked is None:
+            sim = quantize(*how, leaf_modules=leaves)
+        else:
+            sim = quantize_again(*how, setting.checked, leaf_modules=leaves)
         calibrate_stage(setting, sim, "ptq")
         return sim
 

@@ -20,13 +20,15 @@ from bnre_exp.digests import stream_seed
 from bnre_exp.models.build import BuiltModel
 from bnre_exp.progress import Progress
 from bnre_exp.quantsim.quantizers.scheme import LayerRule, QuantScheme
+from bnre_exp.quantsim.sim import SimReport
 from bnre_exp.tasks.task import Evaluation, Task
 
 
 @dataclass
 class Setting:
     """config; device; task; data; the untrained network; where progress is shown (``on_metrics(values, step)`` hears of
-    training epochs, ``say`` prints a line). evaluations: of the rows that are measured, by name."""
+    training epochs, ``say`` prints a line). checked: what was reported when the
+    network was quantized for trial, None if it was not. evaluations: of the rows that are measured, by name."""
 
     config: Config
     device: torch.device
@@ -36,6 +38,7 @@ class Setting:
     progress: Progress
     on_metrics: Callable[[dict[str, float], int], None]
     say: Callable[[str], None]
+    checked: SimReport | None = None
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
 
     def evaluate(self, network: nn.Module, description: str, on_validation: bool = False) -> Evaluation:
