@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from bnre_exp.algorithms.bn_statistics import (
     Estimator,
@@ -25,20 +26,20 @@ from bnre_exp.algorithms.bn_statistics import (
 from bnre_exp.algorithms.feeding import Passes
 from bnre_exp.errors import UserError
 from bnre_exp.onnx.constants import (
+    MEAN,
+    VAR,
     bn_name,
-    computed_constants,
-    constants_of,
+    find_computed_constants,
     inner_batch_norms,
     is_batch_norm,
-    opset_of,
     why_not_in_inference,
 )
 from bnre_exp.onnx_io.names import names_of, unique
+from bnre_exp.onnx_io.proto import Node, Value, constant, from_proto, to_proto
 from bnre_exp.onnx_io.session import feeds, open_session, run_session
 from bnre_exp.progress import Progress, no_progress
 
 OLDEST_OPSET = 9  # before, a batch norm could normalize every position by itself
-MEAN, VAR = 3, 4  # inputs of a BatchNormalization node
 
 
 @dataclass(kw_only=True)
@@ -56,7 +57,7 @@ class OnnxReestimationHandle(StatisticsHandle):
 class _Bn:
     """Nodes that share statistics; one, unless the network calls a batch norm more than once."""
 
-    nodes: list[onnx.NodeProto]
+    nodes: list[Node]
     name: str
     mean: np.ndarray
     var: np.ndarray
@@ -86,16 +87,17 @@ def reestimate_bn_stats(
     model is then as before.
     """
     check_arguments(method, num_batches)
-    if opset_of(model) < OLDEST_OPSET:
+    source = from_proto(model)
+    if (opset := source.opset_imports.get("", 1)) < OLDEST_OPSET:
         raise UserError(
-            f"The model has opset {opset_of(model)}; expected {OLDEST_OPSET} or higher "
+            f"The model has opset {opset}; expected {OLDEST_OPSET} or higher "
             "(onnx.version_converter.convert_version brings it up)."
         )
-    bns, skipped = _find(model)
+    bns, skipped = _find(source)
     if not bns:
         raise UserError(_nothing_to_do(skipped))
     estimators = [Estimator(method, momentum, _tensor(bn.mean), _tensor(bn.var)) for bn in bns]
-    session = open_session(_observed(model, bns), providers)
+    session = open_session(_observed(model, source, bns), providers)
     count = Passes()
 
     def observe(batch: Any) -> None:
@@ -110,7 +112,7 @@ def reestimate_bn_stats(
         passes=count.passes,
         reestimated=tuple(names.values()),
         skipped=tuple(skipped),
-        _undo=commit(names, results, lambda index, statistics: _write(model, bns[index], statistics)),
+        _undo=commit(names, results, lambda index, statistics: _write(model, source, bns[index], statistics)),
     )
 
 
@@ -136,96 +138,71 @@ def _nothing_to_do(skipped: list[tuple[str, str]]) -> str:
     )
 
 
-def _find(model: onnx.ModelProto) -> tuple[list[_Bn], list[tuple[str, str]]]:
+def _find(model: ir.Model) -> tuple[list[_Bn], list[tuple[str, str]]]:
     """Batch norms whose statistics are constants, and why others are left out."""
-    graph, skipped = model.graph, []
-    constants = constants_of(graph)
-    makers = {name: node for node in graph.node for name in node.output}
-    nodes = [node for node in graph.node if is_batch_norm(node)]
-    if any(name not in constants.tensors for node in nodes for name in node.input[MEAN:]):
-        constants.tensors = {**computed_constants(model), **constants.tensors}
-
-    def root(name: str) -> str:
-        """Where a tensor comes from; exporters hand on equal ones by Identity."""
-        while name in makers and makers[name].op_type == "Identity":
-            name = makers[name].input[0]
-        return name
-
-    groups: dict[tuple[str, ...], list[onnx.NodeProto]] = {}
+    bns: dict[Any, _Bn] = {}
+    skipped: list[tuple[str, str]] = []
+    nodes: list[Node] = [node for node in model.graph if is_batch_norm(node)]
+    if any(constant(value) is None for node in nodes for value in node.inputs[MEAN:]):
+        find_computed_constants(model)
     for node in nodes:
+        key = tuple(map(_root, node.inputs[1:]))
+        mean, var = map(constant, key[MEAN - 1 :])
         reason = why_not_in_inference(node)
-        if reason is None and any(constants.value(root(name)) is None for name in node.input[MEAN:]):
-            reason = "has statistics that are computed, or inputs of the model"
-        if reason is not None:
-            skipped.append((bn_name(node), reason))
-        else:
-            groups.setdefault(tuple(map(root, node.input[1:])), []).append(node)
-    skipped += [(bn_name(node), reason) for node, reason in inner_batch_norms(model)]
-    bns = []
-    for key, members in groups.items():
-        mean, var = (constants.value(name) for name in key[MEAN - 1 :])
-        if mean is None or var is None:
-            raise RuntimeError(f"{key} are no constants")
+        if reason is not None or mean is None or var is None:
+            skipped.append((bn_name(node), reason or "has statistics that are computed, or inputs of the model"))
+            continue
         # Exporters keep equal tensors once, so that all batch norms of an untrained network seem to be one.
         is_untrained = not mean.any() and bool((var == 1).all())
-        tied = [members] if not is_untrained else [[node] for node in members]
-        bns += [_Bn(nodes, bn_name(nodes[0]), mean, var) for nodes in tied]
-    return bns, skipped
+        bns.setdefault(node if is_untrained else key, _Bn([], bn_name(node), mean, var)).nodes.append(node)
+    return list(bns.values()), skipped + [(bn_name(node), reason) for node, reason in inner_batch_norms(model)]
 
 
-def _observed(model: onnx.ModelProto, bns: list[_Bn]) -> onnx.ModelProto:
+def _root(value: Value) -> Value:
+    """Where a tensor comes from; exporters hand on equal ones by Identity."""
+    while (node := value.producer()) is not None and node.op_type == "Identity":
+        value = node.inputs[0]
+    return value
+
+
+def _observed(model: onnx.ModelProto, source: ir.Model, bns: list[_Bn]) -> onnx.ModelProto:
     """A copy whose batch norms normalize by the batch, and whose outputs are the statistics of each of their calls:
     mean and biased variance in float64, and how many values they are of."""
-    observed = copy.deepcopy(model)
-    graph = observed.graph
-    by_output = {node.output[0]: node for node in graph.node}
-    added, outputs = {}, []
+    observed = from_proto(model)
+    copies = dict(zip(source.graph, observed.graph))
+    observed.graph.outputs.clear()
     for bn in bns:
-        for original in bn.nodes:
-            node = by_output[original.output[0]]
-            prefix = f"bnre_exp.{node.output[0]}"
-            nodes, names = _statistics(prefix, node.input[0], bn.mean.size, opset_of(model))
-            for index, name, kind in ((MEAN, names[0], bn.mean.dtype), (VAR, names[1], bn.var.dtype)):
-                cast = helper.make_node(
-                    "Cast", [name], [f"{name}.cast"], to=helper.np_dtype_to_tensor_dtype(np.dtype(kind))
-                )
-                nodes.append(cast)
-                node.input[index] = cast.output[0]
-            added[node.output[0]] = nodes
-            kinds = (TensorProto.DOUBLE, TensorProto.DOUBLE, TensorProto.INT64)
-            outputs += [helper.make_tensor_value_info(name, kind, None) for name, kind in zip(names, kinds)]
-    ordered = []
-    for node in graph.node:
-        ordered += [*added.get(node.output[0] if node.output else "", ()), node]
-    del graph.node[:], graph.output[:]
-    graph.node.extend(ordered)
-    graph.output.extend(outputs)
-    return observed
+        for node in (copies[original] for original in bn.nodes):
+            tape = ir.tape.Tape()
+            outputs = _statistics(tape, node.inputs[0], bn.mean.size, observed.opset_imports[""])
+            for index, value, kind in ((MEAN, outputs[0], bn.mean.dtype), (VAR, outputs[1], bn.var.dtype)):
+                node.replace_input_with(index, tape.op("Cast", [value], {"to": ir.DataType.from_numpy(kind)}))
+            for number, made in enumerate(tape.nodes):
+                made.outputs[0].name = f"bnre_exp.{node.outputs[0].name}.{number}"
+            observed.graph.insert_before(node, tape.nodes)
+            observed.graph.outputs.extend(outputs)
+    return to_proto(observed, model)
 
 
-def _statistics(prefix: str, x: str, channels: int, opset: int) -> tuple[list[onnx.NodeProto], tuple[str, str, str]]:
-    """Nodes that give mean, biased variance (``[C]``, float64) and the number of values of ``x`` ``[N, C, ...]``."""
-    nodes: list[onnx.NodeProto] = []
+def _statistics(tape: ir.tape.Tape, x: Value, channels: int, opset: int) -> list[Value]:
+    """Mean, biased variance (``[C]``, float64) and the number of values of ``x`` ``[N, C, ...]``."""
 
-    def add(kind: str, inputs: Sequence[str], name: str, **attributes: Any) -> str:
-        nodes.append(helper.make_node(kind, list(inputs), [f"{prefix}.{name}"], **attributes))
-        return f"{prefix}.{name}"
+    def integers(*values: int) -> Value:
+        return tape.op("Constant", [], {"value": ir.tensor(np.array(values, np.int64))})
 
-    def constant(name: str, values: Sequence[int]) -> str:
-        return add("Constant", (), name, value=numpy_helper.from_array(np.array(values, np.int64)))
-
-    def mean_of(value: str, name: str) -> str:
+    def mean_of(value: Value) -> Value:
         if opset >= 18:
-            return add("ReduceMean", (value, constant(f"{name}.axes", [0, 2])), name, keepdims=0)
-        return add("ReduceMean", (value,), name, axes=[0, 2], keepdims=0)
+            return tape.op("ReduceMean", [value, integers(0, 2)], {"keepdims": 0})
+        return tape.op("ReduceMean", [value], {"axes": [0, 2], "keepdims": 0})
 
-    wide = add("Cast", (x,), "double", to=TensorProto.DOUBLE)
-    rows = add("Reshape", (wide, constant("rows.shape", [0, channels, -1])), "rows")
-    mean = mean_of(rows, "mean")
-    column = add("Reshape", (mean, constant("column.shape", [1, channels, 1])), "column")
-    centred = add("Sub", (rows, column), "centred")
-    var = mean_of(add("Mul", (centred, centred), "square"), "var")
-    return nodes, (mean, var, add("Size", (x,), "size"))
+    wide = tape.op("Cast", [x], {"to": ir.DataType.DOUBLE})
+    rows = tape.op("Reshape", [wide, integers(0, channels, -1)])
+    mean = mean_of(rows)
+    centred = tape.op("Sub", [rows, tape.op("Reshape", [mean, integers(1, channels, 1)])])
+    outputs = [mean, mean_of(tape.op("Mul", [centred, centred])), tape.op("Size", [x])]
+    for value, kind in zip(outputs, (ir.DataType.DOUBLE, ir.DataType.DOUBLE, ir.DataType.INT64)):
+        value.type = ir.TensorType(kind)
+    return outputs
 
 
 def _take_in(results: Sequence[Any], bns: list[_Bn], estimators: list[Estimator]) -> None:
@@ -238,40 +215,43 @@ def _take_in(results: Sequence[Any], bns: list[_Bn], estimators: list[Estimator]
             estimator.add(torch.from_numpy(mean), torch.from_numpy(var) * (count / (count - 1)), count)
 
 
-def _write(model: onnx.ModelProto, bn: _Bn, statistics: Statistics) -> Callable[[], None]:
+def _write(model: onnx.ModelProto, source: ir.Model, bn: _Bn, statistics: Statistics) -> Callable[[], None]:
     """Put statistics in place of the old ones; returns what takes that back."""
     with ExitStack() as undo:
         for index, old, values in ((MEAN, bn.mean, statistics[0]), (VAR, bn.var, statistics[1])):
-            undo.callback(_write_tensor(model, bn, index, values.numpy().astype(old.dtype)))
+            undo.callback(_write_tensor(model, source.graph, bn.nodes, index, values.numpy().astype(old.dtype)))
         return undo.pop_all().close
 
 
-def _write_tensor(model: onnx.ModelProto, bn: _Bn, index: int, values: np.ndarray) -> Callable[[], Any]:
-    """Put new values in place of the old, under the old name unless something else reads that, too; returns what
-    takes that back."""
-    graph = model.graph
-    constants, old = constants_of(graph), bn.nodes[0].input[index]
-    own = {id(node) for node in bn.nodes}
-    is_shared = any(id(node) not in own or where != index for node, where in constants.readers[old])
-    is_shared = is_shared or old in {output.name for output in graph.output}
-    if old in constants.tensors and not is_shared and {node.input[index] for node in bn.nodes} == {old}:
-        tensor = constants.tensors[old]
-        before = copy.deepcopy(tensor)
-        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-        return lambda: tensor.CopyFrom(before)
-    name = unique(f"{bn.nodes[0].output[0]}_{'running_mean' if index == MEAN else 'running_var'}", names_of(graph))
-    graph.initializer.append(numpy_helper.from_array(values, name))
+def _write_tensor(
+    model: onnx.ModelProto, graph: ir.Graph, nodes: list[Node], index: int, values: np.ndarray
+) -> Callable[[], Any]:
+    """Put new values in place of the old in the protobuf itself, under the old name unless something else reads that,
+    too; returns what takes that back. graph: what ``model`` is read as, its tensors those of ``model``."""
+    old = nodes[0].inputs[index]
+    is_own = {(use.node, use.idx) for use in old.uses()} == {(node, index) for node in nodes}
+    is_given = old.is_initializer() or (old.producer() is not None and old.producer().op_type == "Constant")
+    tensor = ir.convenience.get_const_tensor(old)
+    if is_own and is_given and not old.is_graph_output() and isinstance(tensor, ir.TensorProtoTensor):
+        proto, before = tensor.raw, copy.deepcopy(tensor.raw)
+        proto.CopyFrom(numpy_helper.from_array(values, proto.name))
+        return lambda: proto.CopyFrom(before)
+    suffix = "running_mean" if index == MEAN else "running_var"
+    name = unique(f"{nodes[0].outputs[0].name}_{suffix}", names_of(graph))
+    protos = dict(zip(graph, model.graph.node))
+    olds = [(protos[node], protos[node].input[index]) for node in nodes]
+    model.graph.initializer.append(numpy_helper.from_array(values, name))
     if model.ir_version < 4:  # an initializer was an input as well
         kind = helper.np_dtype_to_tensor_dtype(values.dtype)
-        graph.input.append(helper.make_tensor_value_info(name, kind, values.shape))
-    olds = [node.input[index] for node in bn.nodes]
-    for node in bn.nodes:
-        node.input[index] = name
+        model.graph.input.append(helper.make_tensor_value_info(name, kind, values.shape))
+    for node in nodes:
+        node.replace_input_with(index, ir.Value(name=name))
+        protos[node].input[index] = name
 
     def restore() -> None:
-        for node, original in zip(bn.nodes, olds):
-            node.input[index] = original
-        for items in (graph.initializer, graph.input):
+        for proto, original in olds:
+            proto.input[index] = original
+        for items in (model.graph.initializer, model.graph.input):
             for item in [item for item in items if item.name == name]:
                 items.remove(item)
 

@@ -6,7 +6,7 @@ import itertools
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import onnx
+    import onnx_ir as ir
 
 
 def unique(name: str, taken: set[str]) -> str:
@@ -16,20 +16,9 @@ def unique(name: str, taken: set[str]) -> str:
     return found
 
 
-def names_of(graph: onnx.GraphProto) -> set[str]:
+def names_of(graph: ir.Graph) -> set[str]:
     """All names of a graph, and of the graphs inside it."""
-    found = {item.name for items in (graph.input, graph.output, graph.initializer) for item in items}
-    for node in all_nodes(graph):
-        found |= {node.name, *node.input, *node.output}
-    return found
-
-
-def all_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """The nodes of a graph and of the graphs inside it."""
-    found = []
-    for node in graph.node:
-        found.append(node)
-        for attribute in node.attribute:
-            for inner in [attribute.g, *attribute.graphs] if attribute.type in (5, 10) else []:
-                found += all_nodes(inner)
-    return found
+    found = {value.name for values in (graph.inputs, graph.outputs, graph.initializers.values()) for value in values}
+    for node in graph.all_nodes():
+        found |= {node.name, *(value.name for value in (*node.inputs, *node.outputs) if value is not None)}
+    return {name for name in found if name}

@@ -56,19 +56,29 @@ def _spell_out(graph: Any, node: Any, opset: int) -> None:
 
 
 def drop_unused(graph: Any) -> None:
-    """Drop initializers that nothing reads."""
-    for name in [name for name, value in graph.initializers.items() if not value.uses()]:
-        if not graph.initializers[name].is_graph_output():
+    """Drop operations and initializers that nothing reads; in place."""
+    for node in reversed(graph):
+        if not any(value.uses() or value.is_graph_output() for value in node.outputs):
+            graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
             del graph.initializers[name]
+            if value.is_graph_input():  # as well, until IR version 4
+                graph.inputs.remove(value)
 
 
 def replace_node(graph: Any, node: Any, new: list[Any]) -> None:
     """Put nodes in place of one with one output, which the last of them gives under the same name."""
+    graph.insert_before(node, new)
+    give_instead(graph, node, new[-1].outputs[0])
+
+
+def give_instead(graph: Any, node: Any, result: Any) -> None:
+    """Drop a node with one output, whose readers get ``result`` under the same name."""
     import onnx_ir as ir
 
-    old, result = node.outputs[0], new[-1].outputs[0]
+    old = node.outputs[0]
     name, result.shape, result.type = old.name, old.shape, old.type
-    graph.insert_before(node, new)
     ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
     graph.remove(node, safe=True)
     result.name = name

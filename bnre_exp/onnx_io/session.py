@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import torch
-from onnx import TensorProto
 from torch import Tensor
 
 from bnre_exp.errors import UserError, first_line
 from bnre_exp.onnx_io.files import LARGEST
 from bnre_exp.onnx_io.names import names_of, unique
+from bnre_exp.onnx_io.proto import Value, from_proto, to_proto
 
 # Options of a session. Without VNNI, AVX2's fast product of uint8 and int8 saturates; so it is taken only where exact.
 EXACT = {"session.x64quantprecision": "1"}
@@ -51,32 +52,23 @@ def open_session(
 def unshared(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy in which every layer has 8-bit weights of its own: ONNX Runtime 1.32 cannot prepare shared ones for
     :data:`EXACT` products."""
-    copied = copy.deepcopy(model)
-    graph = copied.graph
-    weights = {item.name: item for item in graph.initializer if item.data_type == TensorProto.INT8 and item.dims}
-    dequantized = {
-        node.output[0]: node for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in weights
-    }
-    taken = names_of(graph)
-    for shared in (dequantized, weights):
-        read: set[str] = set()
-        for node in list(graph.node):
-            for index, name in enumerate(node.input):
-                if name in shared and name in read:
-                    node.input[index] = _repeat(graph, shared[name], unique(name, taken))
-                read.add(name)
-    return copied
-
-
-def _repeat(graph: onnx.GraphProto, original: onnx.NodeProto | TensorProto, name: str) -> str:
-    again = copy.deepcopy(original)
-    again.name = name
-    if isinstance(again, TensorProto):
-        graph.initializer.append(again)
-    else:
-        again.output[0] = name
-        graph.node.insert(0, again)
-    return name
+    copied = from_proto(model)
+    graph, taken = copied.graph, names_of(copied.graph)
+    weights: list[Value] = [x for x in graph.initializers.values() if x.dtype == ir.DataType.INT8 and x.shape]
+    read = [node for weight in weights for node in weight.consumers() if node.op_type == "DequantizeLinear"]
+    for node in read:
+        output = node.outputs[0]
+        for use in list(output.uses())[1:]:
+            again = ir.node(node.op_type, node.inputs, node.attributes)
+            again.outputs[0].name = unique(str(output.name), taken)
+            node.graph.insert_after(node, again)
+            use.node.replace_input_with(use.idx, again.outputs[0])
+    for weight in weights:
+        for use in list(weight.uses())[1:]:
+            tensor = ir.tensor(weight.const_value.numpy(), name=unique(str(weight.name), taken))
+            graph.register_initializer(same := ir.val(tensor.name, const_value=tensor))
+            use.node.replace_input_with(use.idx, same)
+    return to_proto(copied, model)
 
 
 def _open(model: onnx.ModelProto, providers: list[str], optimized_to: Path | None) -> onnxruntime.InferenceSession:
