@@ -104,9 +104,7 @@ class Fp32Config:
     """What the FP32 network must reach before anything else starts."""
 
     group: ClassVar[str] = "fp32"
-    min_headline: float | None = opt(
-        None, "stop the run if FP32's headline metric is worse than this; null: never"
-    )
+    min_headline: float | None = opt(None, "stop the run if FP32's headline metric is worse than this; null: never")
     min_top1: float | None = opt(None, "old name of min_headline", is_old=True)
 
     def __post_init__(self) -> None:

@@ -19,7 +19,8 @@ from bnre_exp.jobs.reporting import Job, Results, log_inputs
 from bnre_exp.jobs.stages.export import check_export
 from bnre_exp.jobs.stages.fp32 import epochs_of
 from bnre_exp.jobs.stages.network import check_storable
-from bnre_exp.jobs.stages.setting import Setting, scheme, seed
+from bnre_exp.jobs.stages.scheme import scheme
+from bnre_exp.jobs.stages.setting import Setting, seed
 from bnre_exp.jobs.stages.table import STAGES
 from bnre_exp.jobs.store import Store
 from bnre_exp.models.build import build_model, check_output
@@ -110,7 +111,7 @@ def _check_before_training(job: Job) -> None:
         return
     quick = replace(scheme(job.config), weight_range="minmax")  # ranges do not matter here
     sim = quantize(setting.built.module, setting.example(), quick, leaf_modules=model.leaf_modules)
-    setting.checked = sim_report(sim)
+    setting.trial_notes = sim_report(sim).notes
     check_export(sim, job.config.export, setting.loaders.example())
 
 

@@ -45,14 +45,14 @@ def quantize_again(
     model: nn.Module,
     example_input: Tensor | Sequence[Tensor],
     scheme: QuantScheme,
-    before: SimReport,
+    notes: tuple[str, ...],
     *,
     leaf_modules: Sequence[str] = (),
 ) -> fx.GraphModule:
     """As :func:`quantize`, for a network that it has taken before with other weights: that its traced form behaves like
-    it is not checked again. before: the report of then, whose notes hold."""
+    it is not checked again. notes: of the report of then, which hold."""
     sim = _build(model, _inputs(example_input), scheme, leaf_modules, is_checked=False)
-    sim.meta["bnre_exp"] = replace(sim_report(sim), notes=before.notes)
+    sim.meta["bnre_exp"] = replace(sim_report(sim), notes=notes)
     return sim.train(model.training)
 
 

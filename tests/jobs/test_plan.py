@@ -13,10 +13,13 @@ from rich.console import Console
 
 from bnre_exp import UserError
 from bnre_exp.cli.compose import compose_config
+from bnre_exp.config import ExportFormat
 from bnre_exp.digests import digest
 from bnre_exp.jobs import code_identity
+from bnre_exp.jobs.plan import plan
 from bnre_exp.jobs.prepare import open_store, prepare
 from bnre_exp.jobs.run import run
+from bnre_exp.jobs.stages.setting import Setting
 from bnre_exp.jobs.stages.table import STAGES
 from bnre_exp.tracking import open_run
 
@@ -75,13 +78,30 @@ def folder(tmp_path, monkeypatch):
     torch.set_num_threads(threads)
 
 
-def keys(folder: Path, *overrides: str) -> dict[str, str]:
+def keys_of(setting: Setting) -> dict[str, str]:
+    return {planned.stage.name: digest(planned.depends) for planned in plan(setting)}
+
+
+def setting_of(folder: Path, *overrides: str) -> Setting:
     config = compose_config([*SMALL, f"runtime.output_dir={folder}", *overrides])
     console = Console(file=io.StringIO())
     about = {"params": {}, "tags": {}, "output_dir": folder, "experiment": "t", "run_name": "t", "enabled": False}
     with open_run(folder / digest(overrides), **about) as log, open_store(config, 0) as store:
-        job = prepare(config, folder / "run", log, console, store, "t")
-        return {planned.stage.name: digest(planned.depends) for planned in job.planned}
+        return prepare(config, folder / "run", log, console, store, "t").setting
+
+
+def keys(folder: Path, *overrides: str) -> dict[str, str]:
+    return keys_of(setting_of(folder, *overrides))
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory):
+    """A job that was prepared, with both kinds of files to export."""
+    folder = tmp_path_factory.mktemp("known")
+    setting = setting_of(folder, "model=resnet18", "model._target_=bnre_exp.models.torchvision_model", "train.epochs=0",
+                         "qat.epochs=1", "export.formats=[checkpoint]")  # fmt: skip
+    setting.config.export.formats.append(ExportFormat.onnx)
+    return setting
 
 
 EVERYTHING = ["fp32", "ptq", "qat", "reest", "fold", "export"]
@@ -160,54 +180,56 @@ CHANGES = [
 
 
 @pytest.mark.parametrize(("kind", "name", "first"), CHANGES, ids=[name for _, name, _ in CHANGES])
-def test_a_change_of_code_or_of_a_library_reaches_the_stages_that_use_it(folder, monkeypatch, kind, name, first):
-    formats = "export.formats=[checkpoint,onnx]"
-    before = keys(folder, formats)
+def test_a_change_of_code_or_of_a_library_reaches_the_stages_that_use_it(known, monkeypatch, kind, name, first):
+    before = keys_of(known)
     if kind == "code":
-        path, known = code_identity.ROOT / name, code_identity._meaning
+        path, meaning = code_identity.ROOT / name, code_identity._meaning
         assert path.is_file()
-        monkeypatch.setattr(code_identity, "_meaning", lambda file: "new" if file == path else known(file))
+        monkeypatch.setattr(code_identity, "_meaning", lambda file: "new" if file == path else meaning(file))
     else:
-        known = code_identity._version
-        monkeypatch.setattr(code_identity, "_version", lambda library: "0" if library == name else known(library))
-    after = keys(folder, formats)
+        version = code_identity._version
+        monkeypatch.setattr(code_identity, "_version", lambda library: "0" if library == name else version(library))
+    after = keys_of(known)
     changed = [stage for stage in EVERYTHING if before[stage] != after[stage]]
     assert changed == (EVERYTHING[EVERYTHING.index(first) :] if first else [])
 
 
 def test_without_onnx_files_the_libraries_of_onnx_do_not_count(folder, monkeypatch):
-    before, known = keys(folder, "export=checkpoint"), code_identity._version
-    monkeypatch.setattr(code_identity, "_version", lambda name: "0" if "onnx" in name else known(name))
-    assert keys(folder, "export=checkpoint") == before
+    setting, version = setting_of(folder, "export=checkpoint"), code_identity._version
+    before = keys_of(setting)
+    monkeypatch.setattr(code_identity, "_version", lambda name: "0" if "onnx" in name else version(name))
+    assert keys_of(setting) == before
 
 
 def test_the_version_of_a_package_that_a_target_comes_from_counts(folder, monkeypatch):
-    timm = ("model=timm", "model.name=mobilenetv3_small_050", "dataset.image_size=32")
-    before, known = keys(folder, *timm), code_identity._version_of
-    monkeypatch.setattr(code_identity, "_version_of", lambda top: "timm 0" if top == "timm" else known(top))
-    after = keys(folder, *timm)
+    timm = ("model=timm", "model._target_=bnre_exp.models.timm_model", "model.name=mobilenetv3_small_050")
+    setting, version = setting_of(folder, *timm), code_identity._version_of
+    before = keys_of(setting)
+    monkeypatch.setattr(code_identity, "_version_of", lambda top: "timm 0" if top == "timm" else version(top))
+    after = keys_of(setting)
     assert all(before[stage] != after[stage] for stage in EVERYTHING)
 
 
-# What a stage imports, and what no result depends on: it words, reports, or holds what keys have by value.
+# What stages import and no result depends on: it words, reports, keeps, or its results are in the key by value.
 NEUTRAL = (
-    "errors", "progress", "digests", "files", "targets", "config", "report", "data.datasets", "jobs.stages.network",
-    "jobs.stages.outcome", "jobs.stages.snapshots", "jobs.stages.stage", "jobs.reporting", "jobs.store",
-    "jobs.entries", "jobs.eviction", "jobs.locks", "tracking", "jobs.plan", "jobs.code_identity", "jobs.stages.table",
-    "models", "data", "onnx_io.names", "onnx_io.opset", "onnx_io.files", "export.onnx.records",
+    "errors", "progress", "digests", "files", "targets", "config", "report", "tracking", "models", "data", "jobs.store",
+    "jobs.plan", "jobs.reporting", "jobs.stages.stage", "jobs.stages.network", "jobs.stages.outcome",
+    "jobs.stages.snapshots",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
 def test_a_stage_declares_all_that_it_imports(stage):
-    config = compose_config(["export=all"])
-    declared = {path for name in stage.uses(config).code for path in code_identity._files_of(name)}
-    start = f"bnre_exp.jobs.stages.{stage.name}"
-    imported = code_identity._closure((start,), lambda name: name.startswith("bnre_exp."))
-    undeclared = [name for name, path in imported.items() if path is not None and path not in declared]
-    names = [name.removeprefix("bnre_exp.") for name in undeclared]
-    left = [name for name in names if not any(f"{name}.".startswith(f"{neutral}.") for neutral in NEUTRAL)]
-    assert not [name for name in left if not (code_identity.ROOT / name.replace(".", "/")).is_dir()]  # an __init__
+    def counts(name: str) -> bool:
+        own = name.removeprefix("bnre_exp.")
+        return own != name and not any(f"{own}.".startswith(f"{neutral}.") for neutral in NEUTRAL)
+
+    declared = {
+        path for name in stage.uses(compose_config(["export=all"])).code for path in code_identity._files_of(name)
+    }
+    imported = code_identity._closure((f"bnre_exp.jobs.stages.{stage.name}",), counts)
+    left = {name for name, path in imported.items() if path is not None and path not in declared}
+    assert not {name for name in left if not name.endswith(("jobs", "stages", "algorithms", "export"))}  # an __init__
 
 
 def test_comments_docstrings_and_layout_are_no_code(tmp_path):

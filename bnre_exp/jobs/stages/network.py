@@ -16,7 +16,8 @@ from bnre_exp.algorithms.bias import quantize_biases
 from bnre_exp.algorithms.fold import fold_batch_norms
 from bnre_exp.algorithms.snapshot import hidden_buffers, restore_hidden_buffers
 from bnre_exp.errors import UserError
-from bnre_exp.jobs.stages.setting import Setting, scheme
+from bnre_exp.jobs.stages.scheme import scheme
+from bnre_exp.jobs.stages.setting import Setting
 from bnre_exp.quantsim.insert import rebuild_sim
 
 STATE, HIDDEN = "state.safetensors", "buffers.safetensors"

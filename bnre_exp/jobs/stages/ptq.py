@@ -8,7 +8,8 @@ from torch import fx, nn
 
 from bnre_exp.jobs.stages.calibration import calibrate_stage
 from bnre_exp.jobs.stages.outcome import Measured, Outcome
-from bnre_exp.jobs.stages.setting import Setting, scheme, seed, timed
+from bnre_exp.jobs.stages.scheme import scheme
+from bnre_exp.jobs.stages.setting import Setting, seed, timed
 from bnre_exp.quantsim.insert import quantize, quantize_again
 from bnre_exp.quantsim.sim import sim_report
 
@@ -23,10 +24,10 @@ def ptq(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
 
     def work() -> fx.GraphModule:
         how, leaves = (given.network, setting.example(), scheme(config)), config.model.leaf_modules
-        if setting.checked is None:
+        if setting.trial_notes is None:
             sim = quantize(*how, leaf_modules=leaves)
         else:
-            sim = quantize_again(*how, setting.checked, leaf_modules=leaves)
+            sim = quantize_again(*how, setting.trial_notes, leaf_modules=leaves)
         calibrate_stage(setting, sim, "ptq")
         return sim
 

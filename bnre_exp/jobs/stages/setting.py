@@ -19,16 +19,14 @@ from bnre_exp.data.loaders import Loaders
 from bnre_exp.digests import stream_seed
 from bnre_exp.models.build import BuiltModel
 from bnre_exp.progress import Progress
-from bnre_exp.quantsim.quantizers.scheme import LayerRule, QuantScheme
-from bnre_exp.quantsim.sim import SimReport
 from bnre_exp.tasks.task import Evaluation, Task
 
 
 @dataclass
 class Setting:
     """config; device; task; data; the untrained network; where progress is shown (``on_metrics(values, step)`` hears of
-    training epochs, ``say`` prints a line). checked: what was reported when the
-    network was quantized for trial, None if it was not. evaluations: of the rows that are measured, by name."""
+    training epochs, ``say`` prints a line). trial_notes: what was noticed when
+    the network was quantized for trial, None if it was not. evaluations: of the rows that are measured, by name."""
 
     config: Config
     device: torch.device
@@ -38,7 +36,7 @@ class Setting:
     progress: Progress
     on_metrics: Callable[[dict[str, float], int], None]
     say: Callable[[str], None]
-    checked: SimReport | None = None
+    trial_notes: tuple[str, ...] | None = None
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
 
     def evaluate(self, network: nn.Module, description: str, on_validation: bool = False) -> Evaluation:
@@ -57,17 +55,6 @@ def seed(config: Config, purpose: str) -> None:
     random.seed(value)
     np.random.seed(value % 2**32)
     torch.manual_seed(value)
-
-
-def scheme(config: Config) -> QuantScheme:
-    """The quantization scheme that the configuration describes."""
-    quant = config.quant
-    rules = tuple(LayerRule(o.pattern, o.weight_bits, o.act_bits, o.off) for o in quant.overrides)
-    return QuantScheme(
-        weight_bits=quant.weight_bits, act_bits=quant.act_bits, per_channel=quant.per_channel,
-        range_learning=quant.range_learning, first_last_bits=quant.first_last_bits, overrides=rules,
-        weight_range=quant.weight_range.value, act_range=quant.act_range.value, percentile=quant.percentile,
-    )  # fmt: skip
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:

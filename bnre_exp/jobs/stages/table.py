@@ -14,7 +14,7 @@ from bnre_exp.jobs.stages.stage import Stage, Uses
 
 MEASURING = ("tasks", "algorithms.evaluate", "algorithms.feeding", "jobs.stages.setting")
 TRAINING = ("jobs.stages.training", "algorithms.train", "algorithms.snapshot")
-SIMULATION = ("quantsim",)
+SIMULATION = ("quantsim", "jobs.stages.scheme")
 CALIBRATION = ("jobs.stages.calibration", "algorithms.calibrate")
 RE_ESTIMATION = ("algorithms.reestimate", "algorithms.bn_statistics")
 FOLDING = ("algorithms.fold", "algorithms.bias", "algorithms.integers")

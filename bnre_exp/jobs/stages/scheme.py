@@ -1,0 +1,17 @@
+"""The quantization scheme of a job."""
+
+from __future__ import annotations
+
+from bnre_exp.config import Config
+from bnre_exp.quantsim.quantizers.scheme import LayerRule, QuantScheme
+
+
+def scheme(config: Config) -> QuantScheme:
+    """The quantization scheme that the configuration describes."""
+    quant = config.quant
+    rules = tuple(LayerRule(o.pattern, o.weight_bits, o.act_bits, o.off) for o in quant.overrides)
+    return QuantScheme(
+        weight_bits=quant.weight_bits, act_bits=quant.act_bits, per_channel=quant.per_channel,
+        range_learning=quant.range_learning, first_last_bits=quant.first_last_bits, overrides=rules,
+        weight_range=quant.weight_range.value, act_range=quant.act_range.value, percentile=quant.percentile,
+    )  # fmt: skip
