@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,11 @@ def test_hydra_and_mlflow_are_imported_in_one_room_each() -> None:
     assert files_importing("hydra") == {"cli"}
     assert files_importing("mlflow") == {"tracking"}
     assert files_importing("omegaconf") == {"cli"}
+
+
+def test_what_is_measured_is_named_by_the_task_alone() -> None:
+    naming = {room_of(file) for file in FILES if re.search(r"\btop-?1\b", file.read_text())}
+    assert naming == {"tasks"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
