@@ -5,10 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.process import BaseProcess
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -79,9 +81,12 @@ def _start(pool: ProcessPoolExecutor) -> BaseProcess:
     method, is_daemon = multiprocessing.get_start_method(allow_none=True), own.get("daemon", False)
     multiprocessing.set_start_method("spawn", force=True)  # the child is told it; joblib's own it would not know
     own["daemon"] = False  # joblib's may be daemons, which have no children, for fear that these outlive them
+    # The child would import the main module again: a script that runs jobs would run them there, in it, without end.
+    script, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
     try:
         pool.submit(os.getpid)
     finally:
+        sys.modules["__main__"] = script
         own["daemon"] = is_daemon
         multiprocessing.set_start_method(method, force=True)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)

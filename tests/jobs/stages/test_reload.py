@@ -22,6 +22,7 @@ from bnre_exp.algorithms.integers import integer_simulation
 from bnre_exp.export.checkpoint.save_load import save_folded
 from bnre_exp.jobs.stages.reload import Verifier
 from bnre_exp.progress import no_progress
+from bnre_exp.tasks import Classification
 from tests.export.saving import IMAGES, folded_network
 from tests.networks import flat_cnn, randomize
 
@@ -29,6 +30,7 @@ ROOT = Path(bnre_exp.__file__).parents[1]
 SETTING = SimpleNamespace(
     loaders=SimpleNamespace(test=[(IMAGES, torch.tensor([1, 2, 3])), (IMAGES[:2].flip(3), torch.tensor([4, 5]))]),
     progress=no_progress,
+    task=Classification(),
 )
 
 USER_CODE = """
@@ -150,7 +152,7 @@ def test_a_child_that_dies_while_it_is_sent_a_batch(tmp_path):
         threading.Timer(1, child.kill).start()  # the pipe is full by then
         yield torch.zeros(1, 3, 1024, 1024), torch.zeros(1, dtype=torch.int64)
 
-    setting = SimpleNamespace(loaders=SimpleNamespace(test=loader()), progress=no_progress)
+    setting = SimpleNamespace(loaders=SimpleNamespace(test=loader()), progress=no_progress, task=Classification())
     with Verifier(setting) as verifier, pytest.raises(UserError, match="status -9"):
         verifier.evaluate(checkpoint(tmp_path / "net"), "checkpoint")
     assert multiprocessing.active_children() == []
