@@ -131,8 +131,9 @@ def leave_report(job: Job) -> None:
     summary.places[RUN_FOLDER] = str(job.run_dir)
     if log.uri is not None and log.experiment_id is not None:
         summary.places["MLflow"] = ui_command(log.uri)
-        best = f"fold/{job.setting.task.headline.name}"
-        summary.places["  then open"] = compare_link(log.experiment_id, best, ui_address(log.uri))
+        headline = job.setting.task.headline
+        order = f"fold/{headline.name}", not headline.higher_is_better
+        summary.places["  then open"] = compare_link(log.experiment_id, *order, ui_address(log.uri))
     if log.undelivered:
         job.exceptions("note", [("MLflow", f"{log.undelivered} records are not there yet: bnre-exp-sync")])
     path = job.run_dir / "report.md"

@@ -171,8 +171,9 @@ def _leave_comparison(plan: SweepPlan, log: RunLog, console: Console) -> None:
     if log.uri is not None and log.experiment_id is not None:
         places["MLflow"] = ui_command(log.uri)
         shown = [column.metric for column in result_columns(rows, HEADINGS) if not column.metric.startswith("fp32/")]
-        view, best = log.view(differing_params(rows), shown), f"fold/{rows[0].headline.name}"
-        places["  then open"] = compare_link(log.experiment_id, best, ui_address(log.uri), view)
+        metric, is_ascending = f"fold/{rows[0].headline.name}", not rows[0].headline.higher_is_better
+        view = log.view(differing_params(rows), shown, is_ascending)
+        places["  then open"] = compare_link(log.experiment_id, metric, is_ascending, ui_address(log.uri), view)
     if log.undelivered:
         places["not in MLflow yet"] = f"{log.undelivered} records of the sweep's own run: bnre-exp-sync"
     for what, place in places.items():

@@ -41,20 +41,27 @@ class Summary:
 def stage_table(summary: Summary) -> Table:
     """The stages as a table for the console."""
     table = Table(title=summary.title, title_justify="left", title_style="bold")
-    for heading in ("stage", summary.metric, "change", "loss", "seconds"):
+    for heading in ("stage", *_headings(summary)):
         table.add_column(heading, justify="left" if heading == "stage" else "right", no_wrap=True)
     table.add_column("", overflow="fold")
     for row in summary.stages:
-        table.add_row(row.stage, *_cells(row), row.note)
+        table.add_row(row.stage, *_cells(row, _has_loss(summary)), row.note)
     return table
 
 
-def _cells(row: StageResult) -> tuple[str, str, str, str]:
+def _has_loss(summary: Summary) -> bool:
+    return not summary.stages or any(row.loss is not None for row in summary.stages)
+
+
+def _headings(summary: Summary) -> list[str]:
+    """Of the numbers; without a loss where no row has one."""
+    return [summary.metric, "change", *(["loss"] if _has_loss(summary) else []), "seconds"]
+
+
+def _cells(row: StageResult, has_loss: bool) -> list[str]:
     delta = "" if row.delta is None else f"{row.delta:+.4f}"
-    loss = "" if row.loss is None else f"{row.loss:.4f}"
-    if row.loss is not None and abs(row.loss) >= 1e4:
-        loss = f"{row.loss:.2e}"
-    return f"{row.value:.4f}", delta, loss, f"{row.seconds:.1f}"
+    loss = "" if row.loss is None else f"{row.loss:.2e}" if abs(row.loss) >= 1e4 else f"{row.loss:.4f}"
+    return [f"{row.value:.4f}", delta, *([loss] if has_loss else []), f"{row.seconds:.1f}"]
 
 
 def print_summary(summary: Summary, console: Console, with_places: bool = True) -> None:
@@ -83,9 +90,9 @@ def _by_reason(rows: Iterable[tuple[str, str]]) -> list[str]:
 
 def markdown(summary: Summary) -> str:
     """The whole summary as Markdown, every exception on a line of its own."""
-    headings = f"| stage | {summary.metric} | change | loss | seconds | |"
-    lines = [f"# {summary.title}", "", headings, "|---|--:|--:|--:|--:|---|"]
-    lines += [f"| {row.stage} | {' | '.join(_cells(row))} | {row.note} |" for row in summary.stages]
+    headings = _headings(summary)
+    lines = [f"# {summary.title}", "", f"| stage | {' | '.join(headings)} | |", f"|---|{'--:|' * len(headings)}---|"]
+    lines += [f"| {row.stage} | {' | '.join(_cells(row, _has_loss(summary)))} | {row.note} |" for row in summary.stages]
     for heading, rows in summary.exceptions.items():
         lines += ["", f"## {heading}", ""]
         lines += [f"- `{name}`: {reason}" for name, reason in rows] or ["- none"]

@@ -9,11 +9,12 @@ MOST_RUNS = 50  # in a chart
 SIZE = "fold/megabytes"
 
 
-def charts(parent: str, params: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
+def charts(parent: str, params: Sequence[str], metrics: Sequence[str], is_ascending: bool = False) -> dict[str, Any]:
     """The state of a view of the runs nested in the run ``parent``: parallel coordinates of ``params`` and ``metrics``,
     the folded network's headline metric against size, and a bar chart for each metric.
 
-    metrics: each stage's headline metric, in the order of the stages, and what else is to be drawn."""
+    metrics: each stage's headline metric, in the order of the stages, and what else is to be drawn;
+    is_ascending: whether the lowest comes first."""
     sections = [("all", "What differs, and what it does"), ("each", "Metrics")]
     folded = next((name for name in metrics if name.startswith("fold/") and name != SIZE), None)
     headline = "" if folded is None else folded.removeprefix("fold/")
@@ -27,7 +28,7 @@ def charts(parent: str, params: Sequence[str], metrics: Sequence[str]) -> dict[s
         "searchFilter": f"tags.mlflow.parentRunId = '{parent}'",
         # Sorted by date, the UI would fold nested runs away.
         "orderByKey": f"metrics.`{folded or next(iter(metrics), '')}`",
-        "orderByAsc": False,
+        "orderByAsc": is_ascending,
         "runsHiddenMode": "SHOW_ALL",
         "compareRunCharts": drawn,
         "compareRunSections": [

@@ -32,12 +32,13 @@ def ui_command(uri: str) -> str:
     return f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {program}"  # job execution would take 2 GB and 20 s
 
 
-def compare_link(experiment_id: str, best: str, address: str = UI_ADDRESS, view: str | None = None) -> str:
-    """Where the UI shows an experiment's runs as charts, those with the highest metric ``best`` first; or a view saved
-    under a key.
+def compare_link(
+    experiment_id: str, metric: str, is_ascending: bool, address: str = UI_ADDRESS, view: str | None = None
+) -> str:
+    """Where the UI shows an experiment's runs as charts, in the order of a metric; or a view saved under a key.
 
     (Sorted by a metric, the UI lists nested runs beside the others; sorted by date it folds them away.)
     """
     link = f"{address}/#/experiments/{experiment_id}/runs?workflowType=machine_learning&compareRunsMode=CHART"
-    order = f"orderByKey={quote(f'metrics.`{best}`', safe='')}&orderByAsc=false"
+    order = f"orderByKey={quote(f'metrics.`{metric}`', safe='')}&orderByAsc={str(is_ascending).lower()}"
     return f"{link}&viewStateShareKey={view}" if view else f"{link}&{order}"

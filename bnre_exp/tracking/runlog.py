@@ -100,10 +100,10 @@ class RunLog:
             package_onnx(path, folder, example)
             self.model(folder, name, "onnx", params, metrics)
 
-    def view(self, params: Sequence[str], metrics: Sequence[str]) -> str | None:
+    def view(self, params: Sequence[str], metrics: Sequence[str], is_ascending: bool = False) -> str | None:
         """Save a view of the runs nested in this one: ``params`` against ``metrics``, and a chart of each metric.
         Returns its key for a link, None if MLflow is out of reach."""
-        self._add("view", {"params": list(params), "metrics": list(metrics)})
+        self._add("view", {"params": list(params), "metrics": list(metrics), "is_ascending": is_ascending})
         return None if self.run_id is None else self.run_id[:12]
 
     def _add(self, kind: str, value: Any, **more: Any) -> None:

@@ -222,8 +222,8 @@ def test_commands_for_people():
     assert "mlflow ui --workers 1 --backend-store-uri 'sqlite:////a b/mlflow.db'" in ui_command(
         "sqlite:////a b/mlflow.db"
     )
-    assert compare_link("7").startswith("http://127.0.0.1:5000/#/experiments/7/runs?")
-    assert compare_link("7", view="abc").endswith("compareRunsMode=CHART&viewStateShareKey=abc")
+    assert compare_link("7", "fold/top1", False).startswith("http://127.0.0.1:5000/#/experiments/7/runs?")
+    assert compare_link("7", "fold/top1", False, view="abc").endswith("compareRunsMode=CHART&viewStateShareKey=abc")
 
 
 def fill_the_disk(log) -> None:
