@@ -105,7 +105,7 @@ class Fp32Config:
 
     group: ClassVar[str] = "fp32"
     min_headline: float | None = opt(None, "stop the run if FP32's headline metric is worse than this; null: never")
-    min_top1: float | None = opt(None, "old name of min_headline", is_old=True)
+    min_top1: float | None = opt(None, "old name of min_headline", is_old=True, ge=0, le=1)
 
     def __post_init__(self) -> None:
         check_bounds(self, self.group)

@@ -19,7 +19,7 @@ from bnre_exp import (
     train,
     weight_quantizers,
 )
-from bnre_exp.algorithms.compare import compare_logits
+from bnre_exp.algorithms.compare import compare_outputs
 from tests.networks import flat_cnn, randomize
 
 
@@ -134,17 +134,17 @@ def test_training_refuses_what_it_does_not_know(arguments, message):
         train(flat_cnn(), iter(labelled()), 1)
 
 
-def test_compare_logits_bypasses_quantizers_and_measures_the_largest_difference():
+def test_compare_outputs_bypasses_quantizers_and_measures_the_largest_difference():
     x = labelled()[0][0]
     first = quantize(randomize(flat_cnn()), x, QuantScheme(weight_bits=8, act_bits=2))
     calibrate(first, [x], 1)
     second = copy.deepcopy(first)
-    assert compare_logits(first, second, labelled()).largest == 0
+    assert compare_outputs(first, second, labelled()).largest == 0
     with torch.no_grad():
         second.get_submodule("11").bias[3] += 0.5
-    difference = compare_logits(first, second, labelled())
+    difference = compare_outputs(first, second, labelled())
     assert difference.largest == pytest.approx(0.5, rel=1e-4) and 0 < difference.relative < difference.largest
     with torch.no_grad():
         first.get_submodule("11").bias[3] = torch.nan
-    difference = compare_logits(first, first, labelled())
+    difference = compare_outputs(first, first, labelled())
     assert math.isnan(difference.magnitude) and math.isnan(difference.relative)

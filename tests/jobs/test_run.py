@@ -17,7 +17,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from bnre_exp import UserError, evaluate, load_folded
+from bnre_exp import UserError, evaluate, integer_simulation, load_folded
 from bnre_exp.algorithms.compare import Difference
 from bnre_exp.cli.compose import compose_config
 from bnre_exp.jobs.run import run
@@ -110,7 +110,8 @@ def test_the_folded_checkpoint_gives_the_reported_accuracy(tmp_path):
     )
     spec = DataSpec("bnre_exp.data.digits", batch_size=32, train_limit=192, test_limit=64)
     loaders = build_loaders(spec, preprocessing=preprocessing)
-    assert evaluate(load_folded(results.folded), loaders.test).top1 == results.metrics["export/top1"]
+    shipped = integer_simulation(load_folded(results.folded))
+    assert evaluate(shipped, loaders.test).top1 == results.metrics["export/top1"]
 
 
 def test_a_job_does_not_depend_on_what_ran_before_in_the_process(tmp_path):
@@ -133,10 +134,10 @@ def test_a_trained_network_can_be_taken_up_again(tmp_path):
 
 
 def test_min_top1_stops_before_quantization(tmp_path):
-    with pytest.raises(UserError, match=r"below fp32.min_top1=1.0"):
+    with pytest.raises(UserError, match=r"fp32/top1=.* is worse than fp32.min_headline=1.0"):
         job(tmp_path, "fp32.min_top1=1.0", tracking=True)
     _, (record,) = mlflow_runs(tmp_path)
-    assert record.info.status == "FAILED" and "fp32.min_top1" in record.data.tags["error"]
+    assert record.info.status == "FAILED" and "fp32.min_headline" in record.data.tags["error"]
     assert "fp32/top1" in record.data.metrics and "ptq/top1" not in record.data.metrics
     assert (tmp_path / "run" / "fp32.safetensors").exists() and (tmp_path / "run" / "report.md").exists()
 
@@ -189,7 +190,7 @@ def test_multirun_gives_one_comparable_run_each_and_goes_on_after_a_failure(tmp_
         tmp_path, "-m", *TINY, "quant.weight_bits=2,4", "reest.num_batches=0,4", "fp32.min_top1=0,1.0",
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr and done.stderr.count("fp32.min_top1=1.0") >= 4
+    assert "Traceback" not in done.stderr and done.stderr.count("fp32.min_headline=1.0") >= 4
     _, runs = mlflow_runs(tmp_path / "out")
     runs = [record for record in runs if record.data.params]  # without the sweep's own
     assert len(runs) == 8 and sorted(r.info.status for r in runs) == ["FAILED"] * 4 + ["FINISHED"] * 4
@@ -348,7 +349,7 @@ def test_what_cannot_be_exported_stops_before_training(tmp_path):
 def test_a_network_that_qat_ruined_is_no_defect_of_ours(tmp_path, monkeypatch):
     import bnre_exp.jobs.stages.fold as step
 
-    monkeypatch.setattr(step, "compare_logits", lambda *_, **__: Difference(math.nan, math.nan))
+    monkeypatch.setattr(step, "compare_outputs", lambda *_, **__: Difference(math.nan, math.nan))
     with pytest.raises(
         UserError, match=r"training has most likely diverged \(top-1 before folding: 0\.\d+\); try a lower"
     ):

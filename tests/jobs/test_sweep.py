@@ -127,7 +127,7 @@ def test_a_search_optimizes_a_metric_of_validation_data(folder):
 @pytest.mark.slow
 def test_jobs_that_fail_leave_the_others_and_a_final_status(folder):
     said = finish("-m", *SMALL, "reest.num_batches=2", "fp32.min_top1=0,1.0", "hydra/launcher=joblib", status=2)
-    assert "1 job(s) of this multirun failed" in said and "below fp32.min_top1=1.0" in said
+    assert "1 job(s) of this multirun failed" in said and "is worse than fp32.min_headline=1.0" in said
     runs = runs_of(folder / "out")
     assert sorted(run["status"] for run in runs if run["parent"]) == ["FAILED", "FINISHED"]
     (parent,) = [run for run in runs if run["parent"] is None]

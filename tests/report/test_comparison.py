@@ -9,6 +9,7 @@ import math
 import pytest
 from rich.console import Console
 
+from bnre_exp.jobs.stages.table import HEADINGS
 from bnre_exp.report.comparison import (
     RunRow,
     comparison_columns,
@@ -17,6 +18,7 @@ from bnre_exp.report.comparison import (
     comparison_table,
     differing_params,
 )
+from bnre_exp.tasks import Headline
 
 
 def row(bits: str = "4", batches: str = "100", status: str = "FINISHED", **metrics: float) -> RunRow:
@@ -38,7 +40,7 @@ ROWS = [
 
 def test_only_what_differs_and_matters_is_shown_in_numeric_order():
     assert differing_params(ROWS) == ["quant.weight_bits", "reest.num_batches"]
-    columns = comparison_columns(ROWS)
+    columns = comparison_columns(ROWS, HEADINGS)
     assert list(columns) == [
         "weight_bits", "num_batches", "FP32", "quantized", "re-estimated", "change", "folded", "MB",
     ]  # fmt: skip
@@ -50,10 +52,10 @@ def test_only_what_differs_and_matters_is_shown_in_numeric_order():
 
 
 def test_runs_that_did_not_finish_are_shown_with_what_they_have():
-    columns = comparison_columns([row("2", status="FAILED"), row("3", fp32_top1=math.nan)])
+    columns = comparison_columns([row("2", status="FAILED"), row("3", fp32_top1=math.nan)], HEADINGS)
     assert columns["status"] == ["FAILED", "FINISHED"] and columns["FP32"] == ["–", "nan"]
-    assert list(comparison_columns([row("2", fp32_top1=0.5)])) == ["run", "FP32"]
-    for function in (comparison_columns, comparison_csv):
+    assert list(comparison_columns([row("2", fp32_top1=0.5)], HEADINGS)) == ["run", "FP32"]
+    for function in (lambda rows: comparison_columns(rows, HEADINGS), comparison_csv):
         with pytest.raises(ValueError, match="no runs"):
             function([])
 
@@ -61,17 +63,30 @@ def test_runs_that_did_not_finish_are_shown_with_what_they_have():
 def test_names_are_short_where_that_is_clear():
     one = RunRow("a", "FINISHED", {"train.lr": "1", "qat.lr": "1", "seed": "0"}, {})
     other = RunRow("b", "FINISHED", {"train.lr": "2", "qat.lr": "2", "seed": "1"}, {})
-    assert list(comparison_columns([one, other])) == ["train.lr", "qat.lr", "seed"]
+    assert list(comparison_columns([one, other], HEADINGS)) == ["train.lr", "qat.lr", "seed"]
 
 
 def test_the_best_of_each_accuracy_is_bold():
-    text = comparison_markdown("a | b", ROWS)
+    text = comparison_markdown("a | b", ROWS, HEADINGS)
     assert text.startswith("# a | b\n") and "**0.8951**" in text and "**0.8950**" in text and text.count("**") == 6
     assert "**0.9000** |" in text  # of quantized; FP32 is the same everywhere
     console = Console(record=True, width=120, force_terminal=True, file=io.StringIO())
-    console.print(comparison_table("title", ROWS))
+    console.print(comparison_table("title", ROWS, HEADINGS))
     styled = console.export_text(styles=True)
     assert "\x1b[1m0.8951\x1b[0m" in styled and "\x1b[1m0.8900\x1b[0m" not in styled
+
+
+def test_where_lower_is_better_the_lowest_is_bold_and_other_metrics_have_columns_of_their_own():
+    error = Headline("mae", "mean error", higher_is_better=False)
+    rows = [
+        RunRow(bits, "FINISHED", {"quant.weight_bits": bits}, {"fp32/mae": 0.5, "fold/mae": value}, error)
+        for bits, value in (("2", 0.75), ("4", 0.625))
+    ]
+    assert "**0.6250**" in comparison_markdown("t", rows, HEADINGS)
+    both = [*rows, row("8", fp32_top1=0.9, fold_top1=0.8)]
+    columns = comparison_columns(both, HEADINGS)
+    assert columns["folded, mean error"] == ["0.7500", "0.6250", "–"]
+    assert columns["folded, top-1"] == ["–", "–", "0.8000"]
 
 
 def test_csv_holds_every_number_exactly():
@@ -84,15 +99,18 @@ def test_csv_holds_every_number_exactly():
 def test_any_text_can_be_a_param():
     rows = [RunRow("a", "FINISHED", {"model.kwargs.MB": text}, {"fold/megabytes": 1.0}) for text in ("[/x]", "[bold]")]
     console = Console(record=True, width=120, file=io.StringIO())
-    console.print(comparison_table("[/title]", rows))
+    console.print(comparison_table("[/title]", rows, HEADINGS))
     shown = console.export_text()
     assert "[/x]" in shown and "[bold]" in shown and "[/title]" in shown
-    assert list(comparison_columns(rows)) == ["model.kwargs.MB", "MB"]  # a heading of the results is not replaced
+    assert list(comparison_columns(rows, HEADINGS)) == [
+        "model.kwargs.MB",
+        "MB",
+    ]  # a heading of the results is not replaced
 
 
 def test_words_with_numbers_are_ordered_by_them():
     rows = [RunRow(n, "FINISHED", {"model.name": n}, {}) for n in ("resnet101", "resnet18", "vgg16", "18")]
-    assert comparison_columns(rows) == {"model": ["18", "resnet18", "resnet101", "vgg16"]}
+    assert comparison_columns(rows, HEADINGS) == {"model": ["18", "resnet18", "resnet101", "vgg16"]}
 
 
 def test_a_wide_table_keeps_every_number_in_120_columns():
@@ -105,7 +123,7 @@ def test_a_wide_table_keeps_every_number_in_120_columns():
         for n, (v, status) in enumerate(zip(values, ("FINISHED", "FAILED")))
     ]
     console = Console(record=True, width=120, file=io.StringIO())
-    console.print(comparison_table("title", rows))
+    console.print(comparison_table("title", rows, HEADINGS))
     shown = console.export_text()
     assert shown.count("0.1234") == 12 and shown.count("+0.5678") == 2 and shown.count("12.34") == 2
     assert "FINISHED" in shown and "quantized" in shown and "estimated" in shown  # only params may break

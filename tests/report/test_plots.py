@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bnre_exp.jobs.stages.table import HEADINGS
 from bnre_exp.report.comparison import RunRow
 from bnre_exp.report.plots import SizePoint, batches_series, bits_series, pareto_front, save_plots, size_points
 
@@ -62,6 +63,7 @@ def test_sizes_and_their_front():
     assert size_points([row(2, fold_top1=0.5, fold_megabytes=1.0), row(3, fold_top1=0.5, fold_megabytes=1.0)]) == []
     worse, same = SizePoint(2.0, 0.8, "worse"), SizePoint(3.0, 0.9, "larger, not better")
     assert pareto_front([same, worse, *points]) == points
+    assert pareto_front([same, worse, *points], higher_is_better=False) == points[:1]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,7 @@ def test_sizes_and_their_front():
     ],
 )
 def test_what_the_data_support_is_drawn(rows, names, tmp_path):
-    paths = save_plots(rows, tmp_path)
+    paths = save_plots(rows, tmp_path, HEADINGS)
     assert {path.name for path in paths} == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
     for path in paths:
         if path.suffix == ".png":
@@ -86,4 +88,4 @@ def test_what_the_data_support_is_drawn(rows, names, tmp_path):
         else:
             assert "<script" not in path.read_text() and "http-equiv" not in path.read_text()
     again = tmp_path / "not" / "there"
-    assert [path.read_bytes() for path in save_plots(rows, again)] == [path.read_bytes() for path in paths]
+    assert [path.read_bytes() for path in save_plots(rows, again, HEADINGS)] == [path.read_bytes() for path in paths]
