@@ -10,10 +10,9 @@ from typing import Any
 import torch
 
 from bnre_exp.algorithms.snapshot import hidden_buffers
-from bnre_exp.config import Config, RangeEstimator, ReestMethod, flatten
+from bnre_exp.config import Config, flatten
 from bnre_exp.digests import digest, tensors_digest
 from bnre_exp.jobs.code_identity import code_digest, python_version, users_code, versions
-from bnre_exp.jobs.stages.fp32 import epochs_of
 from bnre_exp.jobs.stages.setting import Setting
 from bnre_exp.jobs.stages.stage import Stage
 from bnre_exp.jobs.stages.table import STAGES, stages_of
@@ -43,7 +42,8 @@ def plan(setting: Setting) -> list[Planned]:
     shown["seed"] = setting.config.seed
     planned: dict[str, Planned] = {}
     for stage in stages_of(setting.config):
-        own = _settings(setting, stage, flat)
+        section = {name: value for name, value in flat.items() if name.startswith(f"{stage.section}.")}
+        own = stage.settings(setting, section)
         shown = {**shown, **own}
         uses = stage.uses(setting.config)
         depends: dict[str, Any] = {
@@ -53,25 +53,6 @@ def plan(setting: Setting) -> list[Planned]:
         depends.update({"upstream": digest(planned[before].depends)} if before else _origin(setting))
         planned[stage.name] = Planned(stage, before, depends, shown)
     return list(planned.values())
-
-
-def _settings(setting: Setting, stage: Stage, flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a stage itself reads and that have an effect."""
-    without_effect = _without_effect(setting.config)
-    own = {name: value for name, value in flat.items() if name.startswith(f"{stage.section}.")}
-    own = {name: value for name, value in own.items() if name not in without_effect}
-    if stage.name == "fp32":  # train.epochs=null is the dataset's number; without training nothing else counts
-        epochs = epochs_of(setting)
-        return {**own, "train.epochs": epochs} if epochs else {"train.epochs": 0}
-    if stage.name == "ptq":
-        return {**own, "model.leaf_modules": list(setting.config.model.leaf_modules)}
-    return own
-
-
-def _without_effect(config: Config) -> set[str]:
-    estimators = {config.quant.weight_range, config.quant.act_range}
-    unused = set() if RangeEstimator.percentile in estimators else {"quant.percentile"}
-    return unused if config.reest.method is ReestMethod.ema else unused | {"reest.momentum"}
 
 
 def _origin(setting: Setting) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_model
 from torch import nn
@@ -25,6 +25,12 @@ def epochs_of(setting: Setting) -> int:
     if epochs is None:
         return 0 if setting.built.pretrained else setting.config.dataset.train_epochs
     return epochs
+
+
+def fp32_settings(setting: Setting, own: dict[str, Any]) -> dict[str, Any]:
+    """``train.epochs=null`` is the dataset's number, and without training nothing else counts."""
+    epochs = epochs_of(setting)
+    return {**own, "train.epochs": epochs} if epochs else {"train.epochs": 0}
 
 
 def fp32(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
+from bnre_exp.config import RangeEstimator
 from bnre_exp.jobs.stages.calibration import calibrate_stage
 from bnre_exp.jobs.stages.outcome import Measured, Outcome
 from bnre_exp.jobs.stages.scheme import scheme
@@ -15,6 +16,14 @@ from bnre_exp.quantsim.sim import sim_report
 
 if TYPE_CHECKING:
     from bnre_exp.jobs.stages.stage import Given
+
+
+def ptq_settings(setting: Setting, own: dict[str, Any]) -> dict[str, Any]:
+    """Tracing reads ``model.leaf_modules``; the percentile is that of an estimator which may not be used."""
+    config = setting.config
+    if RangeEstimator.percentile not in (config.quant.weight_range, config.quant.act_range):
+        own = {name: value for name, value in own.items() if name != "quant.percentile"}
+    return {**own, "model.leaf_modules": list(config.model.leaf_modules)}
 
 
 def ptq(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:

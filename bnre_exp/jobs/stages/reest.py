@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from bnre_exp.algorithms.reestimate import reestimate_bn_stats
-from bnre_exp.config import ActQuant, Recalibrate
+from bnre_exp.config import ActQuant, Recalibrate, ReestMethod
 from bnre_exp.jobs.stages.calibration import calibrate_stage
 from bnre_exp.jobs.stages.outcome import Measured, Outcome
 from bnre_exp.jobs.stages.setting import Setting, seed, timed
@@ -16,6 +16,12 @@ from bnre_exp.quantsim.sim import activation_quantizers, bypassed
 
 if TYPE_CHECKING:
     from bnre_exp.jobs.stages.stage import Given
+
+
+def reest_settings(setting: Setting, own: dict[str, Any]) -> dict[str, Any]:
+    """The momentum is that of a method which may not be used."""
+    is_used = setting.config.reest.method is ReestMethod.ema
+    return {name: value for name, value in own.items() if is_used or name != "reest.momentum"}
 
 
 def reest(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -17,6 +17,9 @@ from bnre_exp.jobs.stages.snapshots import SnapshotFolder
 
 if TYPE_CHECKING:
     from bnre_exp.jobs.reporting import Job
+
+
+Settings = dict[str, Any]  # by the name that the user types
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,12 @@ class Uses:
 class Stage:
     """One stage.
 
-    section: of the configuration, that it reads. run: from what is given to what it measured, and its network. follows:
-    the stages that may be before it, the nearest first; of these the first that is on is before it. form: how its
-    network is kept. uses: what its result depends on. rows: what it measures, by the name in metrics, and the heading
-    of that in comparisons. is_on: whether a job has it. off: what the report says where it is off, ``(what, why)``.
-    leave: what else is to be done once it is reported, whether it was computed or found.
+    section: of the configuration, that it reads. settings: from those to the ones that it depends on: what has no
+    effect is left out, and what it reads elsewhere is added. run: from what is given to what it measured, and its
+    network. follows: the stages that may be before it, the nearest first; of these the first that is on is before it.
+    form: how its network is kept. uses: what its result depends on. rows: what it measures, by the name in metrics,
+    and the heading of that in comparisons. is_on: whether a job has it. off: what the report says where it is off,
+    ``(what, why)``. leave: what else is to be done once it is reported, whether it was computed or found.
     """
 
     name: str
@@ -63,6 +67,7 @@ class Stage:
     form: Form
     uses: Callable[[Config], Uses]
     rows: Mapping[str, str]
+    settings: Callable[[Setting, Settings], Settings] = lambda setting, own: own
     is_on: Callable[[Config], bool] = lambda config: True
     off: tuple[str, str] | None = None
     leave: Callable[[Job, Result], None] | None = None

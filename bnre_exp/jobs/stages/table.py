@@ -5,11 +5,11 @@ from __future__ import annotations
 from bnre_exp.config import Config, ExportFormat
 from bnre_exp.jobs.stages.export import export, leave_exported
 from bnre_exp.jobs.stages.fold import fold
-from bnre_exp.jobs.stages.fp32 import fp32, leave_fp32
+from bnre_exp.jobs.stages.fp32 import fp32, fp32_settings, leave_fp32
 from bnre_exp.jobs.stages.network import FLOAT, FOLDED, SIM
-from bnre_exp.jobs.stages.ptq import ptq
+from bnre_exp.jobs.stages.ptq import ptq, ptq_settings
 from bnre_exp.jobs.stages.qat import qat
-from bnre_exp.jobs.stages.reest import reest
+from bnre_exp.jobs.stages.reest import reest, reest_settings
 from bnre_exp.jobs.stages.stage import Stage, Uses
 
 MEASURING = ("tasks", "algorithms.evaluate", "algorithms.feeding", "jobs.stages.setting")
@@ -39,12 +39,12 @@ def _export_uses(config: Config) -> Uses:
 
 STAGES = (
     Stage(
-        "fp32", section="train", run=fp32, follows=(), form=FLOAT, leave=leave_fp32,
+        "fp32", section="train", settings=fp32_settings, run=fp32, follows=(), form=FLOAT, leave=leave_fp32,
         uses=lambda config: Uses(("jobs.stages.fp32", *TRAINING, *MEASURING)),
         rows={"fp32": "FP32"},
     ),
     Stage(
-        "ptq", section="quant", run=ptq, follows=("fp32",), form=SIM,
+        "ptq", section="quant", settings=ptq_settings, run=ptq, follows=("fp32",), form=SIM,
         uses=lambda config: Uses(("jobs.stages.ptq", *SIMULATION, *CALIBRATION, *MEASURING)),
         rows={"ptq": "quantized"},
     ),
@@ -57,7 +57,7 @@ STAGES = (
         rows={"qat": "QAT"},
     ),
     Stage(
-        "reest", section="reest", run=reest, follows=("qat", "ptq"), form=SIM,
+        "reest", section="reest", settings=reest_settings, run=reest, follows=("qat", "ptq"), form=SIM,
         is_on=lambda config: config.reest.num_batches > 0, off=("re-estimation", "off (reest.num_batches=0)"),
         uses=lambda config: Uses(("jobs.stages.reest", *SIMULATION, *CALIBRATION, *RE_ESTIMATION, *MEASURING)),
         rows={"recal_only": "recalibrated", "reest": "re-estimated"},
