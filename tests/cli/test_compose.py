@@ -25,7 +25,8 @@ def test_every_choice_composes_to_what_its_file_says(file: Path) -> None:
     needed = {"custom": ["model._target_=torch.nn.Flatten"], "onnx": ["model.path=net.onnx"]}
     overrides = [f"{group}={file.stem}", *needed.get(file.stem, [])]
     config = compose_config(overrides)
-    said = OmegaConf.to_container(OmegaConf.load(file))
+    around = OmegaConf.create({"dataset": {"num_classes": config.dataset.num_classes}, "own": OmegaConf.load(file)})
+    said = OmegaConf.to_container(around.own, resolve=True)
     for choice in said.pop("defaults", []):  # of an experiment
         ((name, option),) = choice.items()
         chosen = compose_config([f"{name.removeprefix('override /')}={option}"])

@@ -16,15 +16,8 @@ from torch import Tensor, nn
 
 from bnre_exp.data.preprocess import Preprocessing
 from bnre_exp.errors import UserError
-from bnre_exp.models.build import (
-    BuiltModel,
-    build_model,
-    check_head,
-    timm_model,
-    timm_preprocessing,
-    torchvision_model,
-    torchvision_preprocessing,
-)
+from bnre_exp.models.build import build_model, check_head
+from bnre_exp.models.zoo import BuiltModel, timm_model, timm_preprocessing, torchvision_model, torchvision_preprocessing
 
 TORCHVISION = "bnre_exp.models.torchvision_model"
 TIMM = "bnre_exp.models.timm_model"
