@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -81,6 +82,18 @@ def test_imports_point_downwards(file: Path) -> None:
     # `from bnre_exp import fold_batch_norms` in the package would hide where it comes from
     assert "bnre_exp" not in names
     assert rooms <= allowed(room_of(file)) | {room_of(file)}
+
+
+def test_there_is_no_cycle_of_files() -> None:
+    modules = {".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts): file for file in FILES}
+    modules = {name.removesuffix(".__init__"): file for name, file in modules.items()}
+    graph: dict[str, set[str]] = {}
+    for name, file in modules.items():
+        # What is imported when the file is: not within functions, nor for types only.
+        body = [node for node in ast.parse(file.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        names = imported(ast.unparse(ast.Module(body, [])))
+        graph[name] = {n if n in modules else n.rpartition(".")[0] for n in names if n.startswith("bnre_exp.")} - {name}
+    assert list(graphlib.TopologicalSorter(graph).static_order())  # raises for a cycle
 
 
 def files_importing(library: str) -> set[str]:
