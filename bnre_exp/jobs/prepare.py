@@ -14,7 +14,7 @@ from bnre_exp.data.loaders import Loaders, build_loaders
 from bnre_exp.data.preprocess import resolve_preprocessing
 from bnre_exp.data.spec import DataSpec
 from bnre_exp.errors import UserError
-from bnre_exp.jobs.plan import plan
+from bnre_exp.jobs.plan import Planned, plan
 from bnre_exp.jobs.reporting import Job, Results, log_inputs
 from bnre_exp.jobs.stages.export import check_export
 from bnre_exp.jobs.stages.fp32 import epochs_of
@@ -35,8 +35,10 @@ from bnre_exp.tracking import RunLog
 DEFAULT_THREADS = torch.get_num_threads()  # of the process, before a job changes it
 
 
-def prepare(config: Config, run_dir: Path, log: RunLog, console: Console, store: Store, name: str) -> Job:
-    """Data and network, and every check that needs no training."""
+def prepare(
+    config: Config, run_dir: Path, log: RunLog, console: Console, store: Store, name: str
+) -> tuple[Job, list[Planned]]:
+    """Data and network, every check that needs no training, and the stages to run."""
     torch.set_num_threads(config.runtime.threads or DEFAULT_THREADS)
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     progress = ConsoleProgress(console)
@@ -51,13 +53,13 @@ def prepare(config: Config, run_dir: Path, log: RunLog, console: Console, store:
     setting = Setting(config, device, task, loaders, built, progress, log.metrics, say)
     _check(setting)
     summary = Summary(name, task.headline.label)
-    job = Job(config, run_dir, log, console, store, setting, plan(setting), Results({}, summary))
-    _check_before_training(job)
+    job, planned = Job(config, run_dir, log, console, store, setting, Results({}, summary)), plan(setting)
+    _check_before_training(job, planned)
     log_inputs(job)
     job.exceptions("note", [stage.off for stage in STAGES if stage.off and not stage.is_on(config)])
     job.exceptions("note", [("model", note) for note in built.notes])
     job.exceptions("note", [("store", note) for note in loaders.notes if store.mode != "off"])
-    return job
+    return job, planned
 
 
 def _network(config: Config) -> BuiltModel:
@@ -101,10 +103,10 @@ def _check(setting: Setting) -> None:
     network.to(setting.device).to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-def _check_before_training(job: Job) -> None:
+def _check_before_training(job: Job, stages: list[Planned]) -> None:
     """Can the network be quantized, and written as is asked for? A mistake should not be told after hours of training.
     Without training the stages tell it soon enough, and what is known from an earlier job was possible then."""
-    known = {planned.stage.name: job.store.has(planned.stage.name, planned.depends) for planned in job.planned}
+    known = {planned.stage.name: job.store.has(planned.stage.name, planned.depends) for planned in stages}
     setting, model = job.setting, job.config.model
     trains = (epochs_of(setting) > 0 and not known["fp32"]) or not known.get("qat", True)
     if known["export"] or not trains:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
@@ -21,9 +21,6 @@ from bnre_exp.tasks.classification import Classification
 from bnre_exp.tasks.task import Headline
 from bnre_exp.tracking import RunLog
 from bnre_exp.tracking.links import compare_link, ui_address, ui_command
-
-if TYPE_CHECKING:
-    from bnre_exp.jobs.plan import Planned
 
 HEADLINE = "bnre.headline"  # tag of a run: by which metric its stages are compared
 
@@ -47,7 +44,6 @@ class Job:
     console: Console
     store: Store
     setting: Setting
-    planned: list[Planned]
     results: Results
 
     def report(self, stage: str, outcome: Outcome, how: str) -> None:

@@ -15,11 +15,11 @@ from bnre_exp.jobs.plan import Planned
 from bnre_exp.jobs.prepare import open_store, prepare
 from bnre_exp.jobs.provenance import git_tags
 from bnre_exp.jobs.reporting import Job, Results, leave_report
+from bnre_exp.jobs.stages.given import Given
 from bnre_exp.jobs.stages.network import STATE, Result
 from bnre_exp.jobs.stages.outcome import Outcome, read_outcome, write_outcome
 from bnre_exp.jobs.stages.setting import run_name
 from bnre_exp.jobs.stages.snapshots import SnapshotFolder
-from bnre_exp.jobs.stages.stage import Given
 from bnre_exp.jobs.store import Entry, Slot
 from bnre_exp.report.summary import print_summary
 from bnre_exp.tracking import open_run
@@ -51,9 +51,9 @@ def run(
     )  # fmt: skip
     with log_to as log, open_store(config, time.time() if since is None else since) as store:
         console.print(name, style="bold", highlight=False, markup=False)
-        job = prepare(config, run_dir, log, console, store, name)
+        job, stages = prepare(config, run_dir, log, console, store, name)
         try:
-            _run_stages(job)
+            _run_stages(job, stages)
         finally:
             leave_report(job)
     print_summary(job.results.summary, console, with_places=parent is None)
@@ -63,9 +63,9 @@ def run(
     return results
 
 
-def _run_stages(job: Job) -> None:
+def _run_stages(job: Job, stages: list[Planned]) -> None:
     result = Result(job.setting.built.module)
-    for planned in job.planned:
+    for planned in stages:
         result = _run_stage(job, planned, result)
         if planned.stage.leave is not None:
             planned.stage.leave(job, result)

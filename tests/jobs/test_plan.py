@@ -87,7 +87,8 @@ def setting_of(folder: Path, *overrides: str) -> Setting:
     console = Console(file=io.StringIO())
     about = {"params": {}, "tags": {}, "output_dir": folder, "experiment": "t", "run_name": "t", "enabled": False}
     with open_run(folder / digest(overrides), **about) as log, open_store(config, 0) as store:
-        return prepare(config, folder / "run", log, console, store, "t").setting
+        job, _ = prepare(config, folder / "run", log, console, store, "t")
+        return job.setting
 
 
 def keys(folder: Path, *overrides: str) -> dict[str, str]:
@@ -213,7 +214,7 @@ def test_the_version_of_a_package_that_a_target_comes_from_counts(folder, monkey
 # What stages import and no result depends on: it words, reports, keeps, or its results are in the key by value.
 NEUTRAL = (
     "errors", "progress", "digests", "files", "targets", "config", "report", "tracking", "models", "data", "jobs.store",
-    "jobs.plan", "jobs.reporting", "jobs.stages.stage", "jobs.stages.network", "jobs.stages.outcome",
+    "jobs.reporting", "jobs.stages.given", "jobs.stages.network", "jobs.stages.outcome",
     "jobs.stages.snapshots",
 )  # fmt: skip
 

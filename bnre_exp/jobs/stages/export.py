@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +19,8 @@ from bnre_exp.export.encodings import MODEL, VERSIONS, write_encodings
 from bnre_exp.export.onnx.model import check_exportable, write_model, write_qdq
 from bnre_exp.export.onnx.plain import plain_network
 from bnre_exp.export.onnx.records import Plain
+from bnre_exp.jobs.reporting import Job
+from bnre_exp.jobs.stages.given import Given
 from bnre_exp.jobs.stages.network import Result
 from bnre_exp.jobs.stages.outcome import Measured, Outcome
 from bnre_exp.jobs.stages.reload import Verifier
@@ -26,10 +28,6 @@ from bnre_exp.jobs.stages.setting import Setting, run_name, seed, timed
 from bnre_exp.quantsim.nodes import is_layer
 from bnre_exp.quantsim.operations import input_quantizer
 from bnre_exp.tasks.task import Evaluation
-
-if TYPE_CHECKING:
-    from bnre_exp.jobs.reporting import Job
-    from bnre_exp.jobs.stages.stage import Given
 
 # What each format leaves in the run's folder.
 FILES = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from torch import fx, nn
 
@@ -13,13 +12,11 @@ from bnre_exp.algorithms.fold import FoldReport, fold_batch_norms
 from bnre_exp.algorithms.integers import integer_simulation
 from bnre_exp.algorithms.size import packed_megabytes
 from bnre_exp.errors import UserError
+from bnre_exp.jobs.stages.given import Given
 from bnre_exp.jobs.stages.outcome import Measured, Outcome
 from bnre_exp.jobs.stages.setting import Setting, seed, timed
 from bnre_exp.quantsim.listing import list_layers
 from bnre_exp.report.layers import layers_columns
-
-if TYPE_CHECKING:
-    from bnre_exp.jobs.stages.stage import Given
 
 LARGEST_FOLD_ERROR = 1e-2  # relative to the largest logit; float32 rounding stays far below, a wrong fold far above
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors.torch import save_model
 from torch import nn
 
 from bnre_exp.errors import UserError
+from bnre_exp.jobs.reporting import Job
+from bnre_exp.jobs.stages.given import Given
 from bnre_exp.jobs.stages.network import STATE, Result
 from bnre_exp.jobs.stages.outcome import Measured, Outcome
 from bnre_exp.jobs.stages.setting import Setting, seed
 from bnre_exp.jobs.stages.training import train_stage
-
-if TYPE_CHECKING:
-    from bnre_exp.jobs.reporting import Job
-    from bnre_exp.jobs.stages.stage import Given
 
 
 def epochs_of(setting: Setting) -> int:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx, nn
 
 from bnre_exp.config import RangeEstimator
 from bnre_exp.jobs.stages.calibration import calibrate_stage
+from bnre_exp.jobs.stages.given import Given
 from bnre_exp.jobs.stages.outcome import Measured, Outcome
 from bnre_exp.jobs.stages.scheme import scheme
 from bnre_exp.jobs.stages.setting import Setting, seed, timed
 from bnre_exp.quantsim.insert import quantize, quantize_again
 from bnre_exp.quantsim.sim import sim_report
-
-if TYPE_CHECKING:
-    from bnre_exp.jobs.stages.stage import Given
 
 
 def ptq_settings(setting: Setting, own: dict[str, Any]) -> dict[str, Any]:

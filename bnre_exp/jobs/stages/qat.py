@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import nn
 
 from bnre_exp.algorithms.bn_statistics import has_running_statistics
 from bnre_exp.algorithms.reestimate import reestimate_bn_stats
 from bnre_exp.jobs.stages.calibration import calibrate_stage
+from bnre_exp.jobs.stages.given import Given
 from bnre_exp.jobs.stages.outcome import Measured, Outcome
 from bnre_exp.jobs.stages.setting import Setting, seed
 from bnre_exp.jobs.stages.training import train_stage
 from bnre_exp.quantsim.sim import activation_quantizers, bypassed
-
-if TYPE_CHECKING:
-    from bnre_exp.jobs.stages.stage import Given
 
 
 def qat(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:

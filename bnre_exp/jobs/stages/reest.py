@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from bnre_exp.algorithms.reestimate import reestimate_bn_stats
 from bnre_exp.config import ActQuant, Recalibrate, ReestMethod
 from bnre_exp.jobs.stages.calibration import calibrate_stage
+from bnre_exp.jobs.stages.given import Given
 from bnre_exp.jobs.stages.outcome import Measured, Outcome
 from bnre_exp.jobs.stages.setting import Setting, seed, timed
 from bnre_exp.quantsim.sim import activation_quantizers, bypassed
-
-if TYPE_CHECKING:
-    from bnre_exp.jobs.stages.stage import Given
 
 
 def reest_settings(setting: Setting, own: dict[str, Any]) -> dict[str, Any]:

@@ -4,36 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from bnre_exp.config import Config
+from bnre_exp.jobs.reporting import Job
+from bnre_exp.jobs.stages.given import Given
 from bnre_exp.jobs.stages.network import Form, Result
 from bnre_exp.jobs.stages.outcome import Outcome
 from bnre_exp.jobs.stages.setting import Setting
-from bnre_exp.jobs.stages.snapshots import SnapshotFolder
-
-if TYPE_CHECKING:
-    from bnre_exp.jobs.reporting import Job
-
 
 Settings = dict[str, Any]  # by the name that the user types
-
-
-@dataclass(frozen=True)
-class Given:
-    """What a stage starts from, besides the setting.
-
-    network: of the stage before, which the stage may change; before: name of the row that its headline metric is
-    compared with; run_dir: where files for the user go; snapshots: of a training, None if nothing is kept.
-    """
-
-    network: nn.Module
-    before: str
-    run_dir: Path
-    snapshots: SnapshotFolder | None = None
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from bnre_exp.algorithms.train import Epoch, train
 from bnre_exp.config import QatConfig, TrainConfig
+from bnre_exp.jobs.stages.given import Given
 from bnre_exp.jobs.stages.outcome import Outcome
 from bnre_exp.jobs.stages.setting import Setting, seed
-
-if TYPE_CHECKING:
-    from bnre_exp.jobs.stages.stage import Given
 
 
 def train_stage(
