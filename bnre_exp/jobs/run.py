@@ -6,6 +6,7 @@ import gc
 import shutil
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -86,9 +87,9 @@ def _run_stage(job: Job, planned: Planned, before: Result) -> Result:
 
 
 def _found(job: Job, planned: Planned, before: Result, entry: Entry) -> tuple[Outcome, Result]:
-    outcome, form = read_outcome(entry.folder), planned.stage.form
+    outcome = read_outcome(entry.folder)
     _copy(outcome.files, entry.folder, job.run_dir)
-    restore = lambda: form.restore(job.setting, entry.folder, before)  # noqa: E731
+    restore = partial(planned.stage.form.restore, job.setting, entry.folder, before)
     return outcome, Result(None, entry.folder, _content(entry, before), restore)
 
 
