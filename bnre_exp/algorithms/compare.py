@@ -52,12 +52,13 @@ def compare_outputs(
     A quantizer would turn a difference of float rounding, at a tie, into one of a whole step.
     """
     task = Classification() if task is None else task
+    forward_fn = forward_fn or task.feed
     largest = magnitude = torch.zeros((), dtype=torch.float64)
     device = device_of(first)
     modes = evaluation_mode(first), evaluation_mode(second), bypassed(first), bypassed(second)
-    with modes[0], modes[1], modes[2], modes[3], cached_weights(first):
+    with modes[0], modes[1], modes[2], modes[3], cached_weights(first, forward_fn):
         for batch in progress(dataloader, "fold: compare outputs", length_of(dataloader)):
-            outputs = (feed(model, batch, device, forward_fn or task.feed) for model in (first, second))
+            outputs = (feed(model, batch, device, forward_fn) for model in (first, second))
             a, b = (task.compared(output).double().cpu() for output in outputs)
             largest = torch.maximum(largest, (a - b).abs().amax())
             magnitude = torch.maximum(magnitude, a.abs().amax())

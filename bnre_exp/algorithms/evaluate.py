@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from bnre_exp.algorithms.feeding import ForwardFn, cached_weights, device_of, evaluation_mode, feed, length_of
+from bnre_exp.algorithms.feeding import (
+    ForwardFn,
+    cached_weights,
+    device_of,
+    evaluation_mode,
+    feed,
+    length_of,
+    to_device,
+)
 from bnre_exp.errors import UserError
 from bnre_exp.progress import Progress, no_progress
 from bnre_exp.tasks.classification import Classification
@@ -36,6 +44,7 @@ def evaluate(
     forward_fn = forward_fn or task.feed
     with evaluation_mode(model), cached_weights(model, forward_fn):
         for batch in progress(dataloader, description, length_of(dataloader)):
+            batch = to_device(batch, device)
             meter.update(feed(model, batch, device, forward_fn), batch)
             count += 1
     if not count:

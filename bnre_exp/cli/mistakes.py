@@ -135,8 +135,10 @@ def _first_line(text: str) -> str:
 
 
 def _fields(section: Any = Config, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Every name the user can type, with its documentation."""
+    """Every name the user can type, with its documentation; not the old ones."""
     for item in fields(section):
+        if item.metadata["is_old"]:
+            continue
         yield prefix + item.name, item.metadata["doc"]
         factory = item.default_factory
         if isinstance(factory, type) and is_dataclass(factory):

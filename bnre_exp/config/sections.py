@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -109,8 +110,13 @@ class Fp32Config:
 
     def __post_init__(self) -> None:
         check_bounds(self, self.group)
-        if self.min_headline is None:
-            self.min_headline = self.min_top1
+        if self.min_top1 is not None and self.min_headline not in (None, self.min_top1):
+            raise UserError(
+                "fp32.min_top1 is the old name of fp32.min_headline, and they differ; give the new one alone."
+            )
+        self.min_headline = self.min_top1 if self.min_headline is None else self.min_headline
+        if self.min_headline is not None and not math.isfinite(self.min_headline):
+            raise UserError(f"fp32.min_headline={self.min_headline}: expected a number.")
 
 
 @dataclass

@@ -18,9 +18,9 @@ from bnre_exp.jobs.stages.stage import Stage
 from bnre_exp.jobs.stages.table import STAGES, stages_of
 from bnre_exp.targets import resolve_target
 
-# What every stage computes with: versions of these, and the code that makes batches of a data set's contents.
+# What every stage computes with: versions of these, and the code of seeds and batches.
 LIBRARIES = ("torch", "torchvision", "numpy", "pillow")
-DATA_CODE = ("data.spec", "data.loaders", "data.splits", "data.batches", "data.preprocess")
+DATA_CODE = ("digests", "data.spec", "data.loaders", "data.splits", "data.batches", "data.preprocess")
 SHOWN = ("model.", "dataset.", "task.", "runtime.precision", "runtime.memory_format")
 
 

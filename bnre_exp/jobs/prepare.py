@@ -17,10 +17,9 @@ from bnre_exp.errors import UserError
 from bnre_exp.jobs.plan import Planned, plan
 from bnre_exp.jobs.reporting import Job, Results, log_inputs
 from bnre_exp.jobs.stages.export import check_export
-from bnre_exp.jobs.stages.fp32 import epochs_of
 from bnre_exp.jobs.stages.network import check_storable
-from bnre_exp.jobs.stages.scheme import scheme
 from bnre_exp.jobs.stages.setting import Setting, seed
+from bnre_exp.jobs.stages.simulation import scheme
 from bnre_exp.jobs.stages.table import STAGES
 from bnre_exp.jobs.store import Store
 from bnre_exp.models.build import build_model, check_output
@@ -104,12 +103,11 @@ def _check(setting: Setting) -> None:
 
 
 def _check_before_training(job: Job, stages: list[Planned]) -> None:
-    """Can the network be quantized, and written as is asked for? A mistake should not be told after hours of training.
-    Without training the stages tell it soon enough, and what is known from an earlier job was possible then."""
+    """Can the network be quantized, and written as is asked for? A mistake should not be told after hours of training
+    and evaluation; what is known from an earlier job was possible then."""
     known = {planned.stage.name: job.store.has(planned.stage.name, planned.depends) for planned in stages}
     setting, model = job.setting, job.config.model
-    trains = (epochs_of(setting) > 0 and not known["fp32"]) or not known.get("qat", True)
-    if known["export"] or not trains:
+    if known["export"] or (known["fp32"] and known.get("qat", True)):
         return
     quick = replace(scheme(job.config), weight_range="minmax")  # ranges do not matter here
     sim = quantize(setting.built.module, setting.example(), quick, leaf_modules=model.leaf_modules)

@@ -19,7 +19,10 @@ from bnre_exp.tasks.task import Headline
 
 SIZE = "fold/megabytes"
 # What says where and how a job was run, and not what was run.
-INCIDENTAL = re.compile(r"runtime\.(output_dir|workers)|tracking\..*|store\..*|objective|fp32\.min_\w+")
+INCIDENTAL = re.compile(
+    r"runtime\.(output_dir|workers)|tracking\..*|store\..*|objective|fp32\.min_\w+|task\.kwargs\.num_classes"
+)
+EARLIER = {"task._target_": "bnre_exp.tasks.Classification"}  # params that earlier runs do not have, and what they did
 NOTHING = "–"
 WIDTH = 120  # characters that the console's table should fit
 
@@ -64,7 +67,7 @@ def differing_params(rows: Sequence[RunRow]) -> list[str]:
     """Names of the params that not all runs share, in the order of the configuration."""
     names = list(dict.fromkeys(name for row in rows for name in row.params))
     names = [name for name in names if not INCIDENTAL.fullmatch(name)]
-    return [name for name in names if len({row.params.get(name) for row in rows}) > 1]
+    return [name for name in names if len({row.params.get(name, EARLIER.get(name)) for row in rows}) > 1]
 
 
 def number(text: str | None) -> float | None:

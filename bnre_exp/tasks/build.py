@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -21,5 +22,10 @@ def build_task(target: str, kwargs: Mapping[str, Any] | None = None) -> Task:
         raise UserError(
             f"task._target_={target} gives a {type(task).__name__} without {', '.join(missing)}; "
             "bnre_exp/tasks/task.py says what a task has."
+        )
+    if not re.fullmatch(r"[A-Za-z][\w.-]*", task.headline.name):
+        raise UserError(
+            f"task._target_={target}: its headline metric is called {task.headline.name!r}; expected a letter, then "
+            "letters, digits, _, . and -, as MLflow and file names take them. What people read is its label."
         )
     return cast(Task, task)

@@ -31,7 +31,7 @@ class Evaluation:
     metrics: sums over the data divided by its size (or what the task defines), by name, also as attributes:
     ``evaluation.loss``; headline: the one by which stages are compared; count: samples; predictions: what the network
     says of each sample, ``[count, ...]`` on the CPU, by which the agreement of two networks is told; scores: how good
-    that is, float32 ``[count]``, the higher the better, for paired tests.
+    that is, ``[count]``, the higher the better, for paired tests. Raises ``UserError`` where these do not fit.
     """
 
     metrics: Mapping[str, float]
@@ -39,6 +39,16 @@ class Evaluation:
     count: int
     predictions: Tensor = field(repr=False)
     scores: Tensor = field(repr=False)
+
+    def __post_init__(self) -> None:
+        if self.headline.name not in self.metrics:
+            raise UserError(f"the task measures {', '.join(self.metrics)}, and not its headline {self.headline.name!r}")
+        if not len(self.predictions) == len(self.scores) == self.count:
+            raise UserError(
+                f"the task gives {len(self.predictions)} predictions and {len(self.scores)} scores for {self.count} "
+                "samples; expected one of each a sample"
+            )
+        object.__setattr__(self, "metrics", {name: float(value) for name, value in self.metrics.items()})
 
     @property
     def value(self) -> float:
@@ -90,7 +100,7 @@ class Task(Protocol):
         """The part of the samples, in [0, 1], for which two networks' predictions agree."""
 
     def check_output(self, output: Any, samples: int) -> None:
-        """Raise ``UserError`` unless this is the output of a network for the task, for so many samples."""
+        """Raise ``UserError`` unless this is what a network for the task gives for an input of so many samples."""
 
     def check_labels(self, ranges: Mapping[str, tuple[int, int]]) -> None:
         """Raise ``UserError`` unless labels fit; ranges: the smallest and largest label, by split."""

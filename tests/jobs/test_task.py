@@ -14,6 +14,7 @@ from bnre_exp.cli.compose import compose_config
 from bnre_exp.cli.main import main
 from bnre_exp.jobs.run import run
 from bnre_exp.jobs.sweep import job_rows
+from bnre_exp.tasks import Evaluation, Headline
 from bnre_exp.tasks.build import build_task
 
 CODE = '''
@@ -41,7 +42,7 @@ class HowMany:
     def loss(self, output, batch, label_smoothing=0.0):
         return (self.compared(output)[:, 0] - batch[1]).square().mean()
     def compared(self, output):
-        return output["number"] if isinstance(output, dict) else output
+        return output["number"]
     def meter(self):
         return Meter(self)
     def agreement(self, first, second):
@@ -62,6 +63,13 @@ class Meter:
         found, errors = torch.cat(self.found), torch.cat(self.errors)
         metrics = {"mae": float(errors.double().mean()), "worst": float(errors.max())}
         return Evaluation(metrics, HowMany.headline, len(found), found, -errors)
+
+class Scaled(HowMany):
+    def feed(self, model, batch):
+        return {"number": 0.5 * model(first_input(batch))["number"]}
+
+class Odd(HowMany):
+    headline = Headline("mAP@.5", "mAP")
 
 class Half:
     headline = Headline("mae", "mean error")
@@ -141,3 +149,25 @@ def test_what_is_no_task_is_told_with_what_is_missing(folder):
         build_task("howmany.Nothing")
     with pytest.raises(UserError, match="task.kwargs"):
         build_task("howmany.HowMany", {"classes": 3})
+    with pytest.raises(UserError, match="is called 'mAP@.5'"):
+        build_task("howmany.Odd")
+
+
+@pytest.mark.parametrize("quirk", ["'metrics': {'mse': 1.0}", "'scores': torch.zeros(3)"])
+def test_what_a_task_measures_must_fit(folder, quirk):
+    values = {
+        "metrics": {"mae": torch.tensor(0.5)},
+        "count": 2,
+        "predictions": torch.zeros(2),
+        "scores": torch.zeros(2),
+    }
+    headline = Headline("mae", "mean error")
+    assert type(Evaluation(**values, headline=headline).mae) is float
+    with pytest.raises(UserError, match="not its headline 'mae'|2 predictions and 3 scores for 2 samples"):
+        Evaluation(**{**values, **eval("{" + quirk + "}")}, headline=headline)
+
+
+def test_files_are_fed_as_the_task_feeds(folder):
+    """The output of the network is a dict, and the task scales it; the files give the same."""
+    results, _ = job(folder, "task._target_=howmany.Scaled", "export.min_agreement=1", "train.epochs=1")
+    assert results.metrics["onnx/mae_agreement"] == 1 and results.metrics["export/mae"] == results.metrics["fold/mae"]

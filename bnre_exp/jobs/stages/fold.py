@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 from torch import fx, nn
 
@@ -11,14 +12,31 @@ from bnre_exp.algorithms.compare import compare_outputs
 from bnre_exp.algorithms.fold import FoldReport, fold_batch_norms
 from bnre_exp.algorithms.integers import integer_simulation
 from bnre_exp.algorithms.size import packed_megabytes
+from bnre_exp.config import Config
 from bnre_exp.errors import UserError
 from bnre_exp.jobs.stages.given import Given
+from bnre_exp.jobs.stages.network import Form, Result
 from bnre_exp.jobs.stages.outcome import Measured, Outcome
 from bnre_exp.jobs.stages.setting import Setting, seed, timed
 from bnre_exp.quantsim.listing import list_layers
 from bnre_exp.report.layers import layers_columns
 
 LARGEST_FOLD_ERROR = 1e-2  # relative to the largest logit; float32 rounding stays far below, a wrong fold far above
+
+
+def _fold(config: Config, sim: nn.Module) -> tuple[fx.GraphModule, FoldReport]:
+    return fold_batch_norms(sim, mode=config.fold.mode.value)
+
+
+def _fold_again(setting: Setting, folder: Path, before: Result) -> fx.GraphModule:
+    """A folded network follows from the simulation before it at once, and is not kept."""
+    folded, _ = _fold(setting.config, before.take())
+    if setting.config.fold.bias_bits is not None:
+        quantize_biases(folded, setting.config.fold.bias_bits)
+    return folded
+
+
+FOLDED = Form(lambda folder, network: None, _fold_again)
 
 
 def fold(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
@@ -29,7 +47,7 @@ def fold(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
     if not isinstance(sim, fx.GraphModule):
         raise TypeError(f"expected a simulation, got a {type(sim).__name__}")
     outcome.layers = layers_columns(list_layers(sim))  # before the BNs are folded: where each of them goes
-    (folded, report), seconds = timed(lambda: fold_batch_norms(sim, mode=config.fold.mode.value))
+    (folded, report), seconds = timed(lambda: _fold(config, sim))
     outcome.except_for("BN not folded", report.kept)
     outcome.except_for("folded with loss", report.lossy)
     difference = compare_outputs(sim, folded, setting.loaders.test, task=setting.task, progress=setting.progress)

@@ -10,15 +10,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save, save_file, save_model
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from bnre_exp.algorithms.bias import quantize_biases
-from bnre_exp.algorithms.fold import fold_batch_norms
 from bnre_exp.algorithms.snapshot import hidden_buffers, restore_hidden_buffers
 from bnre_exp.errors import UserError
-from bnre_exp.jobs.stages.scheme import scheme
 from bnre_exp.jobs.stages.setting import Setting
-from bnre_exp.quantsim.insert import rebuild_sim
 
 STATE, HIDDEN = "state.safetensors", "buffers.safetensors"
 
@@ -79,7 +75,8 @@ def save_state(folder: Path, network: nn.Module) -> None:
         save_file(hidden, folder / HIDDEN)
 
 
-def _load_state(folder: Path, network: nn.Module) -> nn.Module:
+def load_state(folder: Path, network: nn.Module) -> nn.Module:
+    """Fill a network with what :func:`save_state` wrote; in place. Raises ``UserError`` if that does not fit."""
     missing, unexpected = load_model(network, str(folder / STATE))
     if missing or unexpected:
         raise UserError(f"{folder}: the stored network does not fit; run again with store.mode=refresh.")
@@ -89,23 +86,8 @@ def _load_state(folder: Path, network: nn.Module) -> nn.Module:
 
 
 def _restore_float(setting: Setting, folder: Path, before: Result) -> nn.Module:
-    return _load_state(folder, setting.built.module)
-
-
-def _restore_sim(setting: Setting, folder: Path, before: Result) -> nn.Module:
-    leaves = setting.config.model.leaf_modules
-    sim = rebuild_sim(setting.built.module, setting.example(), scheme(setting.config), leaf_modules=leaves)
-    return _load_state(folder, sim)
-
-
-def _fold_again(setting: Setting, folder: Path, before: Result) -> fx.GraphModule:
-    """A folded network follows from the simulation before it at once, and is not kept."""
-    folded, _ = fold_batch_norms(before.take(), mode=setting.config.fold.mode.value)
-    if setting.config.fold.bias_bits is not None:
-        quantize_biases(folded, setting.config.fold.bias_bits)
-    return folded
+    return load_state(folder, setting.built.module)
 
 
 FLOAT = Form(save_state, _restore_float)
-SIM = Form(save_state, _restore_sim)
-FOLDED = Form(lambda folder, network: None, _fold_again)
+SAME = Form(lambda folder, network: None, lambda setting, folder, before: before.take())  # as that of the stage before

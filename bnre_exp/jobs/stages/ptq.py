@@ -10,8 +10,8 @@ from bnre_exp.config import RangeEstimator
 from bnre_exp.jobs.stages.calibration import calibrate_stage
 from bnre_exp.jobs.stages.given import Given
 from bnre_exp.jobs.stages.outcome import Measured, Outcome
-from bnre_exp.jobs.stages.scheme import scheme
 from bnre_exp.jobs.stages.setting import Setting, seed, timed
+from bnre_exp.jobs.stages.simulation import scheme
 from bnre_exp.quantsim.insert import quantize, quantize_again
 from bnre_exp.quantsim.sim import sim_report
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_structure, tree_unflatten
 
-from bnre_exp.algorithms.evaluate import evaluate
 from bnre_exp.errors import UserError
 from bnre_exp.jobs.stages import reload_process
 from bnre_exp.jobs.stages.setting import Setting
@@ -24,10 +24,13 @@ from bnre_exp.tasks.task import Evaluation
 
 
 class Verifier:
-    """A process of its own, :mod:`.reload_process`, that loads files; a context manager that ends it."""
+    """A process of its own, :mod:`.reload_process`, that loads files; a context manager that ends it.
 
-    def __init__(self, setting: Setting) -> None:
-        self._setting = setting
+    like: an output of the network, which tells how the outputs of files are to be taken apart.
+    """
+
+    def __init__(self, setting: Setting, like: Any = None) -> None:
+        self._setting, self._structure = setting, tree_structure(like)
         self._pool = ProcessPoolExecutor(
             1, multiprocessing.get_context("spawn"), reload_process.start, (reload_process.torch_settings(),)
         )
@@ -41,21 +44,21 @@ class Verifier:
         self._pool.shutdown()
 
     def evaluate(self, file: Mapping[str, Any], what: str) -> tuple[Evaluation, dict[str, float]]:
-        """Top-1 of a file on the test data, and what else the process knows of it.
+        """What a file gives on the test data, and what else the process knows of it.
 
         file: what :mod:`.reload_process` loads. Raises ``UserError`` if it cannot be loaded or run there.
         """
         self._ask(what, reload_process.load, dict(file))
         setting = self._setting
 
-        def predict(_: nn.Module, batch: Any) -> Tensor:
-            return torch.from_numpy(self._ask(what, reload_process.predict, batch[0].contiguous().numpy()))
+        def predict(x: Tensor) -> Any:
+            outputs = self._ask(what, reload_process.predict, x.contiguous().numpy())
+            if len(outputs) != self._structure.num_leaves:
+                expected = f"expected {self._structure.num_leaves}"
+                raise UserError(f"the {what} that was written has {len(outputs)} outputs; {expected}")
+            return tree_unflatten([torch.from_numpy(output) for output in outputs], self._structure)
 
-        description = f"{what}: evaluate"
-        evaluation = evaluate(
-            nn.Identity(), setting.loaders.test, predict, task=setting.task, progress=setting.progress,
-            description=description,
-        )  # fmt: skip
+        evaluation = setting.evaluate(_Elsewhere(predict), f"{what}: evaluate")
         return evaluation, self._ask(what, reload_process.describe)
 
     def _ask(self, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -72,6 +75,17 @@ class Verifier:
         self._pool.shutdown()
         code = self._process.exitcode or 0
         return f"its process ended with status {code}" + (f", {signal.strsignal(-code)}" if code < 0 else "")
+
+
+class _Elsewhere(nn.Module):
+    """A network that is computed by a function, so that a task can feed it like any other."""
+
+    def __init__(self, predict: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self._predict = predict
+
+    def forward(self, x: Tensor) -> Any:
+        return self._predict(x)
 
 
 def _start(pool: ProcessPoolExecutor) -> BaseProcess:

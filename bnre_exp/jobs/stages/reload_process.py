@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 
 from bnre_exp.errors import UserError
 
@@ -22,7 +23,7 @@ TIMED_RUNS, TIMED_SECONDS = 50, 2.0
 INTEGER_KERNELS = ("QLinearConv", "QGemm", "QLinearMatMul", "ConvInteger", "MatMulInteger", "QLinearConvTranspose")
 LAYERS = ("Conv", "ConvTranspose", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
 
-Predict = Callable[[np.ndarray], np.ndarray]
+Predict = Callable[[np.ndarray], list[np.ndarray]]  # all outputs, in order
 Describe = Callable[[np.ndarray], dict[str, float]]
 
 
@@ -32,15 +33,14 @@ def load_checkpoint(request: Mapping[str, Any]) -> tuple[Predict, Describe]:
     from bnre_exp.algorithms.integers import integer_simulation
     from bnre_exp.export.checkpoint.save_load import load_folded
     from bnre_exp.models.build import build_model
-    from bnre_exp.tasks.task import first_tensor
 
     model = build_model(**request["model"]).module.eval() if request.get("model") else None
     network = integer_simulation(load_folded(request["path"], model).to(request["device"])).eval()
 
-    def predict(x: np.ndarray) -> np.ndarray:
+    def predict(x: np.ndarray) -> list[np.ndarray]:
         with torch.no_grad():
-            output: Any = first_tensor(network(torch.from_numpy(x).to(request["device"])))
-            return output.float().cpu().numpy()
+            outputs = tree_leaves(network(torch.from_numpy(x).to(request["device"])))
+        return [(x.float() if x.is_floating_point() else x).cpu().numpy() for x in outputs]
 
     return predict, lambda _: {}
 
@@ -76,9 +76,8 @@ def _session(model: Any, float_path: str | None) -> tuple[Predict, Describe]:
         kinds = Counter(node.op_type for node in load_model(optimized).graph.node)
     integer, floating = (sum(kinds[kind] for kind in those) for those in (INTEGER_KERNELS, LAYERS))
 
-    def predict(x: np.ndarray) -> np.ndarray:
-        logits: np.ndarray = session.run(None, feeds(session, x))[0]
-        return logits
+    def predict(x: np.ndarray) -> list[np.ndarray]:
+        return list(session.run(None, feeds(session, x)))
 
     def describe(x: np.ndarray) -> dict[str, float]:
         known = {"integer_layers": float(integer), "float_layers": float(floating)}
@@ -119,7 +118,7 @@ def load(request: Mapping[str, Any]) -> None:
     (_predict, _describe), _first = LOADERS[request["format"]](request), None
 
 
-def predict(x: np.ndarray) -> np.ndarray:
+def predict(x: np.ndarray) -> list[np.ndarray]:
     """Logits of a batch, from the file that was loaded last."""
     global _first
     _first = x[:1].copy() if _first is None else _first

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from bnre_exp.config import Config, ExportFormat
 from bnre_exp.jobs.stages.export import export, leave_exported
-from bnre_exp.jobs.stages.fold import fold
+from bnre_exp.jobs.stages.fold import FOLDED, fold
 from bnre_exp.jobs.stages.fp32 import fp32, fp32_settings, leave_fp32
-from bnre_exp.jobs.stages.network import FLOAT, FOLDED, SIM
+from bnre_exp.jobs.stages.network import FLOAT, SAME
 from bnre_exp.jobs.stages.ptq import ptq, ptq_settings
 from bnre_exp.jobs.stages.qat import qat
 from bnre_exp.jobs.stages.reest import reest, reest_settings
+from bnre_exp.jobs.stages.simulation import SIM
 from bnre_exp.jobs.stages.stage import Stage, Uses
 
-MEASURING = ("tasks", "algorithms.evaluate", "algorithms.feeding", "jobs.stages.setting")
-TRAINING = ("jobs.stages.training", "algorithms.train", "algorithms.snapshot")
-SIMULATION = ("quantsim", "jobs.stages.scheme")
+# What every stage does: take up the network before it, measure, and keep what it measured.
+MEASURING = (
+    "tasks", "algorithms.evaluate", "algorithms.feeding", "jobs.stages.setting", "jobs.stages.network",
+    "jobs.stages.outcome", "algorithms.snapshot",
+)  # fmt: skip
+TRAINING = ("jobs.stages.training", "algorithms.train")
+SIMULATION = ("quantsim", "jobs.stages.simulation")
 CALIBRATION = ("jobs.stages.calibration", "algorithms.calibrate")
 RE_ESTIMATION = ("algorithms.reestimate", "algorithms.bn_statistics")
 FOLDING = ("algorithms.fold", "algorithms.bias", "algorithms.integers")
@@ -70,15 +75,16 @@ STAGES = (
         rows={"fold": "folded"},
     ),
     Stage(
-        "export", section="export", run=export, follows=("fold",), form=FOLDED, leave=leave_exported,
-        uses=_export_uses, rows={"export": "checkpoint", "encodings": "encodings", "onnx": "ONNX"},
+        "export", section="export", run=export, follows=("fold",), form=SAME, leave=leave_exported,
+        uses=_export_uses, rows={},
     ),
 )  # fmt: skip
 
 # The heading of every row that stages measure, by the name that metrics have, in the order of a comparison's columns:
 # what re-estimation starts from stands before it.
 COMPARED = ("fp32", "ptq", "recal_only", "qat", "reest", "fold")
-HEADINGS = {row: heading for stage in STAGES for row, heading in stage.rows.items() if row in COMPARED}
+_HEADINGS = {row: heading for stage in STAGES for row, heading in stage.rows.items()}
+HEADINGS = {row: _HEADINGS[row] for row in COMPARED}
 
 
 def stages_of(config: Config) -> list[Stage]:

@@ -1,8 +1,15 @@
-"""The quantization scheme of a job."""
+"""The quantization simulation of a job: its scheme, and how it is kept."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from torch import nn
+
 from bnre_exp.config import Config
+from bnre_exp.jobs.stages.network import Form, Result, load_state, save_state
+from bnre_exp.jobs.stages.setting import Setting
+from bnre_exp.quantsim.insert import rebuild_sim
 from bnre_exp.quantsim.quantizers.scheme import LayerRule, QuantScheme
 
 
@@ -15,3 +22,12 @@ def scheme(config: Config) -> QuantScheme:
         range_learning=quant.range_learning, first_last_bits=quant.first_last_bits, overrides=rules,
         weight_range=quant.weight_range.value, act_range=quant.act_range.value, percentile=quant.percentile,
     )  # fmt: skip
+
+
+def _restore(setting: Setting, folder: Path, before: Result) -> nn.Module:
+    leaves = setting.config.model.leaf_modules
+    sim = rebuild_sim(setting.built.module, setting.example(), scheme(setting.config), leaf_modules=leaves)
+    return load_state(folder, sim)
+
+
+SIM = Form(save_state, _restore)
