@@ -60,6 +60,15 @@ def test_runs_that_did_not_finish_are_shown_with_what_they_have():
             function([])
 
 
+def test_runs_from_before_there_were_tasks_compare_as_classification():
+    known = {"quant.weight_bits": "4", "dataset.num_classes": "10"}
+    task = {"task._target_": "bnre_exp.tasks.Classification", "task.kwargs.num_classes": "10"}
+    before, now = RunRow("a", "FINISHED", known, {}), RunRow("b", "FINISHED", {**known, **task}, {})
+    assert differing_params([before, now]) == []
+    other = RunRow("c", "FINISHED", {**known, "task._target_": "mytask.Number"}, {})
+    assert differing_params([before, now, other]) == ["task._target_"]
+
+
 def test_names_are_short_where_that_is_clear():
     one = RunRow("a", "FINISHED", {"train.lr": "1", "qat.lr": "1", "seed": "0"}, {})
     other = RunRow("b", "FINISHED", {"train.lr": "2", "qat.lr": "2", "seed": "1"}, {})
