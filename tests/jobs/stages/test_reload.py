@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,17 +22,18 @@ from bnre_exp import UserError, evaluate
 from bnre_exp.algorithms.integers import integer_simulation
 from bnre_exp.export.checkpoint.save_load import save_folded
 from bnre_exp.jobs.stages.reload import Verifier
-from bnre_exp.progress import no_progress
-from bnre_exp.tasks import Classification
 from tests.export.saving import IMAGES, folded_network
 from tests.networks import flat_cnn, randomize
 
 ROOT = Path(bnre_exp.__file__).parents[1]
-SETTING = SimpleNamespace(
-    loaders=SimpleNamespace(test=[(IMAGES, torch.tensor([1, 2, 3])), (IMAGES[:2].flip(3), torch.tensor([4, 5]))]),
-    progress=no_progress,
-    task=Classification(),
-)
+TEST = [(IMAGES, torch.tensor([1, 2, 3])), (IMAGES[:2].flip(3), torch.tensor([4, 5]))]
+
+
+def setting_of(data: Any) -> Any:
+    return SimpleNamespace(evaluate=lambda network, description: evaluate(network, data))
+
+
+SETTING = setting_of(TEST)
 
 USER_CODE = """
 import os, signal, sys, time
@@ -117,7 +119,7 @@ def test_predictions_are_those_of_this_process_and_the_child_is_silent(tmp_path,
     assert known == {} and multiprocessing.active_children() == []
     assert capfd.readouterr() == ("", "")
     for name, found in (("plain", plain), ("users", users)):
-        expected = evaluate(integer_simulation(folded[name]).eval(), SETTING.loaders.test)
+        expected = evaluate(integer_simulation(folded[name]).eval(), TEST)
         assert torch.equal(found.predictions, expected.predictions)
         assert (found.top1, found.loss, found.count) == (expected.top1, expected.loss, 5)
 
@@ -152,8 +154,7 @@ def test_a_child_that_dies_while_it_is_sent_a_batch(tmp_path):
         threading.Timer(1, child.kill).start()  # the pipe is full by then
         yield torch.zeros(1, 3, 1024, 1024), torch.zeros(1, dtype=torch.int64)
 
-    setting = SimpleNamespace(loaders=SimpleNamespace(test=loader()), progress=no_progress, task=Classification())
-    with Verifier(setting) as verifier, pytest.raises(UserError, match="status -9"):
+    with Verifier(setting_of(loader())) as verifier, pytest.raises(UserError, match="status -9"):
         verifier.evaluate(checkpoint(tmp_path / "net"), "checkpoint")
     assert multiprocessing.active_children() == []
 
