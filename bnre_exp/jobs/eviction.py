@@ -54,7 +54,7 @@ def newest(folder: Path) -> float:
 
 
 def _remove_unless_used(store: Path, folder: Path) -> bool:
-    with held_if_free(store, folder.name) as is_free:
+    with held_if_free(store / "locks" / f"{folder.name}.lock") as is_free:
         if not is_free or (folder.parent.name == "entries" and is_pinned(store, folder.name)):
             return False
         remove(store, folder)

@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from bnre_exp.errors import UserError
 from bnre_exp.files import replacing
+from bnre_exp.jobs.locks import held_if_free
 
 RECORD, LOCK = "run.json", "run.lock"
 RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"  # as MLflow names them
@@ -92,19 +93,9 @@ def set_aside(folder: Path) -> None:
             os.replace(folder / name, earlier / name)
 
 
-@contextmanager
-def held_if_dead(folder: Path) -> Iterator[bool]:
-    """True if no process runs in a folder; then none can begin to while the block lasts."""
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
+def held_if_dead(folder: Path) -> AbstractContextManager[bool]:
+    """A block that is given True if no process runs in a folder; then none can begin to while it lasts."""
+    return held_if_free(folder / LOCK)
 
 
 def is_alive(folder: Path) -> bool:

@@ -42,9 +42,9 @@ def held(store: Path, name: str, on_wait: Callable[[str], None]) -> Iterator[Non
 
 
 @contextmanager
-def held_if_free(store: Path, name: str) -> Iterator[bool]:
-    """True if nobody holds the result ``name``; then nobody does while the block lasts."""
-    lock = FileLock(store / "locks" / f"{name}.lock")
+def held_if_free(path: Path) -> Iterator[bool]:
+    """True if nobody holds the lock of a file; then nobody else does while the block lasts."""
+    lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
