@@ -30,6 +30,7 @@ from bnre_exp.quantsim.nodes import is_layer
 from bnre_exp.quantsim.operations import input_quantizer
 from bnre_exp.tasks.task import Evaluation
 
+WITHOUT_ONNX = " Or leave ONNX out: export.formats=[checkpoint]."
 # What each format leaves in the run's folder.
 FILES = {
     ExportFormat.checkpoint: "folded",
@@ -44,7 +45,7 @@ def export(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
     Files that an earlier run left in the run's folder go. Raises ``UserError`` if a network cannot be written in a
     format, or a file fails its verification.
     """
-    outcome, how, folder = Outcome(), setting.config.export, given.run_dir
+    outcome, how, folder, advice = Outcome(), setting.config.export, given.run_dir, ""
     network: Any = given.network
     seed(setting.config, "export")
     for name in FILES.values():
@@ -55,9 +56,10 @@ def export(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
             if ExportFormat.checkpoint in how.formats:
                 _checkpoint(setting, network, folder / FILES[ExportFormat.checkpoint], verifier, outcome)
             if {ExportFormat.onnx, ExportFormat.encodings} & set(how.formats):
+                advice = WITHOUT_ONNX
                 _onnx(setting, network, folder, Path(scratch), verifier, outcome)
     except UserError as error:
-        raise UserError(f"export: {str(error).rstrip('.')}.{_advice(how)}") from error
+        raise UserError(f"export: {str(error).rstrip('.')}.{advice}") from error
     outcome.files = [FILES[kind] for kind in FILES if kind in how.formats]
     return outcome, network
 
@@ -171,12 +173,7 @@ def check_export(sim: nn.Module, how: ExportConfig, example: Any) -> None:
         try:
             check_exportable(sim, example, how.opset)
         except UserError as error:
-            raise UserError(f"export: {str(error).rstrip('.')}.{_advice(how)}") from error
-
-
-def _advice(how: ExportConfig) -> str:
-    only_checkpoint = set(how.formats) == {ExportFormat.checkpoint}
-    return "" if only_checkpoint else " Or leave ONNX out: export.formats=[checkpoint]."
+            raise UserError(f"export: {str(error).rstrip('.')}.{WITHOUT_ONNX}") from error
 
 
 def leave_exported(job: Job, result: Result) -> None:
