@@ -14,8 +14,8 @@ from bnre_exp.algorithms.feeding import (
     cached_weights,
     device_of,
     evaluation_mode,
-    feed,
     length_of,
+    to_device,
 )
 from bnre_exp.progress import Progress, no_progress
 from bnre_exp.quantsim.sim import bypassed
@@ -58,8 +58,8 @@ def compare_outputs(
     modes = evaluation_mode(first), evaluation_mode(second), bypassed(first), bypassed(second)
     with modes[0], modes[1], modes[2], modes[3], cached_weights(first, forward_fn):
         for batch in progress(dataloader, "fold: compare outputs", length_of(dataloader)):
-            outputs = (feed(model, batch, device, forward_fn) for model in (first, second))
-            a, b = (task.compared(output).double().cpu() for output in outputs)
+            batch = to_device(batch, device)
+            a, b = (task.compared(forward_fn(model, batch)).double().cpu() for model in (first, second))
             largest = torch.maximum(largest, (a - b).abs().amax())
             magnitude = torch.maximum(magnitude, a.abs().amax())
     return Difference(float(largest), float(magnitude))

@@ -13,7 +13,6 @@ from bnre_exp.algorithms.feeding import (
     cached_weights,
     device_of,
     evaluation_mode,
-    feed,
     length_of,
     to_device,
 )
@@ -45,7 +44,7 @@ def evaluate(
     with evaluation_mode(model), cached_weights(model, forward_fn):
         for batch in progress(dataloader, description, length_of(dataloader)):
             batch = to_device(batch, device)
-            meter.update(feed(model, batch, device, forward_fn), batch)
+            meter.update(forward_fn(model, batch), batch)
             count += 1
     if not count:
         raise UserError("evaluate: the data loader yields no batches.")

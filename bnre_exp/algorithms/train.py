@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bnre_exp.algorithms.evaluate import evaluate
-from bnre_exp.algorithms.feeding import ForwardFn, device_of, feed, to_device
+from bnre_exp.algorithms.feeding import ForwardFn, device_of, to_device
 from bnre_exp.algorithms.snapshot import Snapshots, Training, capture, restore, restore_random
 from bnre_exp.errors import TrainingDivergedError, UserError
 from bnre_exp.progress import Progress, no_progress
@@ -169,12 +169,12 @@ def _loss_of_batch(
     model: nn.Module, precision: str, task: Task, forward_fn: ForwardFn | None, loss_fn: LossFn | None,
     label_smoothing: float,
 ) -> Callable[[Any], Tensor]:  # fmt: skip
-    device = device_of(model)
+    device, forward_fn = device_of(model), forward_fn or task.feed
 
     def loss_of(batch: Any) -> Tensor:
         batch = to_device(batch, device)
         with _autocast(device, precision):
-            output = feed(model, batch, device, forward_fn or task.feed)
+            output = forward_fn(model, batch)
             return task.loss(output, batch, label_smoothing) if loss_fn is None else loss_fn(output, batch[1])
 
     return loss_of

@@ -56,7 +56,7 @@ def build_model(
     """Build the network that the dotted path ``target`` names, and load its weights.
 
     :func:`torchvision_model` and :func:`timm_model` get ``name``, ``num_classes`` and ``weights``; a user's own
-    callable gets ``kwargs`` only, and :func:`check_head` tells later whether its classes fit; :func:`onnx_model` gets
+    callable gets ``kwargs`` only, and :func:`check_output` tells later whether its output fits; :func:`onnx_model` gets
     ``path``. With a ``checkpoint``,
     ``weights`` is not fetched and gives the preprocessing only. ``replace_head``: a last layer of another class count
     is replaced by a new one. Raises UserError for whatever does not exist, cannot be fetched or does not fit.
