@@ -27,8 +27,8 @@ def resolve_target(target: str, setting: str) -> Callable[..., Any]:
             "working directory or the environment; check the spelling, install the package, or set PYTHONPATH."
         ) from error
     except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        is_path = place.filename == pkgutil.__file__ or place.name == "__getattr__"  # the module itself was imported
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name != "__getattr__"]
+        is_path = frames[-1].filename == pkgutil.__file__  # the module itself was imported
         if is_path and isinstance(error, ValueError):
             raise UserError(f"{setting}={target!r} is no dotted path; expected something like mynet.MyNet.") from error
         if is_path and isinstance(error, AttributeError):

@@ -22,7 +22,7 @@ from bnre_exp.data.preprocess import (
     random_resized_crop_and_flip,
     resize_and_crop,
 )
-from bnre_exp.errors import UserError
+from bnre_exp.errors import UserError, first_line
 
 Batch = tuple[Tensor, Tensor]
 BatchKey = tuple[list[int], int]
@@ -149,6 +149,6 @@ class Batches(DataLoader[Batch]):
             if not str(error).startswith("DataLoader worker"):
                 raise
             raise UserError(
-                f"A data-loading process died: {error} It may have run out of memory: use fewer processes, as in "
-                "runtime.workers=0, or smaller batches."
+                f"A data-loading process died ({first_line(error).rstrip('.')}). It may have run out of memory: use "
+                "fewer processes, as in runtime.workers=0, or smaller batches."
             ) from error

@@ -175,7 +175,7 @@ def image_folder(train: bool, root: str | None = None) -> torchvision.datasets.I
     try:
         folder = _split_folder(root, train)
         return torchvision.datasets.ImageFolder(str(folder), loader=open_picture)
-    except FileNotFoundError as error:
+    except OSError as error:
         raise UserError(f"dataset.root={root}: {error}. {_LAYOUT}") from error
 
 
@@ -183,7 +183,7 @@ def folder_classes(root: str | None) -> list[str]:
     """The names of an image folder's classes, in order. Raises UserError as :func:`image_folder` does."""
     try:
         train, test = (find_classes(str(_split_folder(root, is_train)))[0] for is_train in (True, False))
-    except FileNotFoundError as error:
+    except OSError as error:
         raise UserError(f"dataset.root={root}: {error}. {_LAYOUT}") from error
     odd = sorted(set(train) ^ set(test))
     if odd:

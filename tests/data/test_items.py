@@ -209,6 +209,21 @@ def test_what_is_found_while_it_is_read_is_told_plainly(tmp_path: Path, workers:
     assert "Traceback" not in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_worker_that_dies_is_told_plainly() -> None:
+    loaders = loaders_of(f"{__name__}.Dying", in_memory=False, workers=1)
+    with pytest.raises(UserError, match=r"process died \(DataLoader worker .*runtime\.workers=0"):
+        read_all(loaders)
+
+
+class Dying(Users):
+    """As above; a worker process that reads its item 5 dies, as for want of memory."""
+
+    def __getitem__(self, index: int) -> Any:
+        if torch.utils.data.get_worker_info() is not None and index == 5:
+            os._exit(9)
+        return super().__getitem__(index)
+
+
 def unsized(train: bool, root: str | None) -> Any:
     class Unsized:
         def __len__(self) -> int:
