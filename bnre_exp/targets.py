@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -25,16 +26,16 @@ def resolve_target(target: str, setting: str) -> Callable[..., Any]:
             f"{setting}={target}: {reason}. Expected the dotted path of a callable that can be imported from the "
             "working directory or the environment; check the spelling, install the package, or set PYTHONPATH."
         ) from error
-    except ImportError as error:
-        raise UserError(
-            f"{setting}={target}: importing it failed: {error}. Import it in Python to see where."
-        ) from error
-    except AttributeError as error:
-        raise UserError(
-            f"{setting}={target}: {error}. The module exists; check the spelling of what follows it."
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{setting}={target!r} is no dotted path; expected something like mynet.MyNet.") from error
+    except Exception as error:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name != "__getattr__"]
+        is_path = frames[-1].filename == pkgutil.__file__  # the module itself was imported
+        if is_path and isinstance(error, ValueError):
+            raise UserError(f"{setting}={target!r} is no dotted path; expected something like mynet.MyNet.") from error
+        if is_path and isinstance(error, AttributeError):
+            raise UserError(
+                f"{setting}={target}: {error}. The module exists; check the spelling of what follows it."
+            ) from error
+        raise UserError(f"{setting}={target}: importing its module raised {what_failed(error)}") from error
     if not callable(found):
         raise UserError(
             f"{setting}={target} is a {type(found).__name__}, not a callable; expected a class or function, "
@@ -46,22 +47,35 @@ def resolve_target(target: str, setting: str) -> Callable[..., Any]:
 def call_target(
     function: Callable[..., Any], target: str, setting: str, kwargs: Mapping[str, Any], **given: Any
 ) -> Any:
-    """Call ``function(**given, **kwargs)``; raises UserError naming ``setting`` where the signature does not fit.
-
-    The signature is checked before the call, so that a TypeError from inside the user's code keeps its traceback.
-    """
+    """Call ``function(**given, **kwargs)``; raises UserError naming ``setting`` where the signature does not fit, and
+    ``target`` with the place in the user's code where that raises something."""
     doubled = sorted(set(given) & set(kwargs))
     if doubled:
         raise UserError(f"{setting} holds {', '.join(doubled)}, which the framework passes itself; remove it there.")
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
-        return function(**given, **kwargs)
+        signature = None
     try:
-        signature.bind(**given, **kwargs)
+        if signature is not None:
+            signature.bind(**given, **kwargs)
     except TypeError as error:
         raise UserError(
             f"{setting}={dict(kwargs)} does not fit {target}{signature}: {error}. Give the arguments it takes, "
             f"as in +{setting}.NAME=VALUE."
         ) from error
-    return function(**given, **kwargs)
+    try:
+        return function(**given, **kwargs)
+    except UserError:
+        raise
+    except Exception as error:
+        if target.startswith("bnre_exp."):
+            raise  # a defect of ours
+        raise UserError(f"{setting.partition('.')[0]}._target_={target} raised {what_failed(error)}") from error
+
+
+def what_failed(error: Exception) -> str:
+    """What a user's code raised, and where."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    text = f": {error}" if str(error) else ""
+    return f"{type(error).__name__}{text} ({place.filename}, line {place.lineno}). Call it in Python to see how."

@@ -52,7 +52,7 @@ class DatasetConfig:
     _target_: str = opt("bnre_exp.data.digits", "dotted path of the callable that builds one split")
     kwargs: dict[str, Any] = opt(factory=dict, doc="more keyword arguments of the callable")
     root: str | None = opt(None, "folder of the data files; null: the dataset's own default")
-    num_classes: int = opt(10, "number of classes", ge=2)
+    num_classes: int | None = opt(None, "number of classes; null: as many as the dataset has", ge=2)
     image_size: int | None = opt(None, "height and width fed to the network [pixels]; null: as the weights", ge=8)
     mean: list[float] | None = opt(None, "a value per channel, of pixels in [0, 1]; null: as the weights")
     std: list[float] | None = opt(None, "a value per channel, of pixels in [0, 1]; null: as the weights", gt=0)

@@ -6,16 +6,14 @@ workers, nor on global random state, nor on what ran before in the process.
 
 from __future__ import annotations
 
-import contextlib
-import random
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+from bnre_exp.data.items import own_random_state, read_item
 from bnre_exp.data.preprocess import (
     Preprocessing,
     as_channels,
@@ -23,9 +21,8 @@ from bnre_exp.data.preprocess import (
     random_crop_and_flip,
     random_resized_crop_and_flip,
     resize_and_crop,
-    to_uint8,
 )
-from bnre_exp.errors import UserError
+from bnre_exp.errors import UserError, first_line
 
 Batch = tuple[Tensor, Tensor]
 BatchKey = tuple[list[int], int]
@@ -102,10 +99,15 @@ class MemoryView(Dataset[Batch]):
 
 
 class ItemView(Dataset[Batch]):
-    """Items ``indices`` of a dataset, read and resized whenever they are asked for, as normalised batches."""
+    """Items ``indices`` of a dataset, read and resized whenever they are asked for, as normalised batches.
 
-    def __init__(self, source: Any, indices: Tensor, preprocessing: Preprocessing, augment: bool) -> None:
-        self.source, self.indices = source, indices
+    num_classes: every class must lie below it; None: any integer.
+    """
+
+    def __init__(
+        self, source: Any, indices: Tensor, preprocessing: Preprocessing, augment: bool, num_classes: int | None
+    ) -> None:
+        self.source, self.indices, self.num_classes = source, indices, num_classes
         self.preprocessing, self.augment = preprocessing, augment
 
     def __len__(self) -> int:
@@ -113,47 +115,40 @@ class ItemView(Dataset[Batch]):
 
     def look(self, count: int) -> Tensor:
         """The first ``count`` images as the view gives them."""
-        return self.__getitems__((list(range(count)), 0))[0]
+        return self._read((list(range(count)), 0))[0]
 
-    def __getitems__(self, key: BatchKey) -> Batch:
+    def __getitems__(self, key: BatchKey) -> Batch | UserError:
+        """A batch, or the user's mistake in it, which :class:`Batches` raises: torch would put the traceback of a
+        worker process into its message."""
+        try:
+            return self._read(key)
+        except UserError as error:
+            return error
+
+    def _read(self, key: BatchKey) -> Batch:
         images, labels = [], []
         with own_random_state(key[1]):
             for index in self.indices[key[0]].tolist():
-                image, label = read_item(self.source, index)
+                image, label = read_item(self.source, index, self.num_classes)
                 crop = random_resized_crop_and_flip if self.augment else resize_and_crop
                 images.append(as_channels(crop(image, self.preprocessing), self.preprocessing.channels))
                 labels.append(label)
         return normalise(torch.stack(images), self.preprocessing), torch.tensor(labels)
 
 
-@contextlib.contextmanager
-def own_random_state(seed: int) -> Iterator[None]:
-    """Seed the CPU generators of torch, numpy and Python, and put back what they held before."""
-    before = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    torch.default_generator.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before[0])
-        np.random.set_state(before[1])
-        random.setstate(before[2])
+class Batches(DataLoader[Batch]):
+    """A loader of whole batches, which tells a user's mistake alike whichever process meets it."""
 
-
-def read_item(source: Any, index: int) -> tuple[Tensor, int]:
-    """Item ``index`` as (uint8 ``[C, H, W]``, class); UserError where it cannot be read or is something else."""
-    try:
-        item = source[index]
-    except OSError as error:
-        samples = getattr(source, "samples", None)
-        name = f" ({samples[index][0]})" if samples else ""
-        raise UserError(f"dataset: image {index}{name} cannot be read: {error}. Repair or remove the file.") from error
-    if not isinstance(item, (tuple, list)) or len(item) != 2:
-        raise UserError(f"dataset: item {index} is a {type(item).__name__}; expected a pair (image, class number).")
-    try:
-        return to_uint8(item[0]), int(item[1])
-    except (TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"dataset: the class of item {index} is {item[1]!r}; expected an integer.") from error
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        try:
+            for batch in super().__iter__():
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise UserError(
+                f"A data-loading process died ({first_line(error).rstrip('.')}). It may have run out of memory: use "
+                "fewer processes, as in runtime.workers=0, or smaller batches."
+            ) from error

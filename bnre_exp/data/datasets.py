@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import find_classes
 
+from bnre_exp.data.pictures import open_picture
 from bnre_exp.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -29,16 +30,21 @@ DEBIAN_FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
 # What a failed download raises: urllib and sockets (OSError), a broken answer, torchvision's own checks.
 _DOWNLOAD_ERRORS = (OSError, HTTPException, RuntimeError)
 
+_LAYOUT = "Expected ROOT/train/CLASS/IMAGE and ROOT/val/CLASS/IMAGE (or ROOT/test) with the same class folders."
+
 
 class ImageTensors(Dataset[tuple[Tensor, int]]):
     """Images that are one uint8 tensor ``[N, C, H, W]`` (C = 1 or 3), with classes ``[N]`` as int64."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
-        if images.ndim != 4 or images.dtype != torch.uint8 or labels.shape != images.shape[:1]:
+        is_image = images.ndim == 4 and images.dtype == torch.uint8 and images.shape[1] in (1, 3)
+        if not is_image or 0 in images.shape[2:] or labels.shape != images.shape[:1]:
             raise UserError(
                 f"dataset: images {images.dtype} {list(images.shape)} with labels {list(labels.shape)}; expected uint8 "
-                "[N, C, H, W] with labels [N]."
+                "[N, C, H, W], C = 1 or 3, with labels [N]."
             )
+        if len(labels) and (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool):
+            raise UserError(f"dataset: labels are {labels.dtype}; expected integers, such as torch.int64.")
         self.images = images
         self.labels = labels.to(torch.int64)
 
@@ -165,24 +171,37 @@ def image_folder(train: bool, root: str | None = None) -> torchvision.datasets.I
     Classes are numbered in the order of their folders' names. Raises UserError where the folders are missing, a class
     is empty, or the two splits have different classes (their numbers would differ).
     """
-    layout = "Expected ROOT/train/CLASS/IMAGE and ROOT/val/CLASS/IMAGE (or ROOT/test) with the same class folders."
-    if not root:
-        raise UserError(f"dataset.root is not set: it is the folder of the images. {layout}")
-    base = Path(os.path.expanduser(root))
-    tests = [base / name for name in ("val", "test") if (base / name).is_dir()]
-    if not (base / "train").is_dir() or not tests:
-        missing = "train" if not (base / "train").is_dir() else "val or test"
-        raise UserError(f"dataset.root={root}: there is no folder {missing} in it. {layout}")
+    folder_classes(root)
     try:
-        classes = [set(find_classes(str(folder))[0]) for folder in (base / "train", tests[0])]
-        if classes[0] == classes[1]:
-            return torchvision.datasets.ImageFolder(str(base / "train" if train else tests[0]))
-    except FileNotFoundError as error:
-        raise UserError(f"dataset.root={root}: {error}. {layout}") from error
-    odd = sorted(classes[0] ^ classes[1])
-    raise UserError(
-        f"dataset.root={root}: {len(odd)} class folders are in one split only ({', '.join(odd[:5])}). {layout}"
-    )
+        folder = _split_folder(root, train)
+        return torchvision.datasets.ImageFolder(str(folder), loader=open_picture)
+    except OSError as error:
+        raise UserError(f"dataset.root={root}: {error}. {_LAYOUT}") from error
+
+
+def folder_classes(root: str | None) -> list[str]:
+    """The names of an image folder's classes, in order. Raises UserError as :func:`image_folder` does."""
+    try:
+        train, test = (find_classes(str(_split_folder(root, is_train)))[0] for is_train in (True, False))
+    except OSError as error:
+        raise UserError(f"dataset.root={root}: {error}. {_LAYOUT}") from error
+    odd = sorted(set(train) ^ set(test))
+    if odd:
+        raise UserError(
+            f"dataset.root={root}: {len(odd)} class folders are in one split only ({', '.join(odd[:5])}). {_LAYOUT}"
+        )
+    return train
+
+
+def _split_folder(root: str | None, train: bool) -> Path:
+    if not root:
+        raise UserError(f"dataset.root is not set: it is the folder of the images. {_LAYOUT}")
+    base = Path(os.path.expanduser(root))
+    names = ("train",) if train else ("val", "test")
+    found = next((base / name for name in names if (base / name).is_dir()), None)
+    if found is None:
+        raise UserError(f"dataset.root={root}: there is no folder {' or '.join(names)} in it. {_LAYOUT}")
+    return found
 
 
 def imagenet(train: bool, root: str | None = None) -> torchvision.datasets.ImageFolder:

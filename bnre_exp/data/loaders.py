@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from bnre_exp.data.batches import Batch, MemoryView, SeededBatches
+from bnre_exp.data.batches import Batch, Batches, MemoryView, SeededBatches
 from bnre_exp.data.preprocess import Preprocessing
 from bnre_exp.data.spec import DataSpec
 from bnre_exp.data.splits import Split, load_split
@@ -78,7 +78,8 @@ def build_loaders(
     Batches of ``batch_size`` are full, unless there is not even one; those of ``eval_batch_size`` (validation, test)
     cover every image, in order. Files are read to tell their contents; in ``digests_folder`` it is remembered what
     they held, for as long as their sizes and times stay. Raises UserError for a dataset that is not there, is empty,
-    or returns something else than (PIL image or uint8 tensor, class).
+    has other classes than ``spec.num_classes``, lists files that cannot be read, or returns something else than (PIL
+    image or uint8 tensor, class).
     """
     splits = {
         name: load_split(
@@ -89,7 +90,10 @@ def build_loaders(
     positions = _positions(spec, splits)
     recipes = {
         role: partial(
-            _loader, splits[_split_of(role)].view(where, preprocessing, _is_augmented(spec, role)), role, spec
+            _loader,
+            splits[_split_of(role)].view(where, preprocessing, _is_augmented(spec, role), spec.num_classes),
+            role,
+            spec,
         )
         for role, where in positions.items()
     }
@@ -133,7 +137,7 @@ def _loader(view: Any, role: str, spec: DataSpec) -> DataLoader[Batch]:
     size = spec.eval_batch_size if is_evaluated else spec.batch_size
     stream = stream_seed(spec.seed, role)
     batches: Any = SeededBatches(len(view), size, shuffle=not is_evaluated, drop_last=not is_evaluated, seed=stream)
-    return DataLoader(
+    return Batches(
         view,
         batch_sampler=batches,
         num_workers=spec.workers,

@@ -13,10 +13,13 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
+from bnre_exp.data.pictures import picture_pixels
 from bnre_exp.errors import UserError
 
 # Images of 28x28 and 32x32 are resized this many at a time: large enough to be fast, small enough for the caches.
 _RESIZE_CHUNK = 4096
+
+_LONGEST = 1000  # an image's longer side, in its shorter sides
 
 METADATA = "bnre_exp.preprocessing"  # entry of an exported model's metadata: Preprocessing.describe() as JSON
 
@@ -119,12 +122,11 @@ def resolve_preprocessing(
 def to_uint8(image: Any) -> Tensor:
     """A PIL image or a uint8 tensor ``[C, H, W]`` (or ``[H, W]``) as a uint8 tensor with C = 1 (grayscale) or 3 (RGB).
 
-    Raises UserError on anything else: a dataset must return images before any transform to float.
+    PIL images are converted by :func:`~bnre_exp.data.pictures.picture_pixels`. Raises UserError on anything else: a
+    dataset must return images before any transform to float.
     """
     if isinstance(image, Image.Image):
-        gray = image.mode in ("1", "L")
-        pixels: Tensor = v2.functional.pil_to_tensor(image.convert("L" if gray else "RGB"))
-        return pixels
+        return _checked(picture_pixels(image))
     if not isinstance(image, Tensor):
         raise UserError(
             f"dataset: an image is a {type(image).__name__}; expected a PIL image or a uint8 tensor [C, H, W]."
@@ -134,6 +136,17 @@ def to_uint8(image: Any) -> Tensor:
         raise UserError(
             f"dataset: an image is a {image.dtype} tensor of shape {list(image.shape)}; expected a PIL image or a "
             "uint8 tensor [C, H, W] with C = 1 or 3. Leave float conversion and normalisation to dataset.mean and std."
+        )
+    return _checked(image)
+
+
+def _checked(image: Tensor) -> Tensor:
+    """The image itself; UserError if there is nothing in it, or its resized long side would not fit into memory."""
+    shorter, longer = sorted(image.shape[-2:])
+    if shorter < 1 or longer > _LONGEST * shorter:
+        raise UserError(
+            f"dataset: an image has {image.shape[-2]} x {image.shape[-1]} pixels; expected at least 1 x 1, and one "
+            f"side at most {_LONGEST} times the other."
         )
     return image
 

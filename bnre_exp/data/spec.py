@@ -13,6 +13,8 @@ class DataSpec:
 
     target: dotted path of a callable ``f(train: bool, root, **kwargs)`` that returns one split.
     root: folder of its files; None: the dataset's own default. kwargs: its other keyword arguments.
+    num_classes: classes are 0 to ``num_classes - 1``, which is checked against what the dataset names and as items are
+    read; None: any integers.
     seed: everything random depends on it and the role alone.
     batch_size: images a batch for training, calibration and re-estimation; eval_batch_size: for validation and test.
     val_fraction: part of the training images that is held out for validation, in [0, 1).
@@ -35,3 +37,4 @@ class DataSpec:
     augment: bool = False
     workers: int = 0
     pin_memory: bool = False
+    num_classes: int | None = None

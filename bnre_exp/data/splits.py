@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,23 +16,32 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
+from torchvision.datasets.folder import default_loader
 
-from bnre_exp.data.batches import ItemView, MemoryView, PreparedImages, own_random_state, read_item
+from bnre_exp.data.batches import ItemView, MemoryView, PreparedImages
 from bnre_exp.data.datasets import ImageTensors
+from bnre_exp.data.items import file_states, own_random_state, read_item, reading_problem, refuse_files
+from bnre_exp.data.listed import listed_classes, listed_files, listed_labels
+from bnre_exp.data.pictures import check_header, open_picture, open_rgb
 from bnre_exp.data.preprocess import Preprocessing, as_channels, resize_and_crop
 from bnre_exp.data.spec import DataSpec
 from bnre_exp.digests import file_sha256, stream_seed
 from bnre_exp.errors import UserError
 from bnre_exp.files import replacing
 from bnre_exp.progress import Progress
-from bnre_exp.targets import call_target, resolve_target
+from bnre_exp.targets import call_target, resolve_target, what_failed
 
 logger = logging.getLogger(__name__)
 
 # Labels that a dataset does not list are looked up for this many images, and so are contents for its digest.
 _SAMPLED_ITEMS = 64
 
-# Prepared splits of this process: train and test of two datasets, so that jobs of a sweep do not prepare them anew.
+# A file that changes twice within a tick of the file system's clock (two seconds on some) has one time of change.
+_CLOCK_TICK = 2 * 10**9  # [ns]
+
+# Prepared splits of this process, by what they were made of: train and test of two datasets, so that jobs of a sweep do
+# not prepare them anew.
 _PREPARED: OrderedDict[str, Split] = OrderedDict()
 _PREPARED_MAX = 4
 
@@ -52,11 +62,13 @@ class Split:
     images: PreparedImages | None = None
     notes: tuple[str, ...] = ()
 
-    def view(self, positions: Tensor, preprocessing: Preprocessing, augment: bool) -> MemoryView | ItemView:
+    def view(
+        self, positions: Tensor, preprocessing: Preprocessing, augment: bool, num_classes: int | None
+    ) -> MemoryView | ItemView:
         """The images at ``positions`` (into ``indices``) as a dataset of batches."""
         if self.images is not None:
             return MemoryView(self.images, self.labels, positions, preprocessing, augment)
-        return ItemView(self.source, self.indices[positions], preprocessing, augment)
+        return ItemView(self.source, self.indices[positions], preprocessing, augment, num_classes)
 
 
 def memory_split(source: Any, indices: Tensor, preprocessing: Preprocessing, progress: Progress, name: str) -> Split:
@@ -81,11 +93,14 @@ def memory_split(source: Any, indices: Tensor, preprocessing: Preprocessing, pro
 
 def item_split(source: Any, indices: Tensor, digests_folder: Path | None, progress: Progress, name: str) -> Split:
     """Images ``indices``, read when needed; the digest is that of the files' contents, or of sampled images."""
-    labels = _listed_labels(source)
-    samples = getattr(source, "samples", None)
-    if samples and labels is not None:
-        paths = [Path(samples[index][0]) for index in indices.tolist()]
-        contents = _files_digest(paths, digests_folder, progress, name)
+    labels, files = listed_labels(source), listed_files(source)
+    if files is not None and labels is not None:
+        paths = [files[index] for index in indices.tolist()]
+        has_pictures = getattr(source.dataset if isinstance(source, Subset) else source, "loader", None) in (
+            open_picture,
+            open_rgb,
+        )
+        contents = _files_digest(paths, has_pictures, digests_folder, progress, name)
         return Split(indices, labels[indices], _digest([contents, labels[indices].numpy()]), source=source)
     sampled = indices[:: max(1, len(indices) // _SAMPLED_ITEMS)].tolist()
     with own_random_state(0):
@@ -99,29 +114,37 @@ def item_split(source: Any, indices: Tensor, digests_folder: Path | None, progre
     return Split(indices, seen, _digest(parts), source=source, notes=(note,))
 
 
-def _files_digest(paths: Sequence[Path], folder: Path | None, progress: Progress, name: str) -> str:
-    """Digest of the files' names and contents; remembered in ``folder`` by their sizes and times of change."""
+def _files_digest(paths: Sequence[Path], has_pictures: bool, folder: Path | None, progress: Progress, name: str) -> str:
+    """Digest of the files' names and contents; remembered in ``folder`` by their sizes and times of change.
+
+    Raises UserError for files that cannot be read, or have no picture in them where they should.
+    """
     root = os.path.commonpath([path.parent for path in paths])
-    stats = [path.stat() for path in paths]
-    seen = [f"{p} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns} {s.st_ino}" for p, s in zip(paths, stats)]
-    known = folder / _digest(seen) if folder is not None else None
+    states = file_states(paths)
+    seen = [f"{path} {' '.join(map(str, state))}" for path, state in zip(paths, states)]
+    known = folder / _digest(seen) if folder is not None and _are_settled(states) else None
     if known is not None and known.exists():
         return known.read_text()
-    files = progress(paths, f"reading {name} files, to know their contents", len(paths))
-    contents = _digest([f"{os.path.relpath(path, root)} {file_sha256(path)}" for path in files])
+    lines, wrong = list[str](), dict[Path, str]()
+    for path in progress(paths, f"reading {name} files, to know their contents", len(paths)):
+        problem = reading_problem(check_header, path) if has_pictures else None
+        try:
+            lines.append(f"{os.path.relpath(path, root)} {file_sha256(path)}")
+        except OSError as error:
+            problem = str(error)
+        if problem is not None:
+            wrong[path] = problem
+    refuse_files(wrong, len(paths))
+    contents = _digest(lines)
     if known is not None:
         with replacing(known) as new:
             new.write_text(contents)
     return contents
 
 
-def _listed_labels(source: Any) -> Tensor | None:
-    """The classes of all images, where the dataset lists them without reading an image."""
-    for name in ("labels", "targets"):
-        values = getattr(source, name, None)
-        if isinstance(values, (Tensor, np.ndarray, Sequence)) and len(values) == len(source):
-            return torch.as_tensor(np.asarray(values), dtype=torch.int64)
-    return None
+def _are_settled(states: Sequence[tuple[int, ...]]) -> bool:
+    """Whether another change of the files would show in their times of change."""
+    return max(changed for _, _, changed, _ in states) < time.time_ns() - _CLOCK_TICK
 
 
 def _digest(parts: Sequence[Any]) -> str:
@@ -144,29 +167,41 @@ def _chosen(count: int, limit: int | None, train: bool, seed: int) -> Tensor:
 def load_split(
     spec: DataSpec, train: bool, *, preprocessing: Preprocessing, progress: Progress, digests_folder: Path | None
 ) -> Split:
-    """The training or the test split that ``spec`` describes; one in memory is kept for other jobs of the process."""
+    """The training or the test split that ``spec`` describes; one in memory is kept for other jobs of the process, for
+    as long as its files, or else what is read from it, stay the same."""
     limit = spec.train_limit if train else spec.test_limit
-    geometry = preprocessing.resize_size, preprocessing.image_size, preprocessing.interpolation
-    drawn_by = spec.seed if train and limit is not None else None
-    parts = [spec.target, train, spec.root, dict(spec.kwargs), geometry, limit, drawn_by]
-    key = json.dumps(parts, sort_keys=True, default=repr)
-    if spec.in_memory and key in _PREPARED:
-        _PREPARED.move_to_end(key)
-        return _PREPARED[key]
-    source, name = _source(spec, train), _name(train)
+    source, name = open_source(spec, train), _name(train)
+    check_classes(listed_classes(source), spec.num_classes, f"the {name} images of {spec.target} have classes")
     indices = _chosen(len(source), limit, train, spec.seed)
     if not spec.in_memory:
         return item_split(source, indices, digests_folder, progress, name)
-    with own_random_state(0):
-        split = memory_split(source, indices, preprocessing, progress, name)
-    logger.info("%d %s images in memory", len(indices), name)
-    _PREPARED[key] = split
+    key = _files_key(spec, source, indices, preprocessing)
+    if key is None or key not in _PREPARED:
+        with own_random_state(0):
+            split = memory_split(source, indices, preprocessing, progress, name)
+        logger.info("%d %s images in memory", len(indices), name)
+        key = key or _digest([split.digest, indices.numpy()])
+        _PREPARED.setdefault(key, split)
+    _PREPARED.move_to_end(key)
     if len(_PREPARED) > _PREPARED_MAX:
         _PREPARED.popitem(last=False)
-    return split
+    return _PREPARED[key]
 
 
-def _source(spec: DataSpec, train: bool) -> Any:
+def _files_key(spec: DataSpec, source: Any, indices: Tensor, preprocessing: Preprocessing) -> str | None:
+    """What decides a split in memory, where the dataset lists its files; None where one has to read it to know."""
+    files, labels = listed_files(source), listed_labels(source)
+    if files is None or labels is None:
+        return None
+    paths = [files[index] for index in indices.tolist()]
+    states = file_states(paths)
+    geometry = preprocessing.resize_size, preprocessing.image_size, preprocessing.interpolation
+    made_by = json.dumps([spec.target, spec.root, dict(spec.kwargs), geometry], sort_keys=True, default=repr)
+    parts = [made_by, str(list(map(str, paths))), str(states), indices.numpy(), labels[indices].numpy()]
+    return _digest(parts) if _are_settled(states) else None
+
+
+def open_source(spec: DataSpec, train: bool) -> Any:
     """What the dataset's callable returns: a dataset with at least one image."""
     callable_ = resolve_target(spec.target, "dataset._target_")
     with own_random_state(0):  # a random dataset gives the same whatever ran before in the process
@@ -176,11 +211,31 @@ def _source(spec: DataSpec, train: bool) -> Any:
             f"dataset._target_={spec.target} returned a {type(source).__name__}; expected a dataset with a length and "
             "items (image, class)."
         )
-    if not len(source):
+    if not _length(source, spec.target):
         raise UserError(
             f"dataset._target_={spec.target} returned no {_name(train)} images; check dataset.root={spec.root}."
         )
+    folder: Any = source.dataset if isinstance(source, Subset) else source
+    if getattr(folder, "loader", None) is default_loader:
+        folder.loader = open_rgb
     return source
+
+
+def _length(source: Any, target: str) -> int:
+    try:
+        return len(source)
+    except Exception as error:  # the user's code
+        raise UserError(f"dataset._target_={target}: its length raised {what_failed(error)}") from error
+
+
+def check_classes(names: Sequence[str] | None, num_classes: int | None, who: str) -> None:
+    """Raise UserError where a dataset names its classes, and they are not as many as were given."""
+    if names is not None and num_classes is not None and len(names) != num_classes:
+        shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+        raise UserError(
+            f"dataset.num_classes={num_classes}, but {who} {shown}: {len(names)} of them. Leave dataset.num_classes "
+            f"out, which counts them, or set dataset.num_classes={len(names)}."
+        )
 
 
 def _name(train: bool) -> str:

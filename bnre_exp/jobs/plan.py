@@ -20,7 +20,10 @@ from bnre_exp.targets import resolve_target
 
 # What every stage computes with: versions of these, and the code of seeds and batches.
 LIBRARIES = ("torch", "torchvision", "numpy", "pillow")
-DATA_CODE = ("digests", "data.spec", "data.loaders", "data.splits", "data.batches", "data.preprocess")
+DATA_CODE = (
+    "digests", "data.spec", "data.loaders", "data.splits", "data.batches", "data.items", "data.listed",
+    "data.preprocess", "data.pictures",
+)  # fmt: skip
 SHOWN = ("model.", "dataset.", "task.", "runtime.precision", "runtime.memory_format")
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from bnre_exp.algorithms.bn_statistics import has_running_statistics
 from bnre_exp.config import Config, Device, MemoryFormat
+from bnre_exp.data.classes import count_classes
 from bnre_exp.data.loaders import Loaders, build_loaders
 from bnre_exp.data.preprocess import resolve_preprocessing
 from bnre_exp.data.spec import DataSpec
@@ -46,9 +47,14 @@ def prepare(
         if not console.is_terminal:  # there are no progress bars then
             console.print(line, highlight=False)
 
-    device, task = _device(config.runtime.device), build_task(config.task._target_, config.task.kwargs)
-    built = _network(config)
+    device = _device(config.runtime.device)
+    config = _with_classes(config, count_classes(_data_spec(config, device)))
+    task, built = build_task(config.task._target_, config.task.kwargs), _network(config)
     loaders = _loaders(config, built, device, store, progress)
+    seen = 1 + max(high for _, high in loaders.label_range.values())
+    if config.dataset.num_classes is None and seen > 1:  # the dataset lists no classes: as many as its images show
+        config = _with_classes(config, seen)
+        task = build_task(config.task._target_, config.task.kwargs)
     setting = Setting(config, device, task, loaders, built, progress, log.metrics, say)
     _check(setting)
     summary = Summary(name, task.headline.label)
@@ -59,6 +65,14 @@ def prepare(
     job.exceptions("note", [("model", note) for note in built.notes])
     job.exceptions("note", [("store", note) for note in loaders.notes if store.mode != "off"])
     return job, planned
+
+
+def _with_classes(config: Config, classes: int | None) -> Config:
+    """The configuration with the number of classes, also where the task asks for it."""
+    task = config.task
+    if task.kwargs.get("num_classes", classes) is None:
+        task = replace(task, kwargs={**task.kwargs, "num_classes": classes})
+    return replace(config, dataset=replace(config.dataset, num_classes=classes), task=task)
 
 
 def _network(config: Config) -> BuiltModel:
@@ -79,14 +93,20 @@ def _loaders(
         built.preprocessing, image_size=data.image_size, mean=data.mean, std=data.std,
         default_image_size=data.default_image_size, default_mean=data.default_mean, default_std=data.default_std,
     )  # fmt: skip
-    spec = DataSpec(
+    digests = store.folder / "digests" if store.mode != "off" else None
+    return build_loaders(
+        _data_spec(config, device), preprocessing=preprocessing, progress=progress, digests_folder=digests
+    )
+
+
+def _data_spec(config: Config, device: torch.device) -> DataSpec:
+    data = config.dataset
+    return DataSpec(
         data._target_, root=data.root, kwargs=data.kwargs, seed=config.seed, batch_size=data.batch_size,
         eval_batch_size=data.eval_batch_size, val_fraction=data.val_fraction, train_limit=data.train_limit,
         test_limit=data.test_limit, in_memory=data.in_memory, augment=data.augment, workers=config.runtime.workers,
-        pin_memory=device.type == "cuda",
+        pin_memory=device.type == "cuda", num_classes=data.num_classes,
     )  # fmt: skip
-    digests = store.folder / "digests" if store.mode != "off" else None
-    return build_loaders(spec, preprocessing=preprocessing, progress=progress, digests_folder=digests)
 
 
 def _check(setting: Setting) -> None:

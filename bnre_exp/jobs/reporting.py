@@ -116,7 +116,7 @@ def log_inputs(job: Job) -> None:
         contents = loaders.digests["test" if role == "test" else "train"].encode() + indices.numpy().tobytes()
         roles.setdefault(hashlib.sha256(contents).hexdigest()[:16], []).append(role)
     for digest, sharing in roles.items():
-        profile = {"images": len(loaders.indices[sharing[0]]), **preprocessing}
+        profile = {"images": len(loaders.indices[sharing[0]]), "classes": dataset.num_classes, **preprocessing}
         name, source = dataset._target_.rpartition(".")[2], dataset.root or dataset._target_
         job.log.dataset(name, digest, source, ", ".join(sharing), profile)
 

@@ -46,7 +46,7 @@ def build_model(
     name: str | None = None,
     path: str | None = None,
     kwargs: Mapping[str, Any] | None = None,
-    num_classes: int,
+    num_classes: int | None,
     weights: str | None = None,
     checkpoint: str | None = None,
     strip_prefixes: Sequence[str] = (),
@@ -57,8 +57,8 @@ def build_model(
 
     :func:`torchvision_model` and :func:`timm_model` get ``name``, ``num_classes`` and ``weights``; a user's own
     callable gets ``kwargs`` only, and :func:`check_output` tells later whether its output fits; :func:`onnx_model` gets
-    ``path``. With a ``checkpoint``,
-    ``weights`` is not fetched and gives the preprocessing only. ``replace_head``: a last layer of another class count
+    ``path``. ``num_classes`` may be None where nothing is made by it. With a ``checkpoint``, ``weights`` is not
+    fetched and gives the preprocessing only. ``replace_head``: a last layer of another class count
     is replaced by a new one. Raises UserError for whatever does not exist, cannot be fetched or does not fit.
     """
     factory = resolve_target(target, "model._target_")
@@ -74,7 +74,7 @@ def build_model(
     elif known is not None:
         if not name:
             raise UserError("model.name is not set: expected an architecture such as resnet18.")
-        built = known(name, num_classes, weights, checkpoint is None, replace_head, dict(kwargs or {}))
+        built = known(name, _needed(num_classes), weights, checkpoint is None, replace_head, dict(kwargs or {}))
     else:
         if weights_setting(weights) is not None:
             raise UserError(
@@ -96,8 +96,17 @@ def build_model(
             replace_head=replace_head,
         )
     if replace_head and known is None:
-        notes += replace_heads(built.module, num_classes)
+        notes += replace_heads(built.module, _needed(num_classes))
     return replace(built, pretrained=built.pretrained or checkpoint is not None, notes=notes)
+
+
+def _needed(num_classes: int | None) -> int:
+    if num_classes is None:
+        raise UserError(
+            "dataset.num_classes is not set, and the network's last layer needs it: the dataset lists neither its "
+            "classes' names (classes) nor its images' classes (targets or labels), to count them. Set it."
+        )
+    return num_classes
 
 
 def check_output(module: nn.Module, example_input: Tensor, task: Task) -> None:
@@ -109,9 +118,10 @@ def check_output(module: nn.Module, example_input: Tensor, task: Task) -> None:
     with evaluation_mode(module), torch.no_grad():
         try:
             output = module(example)
-        except (RuntimeError, ValueError, AssertionError) as error:
+        except Exception as error:  # the user's code
+            kind = "" if isinstance(error, (RuntimeError, ValueError, AssertionError)) else f"{type(error).__name__}: "
             raise UserError(
-                f"model: the network cannot take images of shape {list(example.shape)}: {error}. Check "
+                f"model: the network cannot take images of shape {list(example.shape)}: {kind}{error}. Check "
                 "dataset.image_size (small images are enlarged to it) and the network's input channels."
             ) from error
     task.check_output(output, len(example))

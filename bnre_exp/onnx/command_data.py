@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import onnx
 import yaml
-from PIL import Image
 from torch.utils.data import Dataset
 
 from bnre_exp.data.loaders import build_loaders
+from bnre_exp.data.pictures import open_picture
 from bnre_exp.data.preprocess import Preprocessing, stored_preprocessing
 from bnre_exp.data.spec import DataSpec
 from bnre_exp.errors import UserError
@@ -49,8 +49,7 @@ class ImageFiles(Dataset[tuple[Any, int]]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        with Image.open(self.paths[index]) as image:
-            return image.convert("L" if image.mode in ("1", "L") else "RGB"), 0
+        return open_picture(self.paths[index]), 0
 
 
 def image_files(train: bool, root: str) -> ImageFiles:

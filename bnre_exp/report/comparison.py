@@ -20,7 +20,7 @@ from bnre_exp.tasks.task import Headline
 SIZE = "fold/megabytes"
 # What says where and how a job was run, and not what was run.
 INCIDENTAL = re.compile(
-    r"runtime\.(output_dir|workers)|tracking\..*|store\..*|objective|fp32\.min_\w+|task\.kwargs\.num_classes"
+    r"runtime\.(output_dir|workers)|tracking\..*|store\..*|objective|fp32\.min_\w+|(dataset|task\.kwargs)\.num_classes"
 )
 EARLIER = {"task._target_": "bnre_exp.tasks.Classification"}  # params that earlier runs do not have, and what they did
 NOTHING = "–"

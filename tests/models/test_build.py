@@ -134,6 +134,36 @@ def test_a_module_that_misses_a_package_says_which(tmp_path: Path, monkeypatch: 
         build_model("needs_more.Net", num_classes=10)
 
 
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("1 / 0", r"importing its module raised ZeroDivisionError: division by zero \(.*raises\.py, line 2\)"),
+        ("raise ValueError('no')", r"importing its module raised ValueError: no \(.*raises\.py, line 2\)"),
+        ("Net = torch.nothing", r"importing its module raised AttributeError: .*nothing"),
+        ("def Net(): return {}['a']", r"model\._target_=raises\.Net raised KeyError: 'a' \(.*raises\.py, line 2\)"),
+        ("def Net(): raise TypeError('odd')", r"model\._target_=raises\.Net raised TypeError: odd"),
+    ],
+)
+def test_what_a_users_code_raises_is_told_with_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, message: str
+) -> None:
+    (tmp_path / "raises.py").write_text(f"import torch\n{code}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "raises", raising=False)
+    with pytest.raises(UserError, match=message):
+        build_model("raises.Net", num_classes=10)
+
+
+class Keyed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return {"a": x}["b"]
+
+
+def test_what_a_network_raises_is_told() -> None:
+    with pytest.raises(UserError, match=r"cannot take images of shape \[2, 3, 8, 8\]: KeyError: 'b'"):
+        check_head(Keyed(), torch.rand(2, 3, 8, 8), 10)
+
+
 def test_timm_missing_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(UserError, match="pip install timm"):
