@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import numbers
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,8 +34,8 @@ def take_batches(loader: Iterable[Any], num_batches: int, count: Passes | None =
     ``count`` is kept up to date. Raises ``UserError`` if num_batches is below 1 or the loader yields nothing (an
     iterator that cannot be restarted yields nothing the second time).
     """
-    if num_batches < 1:
-        raise UserError(f"num_batches={num_batches}: expected at least 1.")
+    if not is_whole(num_batches) or num_batches < 1:
+        raise UserError(f"num_batches={num_batches!r}: expected at least 1, a whole number.")
     count = count if count is not None else Passes()
     while count.batches < num_batches:
         count.passes += 1
@@ -78,6 +79,11 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, (tuple, list)):
         return type(batch)(to_device(value, device) for value in batch)
     return batch
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is an integer, of Python or numpy; True and False are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bnre_exp.algorithms.feeding import is_whole
 from bnre_exp.errors import UserError
 
 MAX_EPOCHS = 1_000_000
@@ -54,11 +55,6 @@ class Recipe:
         if not isinstance(value, numbers.Real) or isinstance(value, bool) or not (math.isfinite(value) and fits(value)):
             raise UserError(f"{name}={value!r}: expected a number, {expected}.")
         object.__setattr__(self, name, float(value))
-
-
-def is_whole(value: Any) -> bool:
-    """Whether a value is an integer, of Python or numpy; True and False are none."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

@@ -17,12 +17,13 @@ from bnre_exp.algorithms.feeding import (
     ForwardFn,
     as_many,
     device_of,
+    is_whole,
     length_of,
     not_finite,
     take_batches,
     to_device,
 )
-from bnre_exp.algorithms.recipe import Recipe, build_optimizer, build_scheduler, is_whole
+from bnre_exp.algorithms.recipe import Recipe, build_optimizer, build_scheduler
 from bnre_exp.algorithms.snapshot import Snapshots, Training, capture, restore, restore_random
 from bnre_exp.errors import TrainingDivergedError, UserError
 from bnre_exp.progress import Progress, no_progress
@@ -96,14 +97,20 @@ def train(
     batches_an_epoch = _count(dataloader, recipe, steps_per_epoch)
     training = _start(model, recipe, batches_an_epoch, {"training": dataloader, "validation": validation})
     history = _resume(training, snapshots, on_epoch) if snapshots is not None else []
+
+    def validate() -> Mapping[str, float] | None:
+        what = f"{description}: validation"
+        return (
+            None if validation is None else evaluate(model, validation, forward_fn, task=task, description=what).metrics
+        )
+
     for epoch in range(len(history) + 1, recipe.epochs + 1):
         started = time.perf_counter()
         batches = _epoch_batches(dataloader, recipe, steps_per_epoch)
         batches = progress(batches, f"{description} {epoch}/{epochs}", batches_an_epoch)
         loss = _train_epoch(training, batches, loss_of, f"epoch {epoch}", description)
         rate, seconds = training.optimizer.param_groups[0]["lr"], time.perf_counter() - started
-        score = None if validation is None else evaluate(model, validation, forward_fn, task=task).metrics
-        history.append(Epoch(epoch, loss, rate, seconds, score))
+        history.append(Epoch(epoch, loss, rate, seconds, validate()))
         if snapshots is not None:
             snapshots.save(capture(training, [done.as_json() for done in history]))
         if on_epoch is not None:
