@@ -67,7 +67,10 @@ def _check_finite(compared: Tensor, model: nn.Module, batch: Any, where: str) ->
     elif given is not None and not bool(given.isfinite().all()):
         cause = "the batch holds NaN or infinity: look at the data"
     else:
-        cause = "weights and batch are finite: look for values that their type does not hold, or a division by zero"
+        cause = (
+            "weights and batch are finite: look for a division by zero, or for values that their type does not hold, "
+            "as too high a learning rate gives"
+        )
     raise UserError(
         f"{where}: the network's outputs are not finite ({int(bad.sum())} of {bad.numel()} numbers); {cause}."
     )

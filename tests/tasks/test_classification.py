@@ -192,3 +192,10 @@ def test_an_evaluation_prints_its_metrics_and_no_predictions():
     for text in (repr(result), str(result), f"{[result]}", repr(Study("a", {"fp32": result}))):
         assert "tensor" not in text and "predictions" not in text and len(text) < 250
         assert f"'top1': {result.top1}" in text and "count=24" in text
+
+
+def test_weights_that_grew_too_large_in_the_last_step_are_told_with_the_learning_rate():
+    with pytest.raises(
+        UserError, match="train: validation: batch 1: the network's outputs are not finite.*learning rate"
+    ):
+        train(flat_cnn(), [FEW], 1, lr=1e30, validation=[FEW])
