@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 class Progress(Protocol):
-    """Wraps an iterable: yields its items unchanged and shows how many of ``total`` are done."""
+    """Wraps an iterable: yields its items unchanged and shows how many of ``total`` (None: unknown) are done."""
 
     def __call__(self, iterable: Iterable[T], description: str, total: int | None = None) -> Iterable[T]: ...
 

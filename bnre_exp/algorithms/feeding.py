@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sized
+import numbers
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from bnre_exp.errors import UserError
@@ -32,8 +34,8 @@ def take_batches(loader: Iterable[Any], num_batches: int, count: Passes | None =
     ``count`` is kept up to date. Raises ``UserError`` if num_batches is below 1 or the loader yields nothing (an
     iterator that cannot be restarted yields nothing the second time).
     """
-    if num_batches < 1:
-        raise UserError(f"num_batches={num_batches}: expected at least 1.")
+    if not is_whole(num_batches) or num_batches < 1:
+        raise UserError(f"num_batches={num_batches!r}: expected at least 1, a whole number.")
     count = count if count is not None else Passes()
     while count.batches < num_batches:
         count.passes += 1
@@ -59,13 +61,17 @@ def feed(model: nn.Module, batch: Any, device: torch.device, forward_fn: Forward
     """
     if forward_fn is not None:
         return forward_fn(model, to_device(batch, device))
-    return model(first_input(batch).to(device, non_blocking=True))
+    return model(to_device(first_input(batch), device))
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on ``device``; tuples, lists and dicts are looked into."""
+    """The batch with its tensors on ``device``; tuples, lists and dicts are looked into.
+
+    Tensors made under ``torch.inference_mode`` are cloned outside of it, since autograd refuses them.
+    """
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+        moved = batch.to(device, non_blocking=True)
+        return moved.clone() if moved.is_inference() and not torch.is_inference_mode_enabled() else moved
     if isinstance(batch, dict):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
@@ -75,6 +81,11 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch
 
 
+def is_whole(value: Any) -> bool:
+    """Whether a value is an integer, of Python or numpy; True and False are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's first parameter or buffer lives."""
     tensors = itertools.chain(model.parameters(), model.buffers())
@@ -82,8 +93,39 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def length_of(dataloader: Iterable[Any]) -> int | None:
-    """Batches of a loader, None where it has no length."""
-    return len(dataloader) if isinstance(dataloader, Sized) else None
+    """Batches of a loader, None where it has no length. (Every DataLoader has ``__len__``; over an IterableDataset it
+    raises.)"""
+    try:
+        return len(dataloader)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def as_many(dataloader: Iterable[Any], length: int) -> Iterator[Any]:
+    """The batches of a loader that is said to have so many. Raises ``UserError`` when it yields more or fewer."""
+    count = 0
+    for count, batch in enumerate(dataloader, start=1):
+        if count > length:
+            raise UserError(_other_length(length, "yields more"))
+        yield batch
+    if count < length:
+        raise UserError(_other_length(length, f"yields {count}"))
+
+
+def _other_length(length: int, what: str) -> str:
+    return (
+        f"The length of the data loader is {length} batches, but it {what}, and the schedule goes by their number; "
+        'correct its __len__, pass steps_per_epoch, or take schedule="constant".'
+    )
+
+
+def not_finite(model: nn.Module) -> list[str]:
+    """Names of the parameters and batch-norm statistics that hold NaN or infinity."""
+    state = dict(model.named_parameters())
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None:
+            state[f"{name}.running_mean"], state[f"{name}.running_var"] = module.running_mean, module.running_var  # type: ignore[assignment]
+    return [name for name, tensor in state.items() if not bool(tensor.isfinite().all())]
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import copy
 import json
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,7 +30,7 @@ class Snapshot:
     on it. Neither changes when the training goes on.
     """
 
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor] = field(repr=False)
     values: dict[str, Any]
 
 

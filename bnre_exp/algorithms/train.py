@@ -5,22 +5,33 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sized
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bnre_exp.algorithms.evaluate import evaluate
-from bnre_exp.algorithms.feeding import ForwardFn, device_of, to_device
+from bnre_exp.algorithms.feeding import (
+    ForwardFn,
+    as_many,
+    device_of,
+    is_whole,
+    length_of,
+    not_finite,
+    take_batches,
+    to_device,
+)
+from bnre_exp.algorithms.recipe import Recipe, build_optimizer, build_scheduler
 from bnre_exp.algorithms.snapshot import Snapshots, Training, capture, restore, restore_random
 from bnre_exp.errors import TrainingDivergedError, UserError
 from bnre_exp.progress import Progress, no_progress
-from bnre_exp.tasks.classification import Classification
-from bnre_exp.tasks.task import Task
+from bnre_exp.tasks.classification import Classification, task_for
+from bnre_exp.tasks.task import TargetFn, Task, labels_of
 
 LossFn = Callable[[Any, Tensor], Tensor]
+LossOfBatch = Callable[[Any, str], tuple[Tensor, int]]
 
 
 @dataclass(frozen=True)
@@ -55,59 +66,51 @@ class Epoch:
 
 
 def train(
-    model: nn.Module,
-    dataloader: Iterable[Any],
-    epochs: int,
-    *,
-    lr: float = 0.01,
-    optimizer: str = "sgd",
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
-    schedule: str = "cosine",
-    label_smoothing: float = 0.0,
-    precision: str = "float32",
-    validation: Iterable[Any] | None = None,
-    forward_fn: ForwardFn | None = None,
-    loss_fn: LossFn | None = None,
-    task: Task | None = None,
-    on_epoch: Callable[[Epoch], None] | None = None,
-    progress: Progress = no_progress,
-    description: str = "train",
-    snapshots: Snapshots | None = None,
-) -> list[Epoch]:
-    """Train in place for ``epochs`` passes over ``dataloader``, which has a length.
+    model: nn.Module, dataloader: Iterable[Any], epochs: int, *, lr: float = 0.01, optimizer: str = "sgd",
+    momentum: float = 0.9, weight_decay: float = 0.0, schedule: str = "cosine", label_smoothing: float = 0.0,
+    precision: str = "float32", steps_per_epoch: int | None = None, validation: Iterable[Any] | None = None,
+    forward_fn: ForwardFn | None = None, target_fn: TargetFn | None = None, loss_fn: LossFn | None = None,
+    task: Task | None = None, on_epoch: Callable[[Epoch], None] | None = None, progress: Progress = no_progress,
+    description: str = "train", snapshots: Snapshots | None = None,
+) -> list[Epoch]:  # fmt: skip
+    """Train in place for ``epochs`` passes over ``dataloader``.
 
     lr: its peak; schedule: "one_cycle", "cosine" or "constant", by batches. optimizer: "sgd" (Nesterov) or "adamw".
     weight_decay acts on weights of two or more axes only: never on BN parameters, biases or quantizer scales.
-    precision: "bfloat16" computes under autocast. task: None: classification, whose loader yields ``(input, label)``;
-    ``forward_fn(model, batch)`` replaces its feeding, ``loss_fn(output, label)`` its loss with ``label_smoothing``.
-    ``on_epoch`` is called after every epoch. The model is left in evaluation mode.
+    precision: "bfloat16" computes under autocast. steps_per_epoch: an epoch is that many batches from the loader's
+    start, iterated again where it is shorter; None: all of it, whose length every schedule but a constant one needs.
+    task: None: classification, whose loader yields ``(input, label)``; ``forward_fn(model, batch)`` replaces its
+    feeding, ``target_fn(batch)`` returns the labels of other batches, validation included, and ``loss_fn(output,
+    label)`` replaces its loss with ``label_smoothing``. ``on_epoch`` is called after every epoch. The model is left in
+    evaluation mode.
 
     snapshots: saved to after every epoch. From a snapshot that is there the training goes on, with the same bits on the
     CPU if data and functions are as before; ``on_epoch`` is first called for its epochs, and the history has all.
 
-    Raises :class:`~bnre_exp.errors.TrainingDivergedError` when the loss is not finite, ``UserError`` for a loader
-    without a length or batches, and for a snapshot that does not fit (the model is then as it was) or cannot be made.
+    Raises :class:`~bnre_exp.errors.TrainingDivergedError` when the loss, or a weight after an epoch, is not finite;
+    ``UserError`` for a setting that makes no sense, where gradients are off, for a loader without a length (if that is
+    needed), with another than it says, or without batches, for a batch whose labels are not clear, and for a snapshot
+    that does not fit (the model is then as it was) or cannot be made.
     """
-    batches_an_epoch = _count(dataloader, epochs)
-    optimize = _optimizer(model, optimizer, lr, momentum, weight_decay)
-    scheduler = _scheduler(optimize, schedule, lr, epochs * batches_an_epoch)
-    task = Classification() if task is None else task
-    loss_of = _loss_of_batch(model, precision, task, forward_fn, loss_fn, label_smoothing)
-    settings = {
-        "epochs": epochs, "batches an epoch": batches_an_epoch, "lr": lr, "optimizer": optimizer, "momentum": momentum,
-        "weight_decay": weight_decay, "schedule": schedule, "label_smoothing": label_smoothing, "precision": precision,
-        "device": device_of(model).type,
-    }  # fmt: skip
-    training = Training(model, optimize, scheduler, {"training": dataloader, "validation": validation}, settings)
+    recipe = Recipe(epochs, lr, optimizer, momentum, weight_decay, schedule, label_smoothing, precision)
+    task, loss_of = _loss_of_batch(model, recipe, task, forward_fn, target_fn, loss_fn)
+    batches_an_epoch = _count(dataloader, recipe, steps_per_epoch)
+    training = _start(model, recipe, batches_an_epoch, {"training": dataloader, "validation": validation})
     history = _resume(training, snapshots, on_epoch) if snapshots is not None else []
-    for epoch in range(len(history) + 1, epochs + 1):
+
+    def validate() -> Mapping[str, float] | None:
+        what = f"{description}: validation"
+        return (
+            None if validation is None else evaluate(model, validation, forward_fn, task=task, description=what).metrics
+        )
+
+    for epoch in range(len(history) + 1, recipe.epochs + 1):
         started = time.perf_counter()
-        batches = progress(dataloader, f"{description} {epoch}/{epochs}", batches_an_epoch)
-        loss = _train_epoch(training, batches, loss_of, task, epoch, description)
-        rate, seconds = optimize.param_groups[0]["lr"], time.perf_counter() - started
-        score = None if validation is None else evaluate(model, validation, forward_fn, task=task).metrics
-        history.append(Epoch(epoch, loss, rate, seconds, score))
+        batches = _epoch_batches(dataloader, recipe, steps_per_epoch)
+        batches = progress(batches, f"{description} {epoch}/{epochs}", batches_an_epoch)
+        loss = _train_epoch(training, batches, loss_of, f"epoch {epoch}", description)
+        rate, seconds = training.optimizer.param_groups[0]["lr"], time.perf_counter() - started
+        history.append(Epoch(epoch, loss, rate, seconds, validate()))
         if snapshots is not None:
             snapshots.save(capture(training, [done.as_json() for done in history]))
         if on_epoch is not None:
@@ -116,13 +119,39 @@ def train(
     return history
 
 
-def _count(dataloader: Iterable[Any], epochs: int) -> int:
-    """Batches an epoch. Raises ``UserError`` if there are none, or no epochs."""
-    if epochs < 1:
-        raise UserError(f"epochs={epochs}: expected at least 1; to leave training out, do not call it.")
-    if not isinstance(dataloader, Sized) or len(dataloader) == 0:
+def _count(dataloader: Iterable[Any], recipe: Recipe, steps_per_epoch: int | None) -> int | None:
+    """Batches an epoch, None where that is open and need not be known. Raises ``UserError`` if there are none."""
+    if steps_per_epoch is not None:
+        if not is_whole(steps_per_epoch) or steps_per_epoch < 1:
+            raise UserError(f"steps_per_epoch={steps_per_epoch!r}: expected a whole number of at least 1.")
+        return int(steps_per_epoch)
+    length = length_of(dataloader)
+    if length == 0:
         raise UserError("train: the data loader must have a length of at least one batch.")
-    return len(dataloader)
+    if length is None and recipe.schedule != "constant":
+        raise UserError(
+            f"train: the data loader has no length, which schedule={recipe.schedule!r} needs; pass steps_per_epoch (an "
+            'epoch is that many batches), or schedule="constant".'
+        )
+    return length
+
+
+def _epoch_batches(dataloader: Iterable[Any], recipe: Recipe, steps_per_epoch: int | None) -> Iterable[Any]:
+    """The batches of an epoch: as many as the schedule was made for."""
+    if steps_per_epoch is not None:
+        return take_batches(dataloader, int(steps_per_epoch))
+    length = length_of(dataloader)
+    return dataloader if length is None or recipe.schedule == "constant" else as_many(dataloader, length)
+
+
+def _start(model: nn.Module, recipe: Recipe, batches_an_epoch: int | None, loaders: Mapping[str, Any]) -> Training:
+    """A training that has not begun. Raises ``UserError`` where nothing can be trained."""
+    if not torch.is_grad_enabled():
+        raise UserError("train is called under torch.no_grad or torch.inference_mode; call it outside of that.")
+    optimizer = build_optimizer(model, recipe)
+    steps = None if batches_an_epoch is None else recipe.epochs * batches_an_epoch
+    settings = {**asdict(recipe), "batches an epoch": batches_an_epoch, "device": device_of(model).type}
+    return Training(model, optimizer, build_scheduler(optimizer, recipe, steps), loaders, settings)
 
 
 def _resume(training: Training, snapshots: Snapshots, on_epoch: Callable[[Epoch], None] | None) -> list[Epoch]:
@@ -143,69 +172,89 @@ def _resume(training: Training, snapshots: Snapshots, on_epoch: Callable[[Epoch]
 
 
 def _train_epoch(
-    training: Training, batches: Iterable[Any], loss_of: Callable[[Any], Tensor], task: Task, epoch: int,
-    description: str,
-) -> float:  # fmt: skip
+    training: Training, batches: Iterable[Any], loss_of: LossOfBatch, epoch: str, description: str
+) -> float:
     """One pass over ``batches``; the mean loss of its samples."""
     training.model.train()
     total, samples = torch.zeros((), dtype=torch.float64, device=device_of(training.model)), 0
+    peak = f"it was {training.settings['lr']:g} at its peak"
     for step, batch in enumerate(batches, start=1):
-        loss = loss_of(batch)
+        loss, count = loss_of(batch, f"{epoch}, batch {step} of {description}")
         training.optimizer.zero_grad(set_to_none=True)
         if not math.isfinite(float(loss.detach())):
             raise TrainingDivergedError(
-                f"The training loss became {float(loss.detach())} in epoch {epoch}, batch {step} of {description}; try "
-                f"a lower learning rate (it was {training.settings['lr']:g} at its peak) or look at the data."
+                f"The training loss became {float(loss.detach())} in {epoch}, batch {step} of {description}; try "
+                f"a lower learning rate ({peak}) or look at the data."
             )
         loss.backward()
         training.optimizer.step()
         training.scheduler.step()
-        total += loss.detach().double() * task.samples(batch)
-        samples += task.samples(batch)
+        total += loss.detach().double() * count
+        samples += count
+    if not samples:
+        raise UserError(
+            f"{description}: the data loader yields no batches in {epoch}; give one that can be iterated again."
+        )
+    if names := not_finite(training.model):
+        raise TrainingDivergedError(
+            f"After {epoch} of {description} {', '.join(names[:5])}{' and others' if len(names) > 5 else ''} hold NaN "
+            f"or infinity, though the loss was finite: its gradient was not. Try a lower learning rate ({peak}), or "
+            "look for a square root or a division at zero."
+        )
     return float(total) / samples
 
 
 def _loss_of_batch(
-    model: nn.Module, precision: str, task: Task, forward_fn: ForwardFn | None, loss_fn: LossFn | None,
-    label_smoothing: float,
-) -> Callable[[Any], Tensor]:  # fmt: skip
-    device, forward_fn = device_of(model), forward_fn or task.feed
+    model: nn.Module, recipe: Recipe, task: Task | None, forward_fn: ForwardFn | None, target_fn: TargetFn | None,
+    loss_fn: LossFn | None,
+) -> tuple[Task, LossOfBatch]:  # fmt: skip
+    """The task, and what gives a batch's loss and its number of samples."""
+    device, task = device_of(model), task_for(task, target_fn)
+    forward_fn = forward_fn or task.feed
+    labels = task.labels if isinstance(task, Classification) else labels_of
 
-    def loss_of(batch: Any) -> Tensor:
+    def loss_of(batch: Any, where: str) -> tuple[Tensor, int]:
         batch = to_device(batch, device)
-        with _autocast(device, precision):
-            output = forward_fn(model, batch)
-            return task.loss(output, batch, label_smoothing) if loss_fn is None else loss_fn(output, batch[1])
+        count = task.samples(batch)
+        if not count:
+            raise UserError(f"{where}: the batch has no samples.")
+        with _autocast(device, recipe.precision):
+            output = _forward(forward_fn, model, batch, where)
+            if loss_fn is None:
+                loss = task.loss(output, batch, recipe.label_smoothing)
+            else:
+                loss = loss_fn(output, labels(batch))
+        _check_loss(loss, where)
+        return loss, count
 
-    return loss_of
+    return task, loss_of
+
+
+def _forward(forward_fn: ForwardFn, model: nn.Module, batch: Any, where: str) -> Any:
+    try:
+        return forward_fn(model, batch)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            f"{where}: a batch norm gets one value per channel, which has no variance; use larger batches "
+            "(drop_last=True drops a short last one)."
+        ) from error
+
+
+def _check_loss(loss: Any, where: str) -> None:
+    """Raise ``UserError`` unless this is one number that a gradient can be taken of."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = list(loss.shape) if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise UserError(f"{where}: the loss is {got}; expected a tensor of one number, the mean over the batch.")
+    if not loss.requires_grad:
+        raise UserError(
+            f"{where}: the loss does not depend on what is trained; forward_fn, loss_fn or the network may compute "
+            "under torch.no_grad or detach its output."
+        )
 
 
 def _autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
     if precision == "float32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
-
-
-def _optimizer(model: nn.Module, name: str, lr: float, momentum: float, weight_decay: float) -> torch.optim.Optimizer:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
-    if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr)
-    raise UserError(f"optimizer={name!r}: expected sgd or adamw.")
-
-
-def _scheduler(
-    optimizer: torch.optim.Optimizer, schedule: str, lr: float, steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    if schedule == "one_cycle":
-        return torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.25, cycle_momentum=False)
-    if schedule == "cosine":
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
-    if schedule == "constant":
-        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    raise UserError(f"schedule={schedule!r}: expected one_cycle, cosine or constant.")

@@ -27,7 +27,8 @@ class ConsoleProgress:
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True) as bars:
-            yield from bars.track(iterable, total=total, description=description)
+            # As a generator: rich would ask anything else for its length, which not every loader can tell.
+            yield from bars.track((item for item in iterable), total=total, description=description)
 
 
 class PrefixedLines(io.TextIOBase):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnre_exp.errors import UserError
-from bnre_exp.tasks.task import Evaluation, Headline, first_input, first_tensor
+from bnre_exp.tasks.task import Evaluation, Headline, TargetFn, Task, first_input, first_tensor, labels_of
 
 TOP1 = Headline("top1", "top-1")
 
@@ -18,7 +18,7 @@ TOP1 = Headline("top1", "top-1")
 class Classification:
     """A :class:`~bnre_exp.tasks.task.Task`: batches ``(input, label)``, label int64 ``[N]``; logits ``[N, classes]``.
 
-    num_classes: what the network must give; None: any number.
+    num_classes: what the network must give; None: any number. target_fn: returns the labels in a batch of another form.
 
     The loss is cross-entropy [nats]. Metrics: ``top1``, the fraction of samples in [0, 1] whose largest logit is the
     label's, and ``loss``. A prediction is the class with the largest logit, int64; its score is 1 if it is the label.
@@ -26,17 +26,20 @@ class Classification:
 
     headline = TOP1
 
-    def __init__(self, num_classes: int | None = None) -> None:
+    def __init__(self, num_classes: int | None = None, target_fn: TargetFn | None = None) -> None:
         self.num_classes = num_classes
+        self.labels = target_fn or labels_of
 
     def feed(self, model: nn.Module, batch: Any) -> Any:
         return model(first_input(batch))
 
     def samples(self, batch: Any) -> int:
-        return len(batch[1])
+        return len(self.labels(batch))
 
     def loss(self, output: Any, batch: Any, label_smoothing: float = 0.0) -> Tensor:
-        return F.cross_entropy(self.compared(output).float(), batch[1], label_smoothing=label_smoothing)
+        logits, labels = _wide(self.compared(output)), self.labels(batch)
+        labels = labels.to(logits) if _are_probabilities(labels, logits) else _classes(labels, logits)
+        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
 
     def meter(self) -> _Meter:
         return _Meter(self)
@@ -72,16 +75,63 @@ class Classification:
                 )
 
 
+def task_for(task: Task | None, target_fn: TargetFn | None) -> Task:
+    """The task, or classification where there is none. Raises ``UserError`` if both say where labels are."""
+    if task is None:
+        return Classification(target_fn=target_fn)
+    if target_fn is not None:
+        raise UserError(
+            "task and target_fn are both given, but a task says itself where labels are: give "
+            "Classification(target_fn=...) alone, or let your task find them."
+        )
+    return task
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """Logits in float32, or float64 if they are."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _are_probabilities(labels: Any, logits: Tensor) -> bool:
+    is_float = isinstance(labels, Tensor) and labels.is_floating_point()
+    return is_float and labels.shape == logits.shape and logits.ndim > 1
+
+
+def _classes(labels: Any, logits: Tensor) -> Tensor:
+    """The labels as int64. Raises ``UserError`` unless they are one class of the network's for each of its outputs."""
+    if logits.ndim < 2 or not logits.shape[1]:
+        raise UserError(f"The network gives an output {list(logits.shape)}; expected logits [N, classes].")
+    expected = [logits.shape[0], *logits.shape[2:]]
+    is_whole = isinstance(labels, Tensor) and not (labels.is_floating_point() or labels.is_complex())
+    if not is_whole or list(labels.shape) != expected:
+        got = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
+        raise UserError(
+            f"The labels of a batch are {got.removeprefix('torch.')}; expected classes, int64 {expected}. If they are "
+            "elsewhere in the batch, target_fn(batch) returns them."
+        )
+    classes: Tensor = labels.to(logits.device, torch.int64)
+    low, high = torch.stack(classes.aminmax()).tolist() if classes.numel() else (0, 0)
+    if low < 0 or high >= logits.shape[1]:
+        raise UserError(
+            f"The labels of a batch go from {low} to {high}; the network tells {logits.shape[1]} classes apart: "
+            f"expected 0 to {logits.shape[1] - 1}. Number them from 0, or give the network as many outputs."
+        )
+    return classes
+
+
 class _Meter:
     def __init__(self, task: Classification) -> None:
         self._task = task
         self._loss, self._predictions, self._scores = 0.0, list[Tensor](), list[Tensor]()
 
     def update(self, output: Any, batch: Any) -> None:
-        if not isinstance(batch, (tuple, list)) or len(batch) < 2:
-            raise UserError("evaluate: every batch must be (input, label); this loader yields no labels.")
-        logits = self._task.compared(output).float()
-        labels = batch[1].to(logits.device)
+        labels, logits = self._task.labels(batch), _wide(self._task.compared(output))
+        labels = _classes(labels, logits)
+        if logits.ndim != 2:
+            raise UserError(
+                f"The network gives an output {list(logits.shape)}; classification expects logits [N, classes]. For "
+                "another task pass task=..., as docs/your_network.md shows."
+            )
         predicted = logits.argmax(dim=1)
         self._loss += float(F.cross_entropy(logits, labels, reduction="sum").double())
         self._predictions.append(predicted.cpu())
@@ -89,5 +139,7 @@ class _Meter:
 
     def compute(self) -> Evaluation:
         predictions, scores = torch.cat(self._predictions), torch.cat(self._scores)
+        if not len(scores):
+            raise UserError("evaluate: the batches hold no samples.")
         metrics = {TOP1.name: int(scores.sum(dtype=torch.float64)) / len(scores), "loss": self._loss / len(scores)}
         return Evaluation(metrics, TOP1, len(scores), predictions, scores)

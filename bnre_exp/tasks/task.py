@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from bnre_exp.errors import UserError
+
+TargetFn = Callable[[Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,26 @@ def first_input(batch: Any) -> Tensor:
             "whose first element is one. Pass forward_fn=lambda model, batch: model(...)."
         )
     return x
+
+
+def labels_of(batch: Any) -> Any:
+    """The labels in a batch ``(input, label)``. Raises ``UserError`` naming ``target_fn`` for any other batch."""
+    kind = type(batch).__name__
+    if isinstance(batch, Mapping):
+        kind = f"a {kind} with {', '.join(repr(key) for key in list(batch)[:8])}"
+    elif isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[1]
+    elif isinstance(batch, (tuple, list)) and len(batch) > 2:
+        kind = f"a {kind} of {len(batch)}"
+    else:
+        raise UserError(
+            f"Every batch must be (input, label); this loader yields no labels ({kind}). If they are in it all the "
+            "same, pass target_fn=lambda batch: ..., which returns them."
+        )
+    raise UserError(
+        f"Where the labels are in a batch is not clear, since it is {kind}; expected (input, label). Pass "
+        "target_fn=lambda batch: batch[...], which returns them."
+    )
 
 
 def first_tensor(output: Any) -> Tensor | None:

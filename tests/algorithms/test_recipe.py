@@ -1,0 +1,91 @@
+"""What training takes for settings, and the learning rate of each step."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bnre_exp import UserError, train
+from bnre_exp.algorithms.recipe import Recipe, build_optimizer, build_scheduler
+from tests.algorithms.test_train_evaluate import labelled
+from tests.networks import flat_cnn
+
+PLAIN = {
+    "epochs": 1, "lr": 0.1, "optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.0, "schedule": "cosine",
+    "label_smoothing": 0.0, "precision": "float32",
+}  # fmt: skip
+
+
+def rates(schedule: str, optimizer: str, steps: int) -> list[float]:
+    """The learning rate of each step, relative to its peak."""
+    recipe = Recipe(**{**PLAIN, "schedule": schedule, "optimizer": optimizer})
+    optimize = build_optimizer(nn.Linear(2, 2), recipe)
+    scheduler = build_scheduler(optimize, recipe, steps)
+    found = []
+    for _ in range(steps):
+        found.append(optimize.param_groups[0]["lr"] / recipe.lr)
+        optimize.step()
+        scheduler.step()
+    return found
+
+
+def expected(schedule: str, steps: int) -> list[float]:
+    def fall(part: float) -> float:
+        return (1 + math.cos(math.pi * part)) / 2
+
+    if schedule == "constant" or steps == 1:
+        return [1.0] * steps
+    if schedule == "cosine":
+        return [fall(step / steps) for step in range(steps)]
+    top = (0.3 if steps == 4 else 0.25) * steps - 1  # of 4 steps, the warm-up of 1 would have no length
+    low, end, rest = 1 / 25, 1 / 25e4, steps - 1 - top
+    return [
+        low + (1 - low) * (1 - fall(step / top)) if step <= top else end + (1 - end) * fall((step - top) / rest)
+        for step in range(steps)
+    ]
+
+
+@pytest.mark.parametrize("steps", range(1, 11))
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("schedule", ["one_cycle", "cosine", "constant"])
+def test_the_rate_of_every_step_of_a_short_training(schedule, optimizer, steps):
+    found = rates(schedule, optimizer, steps)
+    assert found == pytest.approx(expected(schedule, steps), abs=1e-9) and max(found) > 0.74
+
+
+def test_any_number_of_steps_has_a_schedule():
+    for schedule in ("one_cycle", "cosine"):
+        for steps in (*range(11, 60), 400, 1000):
+            assert max(rates(schedule, "sgd", steps)) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("epochs", [0, -1, 1e21, 10**21, 1.5, 2.0, "2", True, None, math.nan]),
+        ("lr", [-0.1, math.nan, math.inf, "0.1", None, True, torch.tensor(0.1)]),
+        ("momentum", [-0.1, 1.0, 2.0, math.nan, None]),
+        ("weight_decay", [-1e-4, math.nan, math.inf, "1"]),
+        ("label_smoothing", [-0.1, 1.0, 2.0, math.nan]),
+        ("precision", ["float16", "fp8", None, torch.bfloat16]),
+        ("optimizer", ["lion", None]),
+        ("schedule", ["linear", None]),
+        ("steps_per_epoch", [0, -1, 1.5, "3", True]),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_by_name(name, values):
+    model = flat_cnn()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for value in values:
+        with pytest.raises(UserError, match=f"^{name}=.*: expected "):
+            train(model, labelled(), **{"epochs": 1, name: value})
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_numbers_of_numpy_are_numbers():
+    recipe = Recipe(**{**PLAIN, "epochs": np.int64(3), "lr": np.float32(0.5), "momentum": 0})
+    assert (type(recipe.epochs), type(recipe.lr), recipe.lr, recipe.momentum) == (int, float, 0.5, 0.0)
