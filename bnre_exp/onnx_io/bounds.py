@@ -30,8 +30,10 @@ def check_bounds(model: onnx.ModelProto) -> None:
     for graph in graphs:
         for sparse in graph.sparse_initializer:
             _check_size(f"the sparse tensor {sparse.values.name}", sparse.dims)
+        weights = {tensor.name for tensor in graph.initializer}  # inputs as well, until IR version 4
         for item in graph.input:
-            _check_info(item, LARGEST_INPUT)
+            if item.name not in weights:
+                _check_info(item, LARGEST_INPUT)
     known = {tensor.name: tensor for graph in graphs for tensor in graph.initializer}
     known |= {node.output[0]: x for node in nodes if node.op_type == "Constant" and node.output for x in _tensors(node)}
     for node in nodes:
