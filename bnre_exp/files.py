@@ -1,10 +1,11 @@
-"""Files and folders that are written whole or not at all."""
+"""Files and folders that are written whole or not at all, and files that are nothing but files."""
 
 from __future__ import annotations
 
 import errno
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -36,6 +37,15 @@ def replacing(path: Path, *, durable: bool = False, within: Path | None = None) 
             _to_disk(path.parent)
     finally:
         _remove(new)
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a regular file. Raises ``OSError`` for anything else: a pipe would wait, a device never ends."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file")
+        return file.read()
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -54,7 +54,7 @@ class ImageFiles(Dataset[tuple[Any, int]]):
 
 def image_files(train: bool, root: str) -> ImageFiles:
     """The images below ``root``, whatever ``train`` is."""
-    paths = sorted(path for path in Path(root).rglob("*") if path.suffix.lower() in IMAGES)
+    paths = sorted(path for path in Path(root).rglob("*") if path.suffix.lower() in IMAGES and path.is_file())
     if len(paths) < 2:
         raise UserError(f"--data {root}: expected a folder with at least two images ({', '.join(IMAGES)}).")
     return ImageFiles(paths)
@@ -66,7 +66,7 @@ def batches_of(model: onnx.ModelProto, options: argparse.Namespace) -> Iterable[
     Raises ``UserError`` if there is no such data, or a mean is needed and not known.
     """
     path = Path(options.data)
-    if path.suffix in (".npy", ".npz"):
+    if path.suffix in (".npy", ".npz") and (path.is_file() or not path.exists()):
         return ArrayBatches(_arrays(path), options.batch_size, options.seed)
     if options.data not in NAMED and not path.is_dir():
         raise UserError(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
-from bnre_exp.onnx_io.proto import Node, constant
+from bnre_exp.errors import UserError
+from bnre_exp.onnx_io.proto import Node, Value, constant
 
 QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 MEAN, VAR = 3, 4  # inputs of a BatchNormalization node
+LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 def find_computed_constants(model: ir.Model) -> None:
@@ -23,6 +26,36 @@ def find_computed_constants(model: ir.Model) -> None:
     for value in [value for node in model.graph for value in node.outputs]:
         if value.name and value.name in found and constant(value) is None:
             value.const_value = found[value.name].const_value
+
+
+def check_values(model: ir.Model, *, with_statistics: bool) -> None:
+    """Raise ``UserError`` naming a node and its constant, if that holds NaN, or is the weight of a layer, a scale or a
+    parameter of a batch norm that is not finite, or a negative variance.
+
+    with_statistics: mean and variance of batch norms as well. Infinity elsewhere has a meaning: as the end of a range,
+    or in a mask.
+    """
+    functions = [node for function in model.functions.values() for node in function.all_nodes()]
+    for node in [*model.graph.all_nodes(), *functions]:
+        is_norm = is_batch_norm(node)
+        inputs: list[Value] = list(node.inputs)
+        for index, value in enumerate(inputs):
+            values = constant(value) if with_statistics or not is_norm or index not in (MEAN, VAR) else None
+            if values is None or values.dtype.kind in "biuSUO" or "int" in values.dtype.name:
+                continue
+            is_number = is_norm or node.op_type in (*LAYERS, *QUANTIZERS)
+            bad = ~np.isfinite(values) if is_number else np.isnan(values)
+            if bad.any():
+                what = f"{int(bad.sum())} values that are not finite"
+            elif is_norm and index == VAR and (values < 0).any():
+                what = f"a negative variance, {float(values.min()):.3g}"
+            else:
+                continue
+            raise UserError(
+                f"The tensor {value.name} of {bn_name(node) if is_norm else node_name(node)} ({node.op_type}) holds "
+                f"{what}: the model is damaged, or its training diverged. Nothing was changed; export it again from a "
+                "network whose outputs are finite."
+            )
 
 
 def bn_name(node: Node) -> str:

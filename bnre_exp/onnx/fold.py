@@ -13,7 +13,9 @@ from bnre_exp.algorithms.bias import SMALLEST_STEP
 from bnre_exp.algorithms.fold import SMALLEST_SCALE
 from bnre_exp.errors import UserError
 from bnre_exp.onnx.constants import (
+    LAYERS,
     bn_name,
+    check_values,
     find_computed_constants,
     inner_batch_norms,
     is_batch_norm,
@@ -21,12 +23,12 @@ from bnre_exp.onnx.constants import (
     why_not_in_inference,
 )
 from bnre_exp.onnx.graph import EditedGraph, Kept, Quantized, quantized, ranks_of
+from bnre_exp.onnx_io.bounds import check_bounds
 from bnre_exp.onnx_io.names import names_of
 from bnre_exp.onnx_io.opset import drop_unused, give_instead, replace_node
 from bnre_exp.onnx_io.proto import Node, Value, constant, from_proto, to_proto
 from bnre_exp.quantsim.quantizers.layout import WeightLayout
 
-LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 DEFAULT_EPSILON = 1e-5  # of BatchNormalization
 
 
@@ -50,14 +52,17 @@ def fold_batch_norms(model: onnx.ModelProto) -> tuple[onnx.ModelProto, OnnxFoldR
     where weight and input are quantized it becomes int32 at the product of their scales, as integer runtimes need it.
     What cannot be folded exactly stays, and is named. The model itself is unchanged.
 
-    Raises ``UserError`` if the model has no batch norm.
+    Raises ``UserError`` if the model has no batch norm, constants that are not finite or a negative variance, or asks
+    for more memory or time than a network needs.
     """
+    check_bounds(model)
     folded = from_proto(model)
     bns, inner = [node for node in folded.graph if is_batch_norm(node)], inner_batch_norms(folded)
     if not bns and not inner:
         raise UserError("The model has no BatchNormalization operation: it is folded already, or never had one.")
     folded.ir_version = max(folded.ir_version, 4)  # before, every initializer was an input
     find_computed_constants(folded)
+    check_values(folded, with_statistics=True)
     opset = folded.opset_imports.get("", 1)
     graph = EditedGraph(folded.graph, opset, ranks_of(model), names_of(folded.graph), [])
     pairs: list[tuple[str, str]] = []

@@ -29,11 +29,13 @@ from bnre_exp.onnx.constants import (
     MEAN,
     VAR,
     bn_name,
+    check_values,
     find_computed_constants,
     inner_batch_norms,
     is_batch_norm,
     why_not_in_inference,
 )
+from bnre_exp.onnx_io.bounds import check_bounds
 from bnre_exp.onnx_io.names import names_of, unique
 from bnre_exp.onnx_io.proto import Node, Value, constant, from_proto, to_proto
 from bnre_exp.onnx_io.session import feeds, open_session, run_session
@@ -83,10 +85,11 @@ def reestimate_bn_stats(
     or "ema", as there. providers: of ONNX Runtime; None: the CPU.
 
     Returns a handle that undoes it. Raises ``UserError`` if the model has no batch norm with constant statistics or an
-    opset below 9, ONNX Runtime does not take it, the batches do not fit its inputs, or a statistic is not finite; the
-    model is then as before.
+    opset below 9, constants that are not finite, or asks for more than a network needs; ONNX Runtime does not take it;
+    the batches do not fit its inputs or are not finite; or a statistic is not finite. The model is then as before.
     """
     check_arguments(method, num_batches)
+    check_bounds(model)
     source = from_proto(model)
     if (opset := source.opset_imports.get("", 1)) < OLDEST_OPSET:
         raise UserError(
@@ -96,12 +99,20 @@ def reestimate_bn_stats(
     bns, skipped = _find(source)
     if not bns:
         raise UserError(_nothing_to_do(skipped))
+    check_values(source, with_statistics=method == "ema")  # the others start from nothing
     estimators = [Estimator(method, momentum, _tensor(bn.mean), _tensor(bn.var)) for bn in bns]
     session = open_session(_observed(model, source, bns), providers)
     count = Passes()
 
     def observe(batch: Any) -> None:
-        _take_in(run_session(session, feeds(session, batch)), bns, estimators)
+        given, number = feeds(session, batch), count.batches
+        for name, values in given.items():
+            if values.dtype.kind == "f" and not np.isfinite(values).all():
+                raise UserError(
+                    f"Batch {number} of the data holds values that are not finite for the input {name}; nothing was "
+                    "changed. Leave such samples out, or mend how they are preprocessed."
+                )
+        _take_in(run_session(session, given), bns, estimators, number)
 
     for _ in observe_batches(batches, num_batches, observe, count, progress):
         pass
@@ -205,13 +216,19 @@ def _statistics(tape: ir.tape.Tape, x: Value, channels: int, opset: int) -> list
     return outputs
 
 
-def _take_in(results: Sequence[Any], bns: list[_Bn], estimators: list[Estimator]) -> None:
+def _take_in(results: Sequence[Any], bns: list[_Bn], estimators: list[Estimator], number: int) -> None:
     values = iter(results)
     for bn, estimator in zip(bns, estimators):
         for node in bn.nodes:
             mean, var, size = next(values), next(values), int(next(values))
             count = size // bn.mean.size
             check_count(bn_name(node), count)
+            if not (np.isfinite(mean).all() and np.isfinite(var).all()):
+                raise UserError(
+                    f"The batch norm {bn_name(node)} gets values that are not finite in batch {number}; nothing was "
+                    "changed. Look for weights that are too large, and for values that the type of the model does not "
+                    "hold."
+                )
             estimator.add(torch.from_numpy(mean), torch.from_numpy(var) * (count / (count - 1)), count)
 
 

@@ -12,6 +12,7 @@ import onnx
 
 from bnre_exp.errors import UserError, first_line
 from bnre_exp.files import replacing
+from bnre_exp.onnx_io.bounds import check_bounds
 
 LARGEST = 2**31 - 2**20  # protobuf holds no more in one piece; weights then go to a file beside the model
 
@@ -19,17 +20,23 @@ LARGEST = 2**31 - 2**20  # protobuf holds no more in one piece; weights then go 
 def load_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
     """Read an ONNX file, with the weights that are in files beside it.
 
-    Raises ``UserError`` if it is not there or is no ONNX file.
+    Raises ``UserError`` if it is not there, is no ONNX file, or asks for more than a network needs (see
+    :func:`~bnre_exp.onnx_io.bounds.check_bounds`).
     """
     target = Path(path)
     if not target.is_file():
-        raise UserError(f"{target}: there is no such file; expected an ONNX model.")
+        what = "it is not a regular file" if target.exists() else "there is no such file"
+        raise UserError(f"{target}: {what}; expected an ONNX model.")
     try:
         model = onnx.load(target)
     except Exception as error:  # protobuf, onnx and the file system each have their own
         raise UserError(f"{target} is not an ONNX model, or a damaged one ({first_line(error)}).") from error
     if not model.graph.node or not model.opset_import:
         raise UserError(f"{target} is not an ONNX model: it has no operations.")
+    try:
+        check_bounds(model)
+    except UserError as error:
+        raise UserError(f"{target} cannot be used: {error}.") from error
     return model
 
 

@@ -34,8 +34,14 @@ def from_proto(model: onnx.ModelProto) -> ir.Model:
 
 
 def to_proto(model: ir.Model, original: onnx.ModelProto) -> onnx.ModelProto:
-    """The model as ``onnx.ModelProto``, with what ``onnx_ir`` leaves out of the ``original``."""
-    proto = ir.to_proto(model)
+    """The model as ``onnx.ModelProto``, with what ``onnx_ir`` leaves out of the ``original``.
+
+    Raises ``UserError`` if that is damaged in what ``onnx_ir`` does not look at before, such as names that are no text.
+    """
+    try:
+        proto = ir.to_proto(model)
+    except Exception as error:  # onnx_ir has several kinds
+        raise UserError(f"The ONNX model is not valid: {first_line(error.__cause__ or error)}") from error
     proto.graph.sparse_initializer.extend(original.graph.sparse_initializer)
     proto.training_info.extend(original.training_info)
     return proto
@@ -43,9 +49,12 @@ def to_proto(model: ir.Model, original: onnx.ModelProto) -> onnx.ModelProto:
 
 def constant(value: Value | None) -> np.ndarray | None:
     """The values of a tensor, None if they are not known."""
+    node = None if value is None or value.const_value is not None else value.producer()
     try:
+        if node is not None and (node.domain, node.op_type, list(node.attributes)) == ("", "Constant", ["value"]):
+            return node.attributes["value"].as_tensor().numpy()  # get_const_tensor would name it, in the model itself
         tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    except ValueError:  # a Constant of another kind
+    except (TypeError, ValueError):  # a Constant of another kind
         return None
     return None if tensor is None else tensor.numpy()
 

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from bnre_exp.onnx_io.proto import Value, from_proto, to_proto
 
 # Options of a session. Without VNNI, AVX2's fast product of uint8 and int8 saturates; so it is taken only where exact.
 EXACT = {"session.x64quantprecision": "1"}
+LONGEST = 600  # a batch may take [s]; a loop without an end takes any time
 KINDS = {
     "tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16,
     "tensor(uint8)": np.uint8, "tensor(int8)": np.int8, "tensor(int32)": np.int32, "tensor(int64)": np.int64,
@@ -110,12 +112,20 @@ def feeds(session: onnxruntime.InferenceSession, batch: Any) -> dict[str, np.nda
 
 
 def run_session(session: onnxruntime.InferenceSession, given: dict[str, np.ndarray]) -> list[Any]:
-    """All outputs. Raises ``UserError`` if the runtime fails on these inputs."""
+    """All outputs. Raises ``UserError`` if the runtime fails on these inputs, or takes longer than :data:`LONGEST`."""
+    options = onnxruntime.RunOptions()
+    options.log_severity_level = 4
+    stop = Timer(LONGEST, setattr, (options, "terminate", True))  # which it heeds between two operations
+    stop.daemon = True
+    stop.start()
     try:
-        return list(session.run(None, given))
+        return list(session.run(None, given, options))
     except Exception as error:  # the runtime has a class for each of its status codes
         shapes = ", ".join(str(list(value.shape)) for value in given.values())
-        raise UserError(f"ONNX Runtime cannot run the model on {shapes}: {first_line(error)}") from error
+        why = f"it did not end within {LONGEST} s" if options.terminate else first_line(error)
+        raise UserError(f"ONNX Runtime cannot run the model on {shapes}: {why}") from error
+    finally:
+        stop.cancel()
 
 
 def _fitting(value: Any, declared: Any) -> np.ndarray:

@@ -208,13 +208,10 @@ def conv_bn(**values) -> onnx.ModelProto:
     return with_tensors(model, **values)
 
 
-@pytest.mark.parametrize(
-    "values", [{"bn_running_var": np.float32([-1, 1, 1, 1])}, {"bn_weight": np.float32([3e38] * 4)}]
-)
-def test_numbers_that_are_not_finite_are_never_written(values):
-    folded, report = fold_batch_norms(conv_bn(**values))
+def test_numbers_that_are_not_finite_are_never_written():
+    folded, report = fold_batch_norms(conv_bn(bn_weight=np.float32([3e38] * 4)))
     assert len(report.kept) == 1 and "not finite" in report.kept[0][1]
-    assert all(np.isfinite(x).all() for name, x in values_of(folded).items() if name not in ("bn.running_var",))
+    assert all(np.isfinite(x).all() for x in values_of(folded).values())
 
 
 def test_a_gemm_bias_per_row_is_no_bias_per_channel():

@@ -34,6 +34,8 @@ MORE_FUNCTIONS = (
     "tanh", "sigmoid", "hardsigmoid", "hardswish", "upsample", "upsample_nearest", "upsample_bilinear",
     "relu_", "hardtanh_", "elu_", "selu_", "celu_", "leaky_relu_", "rrelu_", "threshold_",
 )  # fmt: skip
+# Integers of any length, which take any time and memory.
+REFUSED_MATH = ("factorial", "comb", "perm")
 # Functions that make a tensor of a given size.
 FACTORIES = ("arange", "eye", "full", "linspace", "ones", "zeros")
 # These read packed weights as raw memory, or exist for one kind of device.
@@ -61,7 +63,7 @@ def functions() -> dict[str, Callable[..., Any]]:
     """Function by its qualified name. ``getattr`` is among them; only :data:`ATTRIBUTES` may be read with it."""
     found: dict[str, Callable[..., Any]] = {"builtins.getattr": getattr, DECISION: check_decision}
     found |= {f"operator.{name}": getattr(operator, name) for name in OPERATORS}
-    found |= {f"math.{name}": f for name, f in vars(math).items() if callable(f) and not name.startswith("_")}
+    found |= {f"math.{name}": f for name, f in vars(math).items() if _is_math(name, f)}
     on_tensors = get_testing_overrides()
     for space in (torch, F, torch.special, torch.linalg, torch.fft):
         for name, function in inspect.getmembers(space, inspect.isroutine):
@@ -73,6 +75,10 @@ def functions() -> dict[str, Callable[..., Any]]:
         if inspect.isfunction(function := getattr(torchvision.ops, name)):
             found[f"torchvision.ops.{name}"] = function
     return found
+
+
+def _is_math(name: str, function: Any) -> bool:
+    return callable(function) and not name.startswith("_") and name not in REFUSED_MATH
 
 
 @cache

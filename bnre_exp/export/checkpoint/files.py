@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bnre_exp.errors import UserError
-from bnre_exp.files import replacing
+from bnre_exp.files import read_file, replacing
 
 FORMAT, VERSION = "bnre_exp.folded", 2
 READABLE = (1, 2)  # 1 had no packed tensors
@@ -72,7 +72,7 @@ def check_replaceable(path: Path) -> None:
 
 def _is_ours(path: Path) -> bool:
     try:
-        document = json.loads((path / NETWORK).read_bytes())
+        document = json.loads(read_file(path / NETWORK))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(document, dict) and document.get("format") == FORMAT
@@ -83,7 +83,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], bytes]:
     contents = {}
     for name in (NETWORK, WEIGHTS):
         try:
-            contents[name] = (path / name).read_bytes()
+            contents[name] = read_file(path / name)
         except OSError as error:
             raise UserError(
                 f"{path / name} cannot be read: {error.strerror or error}. Expected the folder that save_folded wrote, "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import keyword
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,8 @@ from torch import fx
 
 from bnre_exp.errors import UserError
 from bnre_exp.export.checkpoint import allowed
+from bnre_exp.export.checkpoint.bounds import check_call
+from bnre_exp.export.checkpoint.names import fields_of, is_name, is_path, qualified_name
 from bnre_exp.export.checkpoint.value_json import decode_value, encode_value
 
 JsonDict = dict[str, Any]
@@ -55,18 +56,14 @@ def _encode_target(node: fx.Node) -> Any:
     if node.op == "call_function":
         name = allowed.function_names().get(node.target)  # type: ignore[arg-type]
         if name is None:
-            return {"outside": qualified_name(node.target)}
+            fields = fields_of(node.target)
+            return {"outside": qualified_name(node.target), **({} if fields is None else {"fields": list(fields)})}
         if node.target is getattr:
             _check_getattr(node.args, node.kwargs)
         return name
     if node.op == "call_method":
         _check_method(node.target)
     return node.target
-
-
-def qualified_name(thing: Any) -> str:
-    """``module.name`` of a function or class."""
-    return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', repr(thing))}"
 
 
 def _check_method(name: Any) -> None:
@@ -81,18 +78,22 @@ def _check_getattr(args: Collection[Any], kwargs: Mapping[str, Any]) -> None:
 
 
 def outside_functions(rows: list[JsonDict]) -> list[str]:
-    """Qualified names of the functions that are not on the allow-list, each once."""
+    """Qualified names of the functions and classes that only the user's code has, each once."""
     targets = [row["target"] for row in rows if row["op"] == "call_function"]
-    return list(dict.fromkeys(target["outside"] for target in targets if isinstance(target, dict)))
+    return list(
+        dict.fromkeys(target["outside"] for target in targets if isinstance(target, dict) and "fields" not in target)
+    )
 
 
 @dataclass(frozen=True)
 class Names:
-    """What a graph may refer to: modules and tensors by path, and how to find a function outside the allow-list."""
+    """What a graph may refer to: modules and tensors by path, and how to find a function or dataclass outside the
+    allow-list by its name, and a class of named tuples by its name and fields."""
 
     modules: Collection[str]
     tensors: Collection[str]
     find: Callable[[str], Callable[..., Any]]
+    record: Callable[[str, tuple[str, ...]], type]
 
 
 def decode_graph(rows: list[JsonDict], names: Names) -> fx.Graph:
@@ -123,28 +124,21 @@ def decode_graph(rows: list[JsonDict], names: Names) -> fx.Graph:
     return graph
 
 
-def is_name(text: Any) -> bool:
-    """Whether it can be a variable of generated source text."""
-    return isinstance(text, str) and text.isidentifier() and not keyword.iskeyword(text)
-
-
-def is_path(text: Any) -> bool:
-    """Whether it is a path of submodules that cannot break out of a quoted string."""
-    parts = text.split(".") if isinstance(text, str) else [""]
-    return all(part and part.isprintable() and not set(part) & set('"\\') for part in parts)
-
-
 def _decode_target(op: Any, target: Any, args: tuple[Any, ...], kwargs: JsonDict, names: Names) -> Any:
     if op == "call_function":
+        if isinstance(target, dict) and "fields" in target:
+            return names.record(target["outside"], tuple(target["fields"]))
         if isinstance(target, dict):
             return names.find(target["outside"])
         if not isinstance(target, str) or target not in allowed.functions():
             raise UserError(f"the function {target!r} is not on the list of those that a checkpoint may call")
         if target == "builtins.getattr":
             _check_getattr(args, kwargs)
+        check_call(target, args, kwargs)
         return allowed.functions()[target]
     if op == "call_method":
         _check_method(target)
+        check_call(target, args, kwargs)
     elif op in ("call_module", "get_attr"):
         if not is_path(target) or target not in (names.modules if op == "call_module" else names.tensors):
             raise UserError(f"there is no module or attribute {target!r}")

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from bnre_exp.errors import UserError
 from bnre_exp.export.checkpoint import allowed
+from bnre_exp.export.checkpoint.bounds import FewCalls, check_arguments, check_bits
 from bnre_exp.export.checkpoint.graph_json import JsonDict
 from bnre_exp.export.checkpoint.value_json import decode_value, encode_value
 from bnre_exp.quantsim.quantizers.codes import set_codes
@@ -19,6 +20,8 @@ from bnre_exp.quantsim.quantizers.quantizer import Dequantize
 from bnre_exp.quantsim.tracing.trace import FollowTraining
 
 _DEQUANTIZE_ARGS = ("bits", "ndim", "transposed", "groups", "in_channels")
+_NEWER_ARGS = ("per_channel",)  # checkpoints may have them or not
+_FLAGS = {"transposed", "per_channel"}
 _CODE_DTYPES = (torch.int8, torch.int16, torch.int32)
 
 
@@ -49,8 +52,9 @@ def build_module(description: Mapping[str, Any], state: Mapping[str, Tensor]) ->
     """
     if description["type"] not in allowed.module_classes():
         raise UserError(f"the class {description['type']!r} is not on the list of those that a checkpoint may hold")
-    with torch.device("meta"):
-        args = {name: decode_value(value, {}) for name, value in description["args"].items()}
+    args = {name: decode_value(value, {}) for name, value in description["args"].items()}
+    check_arguments(description["type"], args, len(state))
+    with torch.device("meta"), FewCalls(state):
         module = allowed.module_classes()[description["type"]](**args)
     if isinstance(module, FollowTraining) and module.function not in FollowTraining.FUNCTIONS:
         raise UserError(f"{module.function!r} is not a function that follows the mode")
@@ -93,13 +97,32 @@ def describe_codes(module: nn.Module) -> JsonDict | None:
 def restore_codes(module: nn.Module, name: str, spec: JsonDict, state: Mapping[str, Tensor]) -> None:
     """Make ``module.<name>`` the integer codes and scale of ``state``. Raises ``UserError`` if they do not fit it."""
     codes, scale = state[f"parametrizations.{name}.original"], state[f"parametrizations.{name}.0.scale"]
-    if name not in ("weight", "bias") or set(spec) != set(_DEQUANTIZE_ARGS) or codes.dtype not in _CODE_DTYPES:
+    is_known = set(_DEQUANTIZE_ARGS) <= set(spec) <= {*_DEQUANTIZE_ARGS, *_NEWER_ARGS}
+    if name not in ("weight", "bias") or not is_known or codes.dtype not in _CODE_DTYPES:
         raise UserError(f"the integer codes of its {name} are damaged")
+    check_bits(spec["bits"])
     plain = getattr(module, name)
+    if plain is None or codes.shape != plain.shape or not _is_layout(spec, codes, scale):
+        raise UserError(
+            f"its {name} has codes of the shape {tuple(codes.shape)} and {scale.numel()} scales, which do not fit each "
+            "other, or its class and arguments"
+        )
     set_codes(module, name, codes, Dequantize(**spec, scale=scale))
-    shape = getattr(module, name).shape  # computed from codes and scale, which may not fit each other
-    if plain is None or shape != plain.shape:
-        raise UserError(f"its {name} has the shape {tuple(shape)}, which does not fit its class and arguments")
+
+
+def _is_layout(spec: JsonDict, codes: Tensor, scale: Tensor) -> bool:
+    """Whether the product of codes and scale has the shape of the codes; found out without computing it."""
+    counts = [spec[key] for key in ("ndim", "groups", "in_channels")]
+    if any(type(x) is not int or x < 1 for x in counts) or any(type(spec[x]) is not bool for x in _FLAGS & set(spec)):
+        return False
+    ndim, groups, in_channels = counts
+    if scale.dim() != 1 or not scale.is_floating_point() or ndim != codes.dim():
+        return False
+    if ndim == 1 or scale.numel() == 1:
+        return scale.numel() in (1, codes.shape[0])
+    if not spec["transposed"]:
+        return scale.numel() == codes.shape[0]
+    return codes.shape[0] == in_channels and in_channels % groups == 0 and scale.numel() == codes.shape[1] * groups
 
 
 def _alike(rebuilt: nn.Module, module: nn.Module) -> bool:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import is_dataclass
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,8 +15,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from bnre_exp.errors import UserError
-from bnre_exp.export.checkpoint.graph_json import qualified_name
 from bnre_exp.export.checkpoint.module_json import restore_codes
+from bnre_exp.export.checkpoint.names import equivalent_class, fields_of, qualified_name
 from bnre_exp.quantsim.quantizers.layout import LAYERS, out_channels
 
 
@@ -65,21 +69,73 @@ def _check_shapes(name: str, module: nn.Module, state: Mapping[str, Tensor]) -> 
 
 
 def function_finder(model: nn.Module | None) -> Callable[[str], Callable[..., Any]]:
-    """A look-up among the functions that source files of the model's classes mark with ``torch.fx.wrap``."""
-    marked: dict[str, Callable[..., Any]] = {}
-    if model is not None:
-        sources = {type(module).__module__ for module in model.modules()}
-        # torch.fx has no public list of what wrap() marked; this maps (id of a file's globals, name) to these globals.
-        for (_, name), source in fx._symbolic_trace._wrapped_fns_to_patch.items():
-            if source.get("__name__") in sources and callable(function := source.get(name)):
-                marked[qualified_name(function)] = function
+    """A look-up among the functions marked with ``torch.fx.wrap``, and the dataclasses, of the source files of the
+    model's classes and of those that these import from."""
+    sources = _sources(model)
 
     def find(name: str) -> Callable[..., Any]:
-        if name not in marked:
-            raise UserError(
-                f"the function {name} is not marked with torch.fx.wrap in a source file of model='s classes; move the "
-                "call into a submodule, keep that whole with leaf_modules, and save again"
-            )
-        return marked[name]
+        marked = [function for function in marked_functions(sources) if qualified_name(function) == name]
+        classes = [found for found in (_at(name, source) for source in sources) if _is_record(found)]
+        if marked or classes:
+            return [*marked, *classes][0]  # type: ignore[no-any-return]
+        raise UserError(
+            f"the function {name} is not marked with torch.fx.wrap in a source file of model='s classes; move the "
+            "call into a submodule, keep that whole with leaf_modules, and save again"
+        )
 
     return find
+
+
+def class_finder(model: nn.Module | None) -> Callable[[str, tuple[str, ...]], type]:
+    """A look-up of a class of named tuples by its name and fields: the user's own where the source files of the model
+    have it, else one that stands for it."""
+    sources = _sources(model)
+
+    @cache
+    def find(name: str, fields: tuple[str, ...]) -> type:
+        for found in (_at(name, source) for source in sources):
+            if fields_of(found) == fields:
+                return found  # type: ignore[no-any-return]
+        return equivalent_class(name, fields)
+
+    return find
+
+
+def check_findable(thing: Any) -> None:
+    """Raise ``UserError`` if :func:`function_finder` cannot find it, whatever model it is given."""
+    source = getattr(thing, "__module__", None)
+    is_marked = any(function is thing for function in marked_functions(None))
+    if not is_marked and not (_is_record(thing) and _at(qualified_name(thing), str(source)) is thing):
+        raise UserError(
+            f"it calls {qualified_name(thing)}, which load_folded could not find: a function has to be marked with "
+            "torch.fx.wrap where it is called, a dataclass defined at the top of its file; or move the call into a "
+            "submodule and keep that whole with leaf_modules=[its class]"
+        )
+
+
+def _sources(model: nn.Module | None) -> dict[str, None]:
+    """Names of the modules that define the model's classes, and of those that what they name comes from."""
+    own = dict.fromkeys(type(module).__module__ for module in (model.modules() if model is not None else ()))
+    named = [value for name in own if name in sys.modules for value in vars(sys.modules[name]).values()]
+    there = [value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None) for value in named]
+    return own | dict.fromkeys(name for name in there if isinstance(name, str))
+
+
+def marked_functions(sources: Collection[str] | None) -> Iterator[Callable[..., Any]]:
+    """What ``torch.fx.wrap`` marked in these source files; None: in any."""
+    # torch.fx has no public list of what wrap() marked; this maps (id of a file's globals, name) to these globals.
+    for (_, name), source in fx._symbolic_trace._wrapped_fns_to_patch.items():
+        if (sources is None or source.get("__name__") in sources) and callable(function := source.get(name)):
+            yield function
+
+
+def _is_record(thing: Any) -> bool:
+    return isinstance(thing, type) and is_dataclass(thing)
+
+
+def _at(name: str, source: str) -> Any:
+    """What a loaded source file has under a qualified name, None if nothing."""
+    found: Any = sys.modules.get(source) if name.startswith(f"{source}.") else None
+    for part in name.removeprefix(f"{source}.").split("."):
+        found = vars(found).get(part) if isinstance(found, (type, ModuleType)) else None
+    return found

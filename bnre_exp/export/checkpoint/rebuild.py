@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from bnre_exp.errors import UserError
-from bnre_exp.export.checkpoint.graph_json import Names, decode_graph, is_name, is_path, outside_functions
+from bnre_exp.export.checkpoint.graph_json import Names, decode_graph, outside_functions
 from bnre_exp.export.checkpoint.module_json import build_module
-from bnre_exp.export.checkpoint.outside import function_finder, module_from_model
+from bnre_exp.export.checkpoint.names import is_name, is_path
+from bnre_exp.export.checkpoint.outside import class_finder, function_finder, module_from_model
 from bnre_exp.export.checkpoint.tensors import decode_tensors
 from bnre_exp.export.checkpoint.value_json import decode_value
 
@@ -27,9 +28,17 @@ def some_of(names: Sequence[str], shown: int = 3) -> str:
     return f"{', '.join(names[:shown])}{more}"
 
 
-def rebuild(document: Mapping[str, Any], weights: bytes, model: nn.Module | None) -> fx.GraphModule:
-    """The network, in evaluation mode. Raises ``UserError`` for what is not allowed or does not fit, and any other
-    exception for a document that is not built as ours are."""
+def rebuild(
+    document: Mapping[str, Any],
+    weights: bytes,
+    model: nn.Module | None,
+    find: Callable[[str], Callable[..., Any]] | None = None,
+) -> fx.GraphModule:
+    """The network, in evaluation mode. find: what has a name outside the allow-list; None: searched in ``model``.
+
+    Raises ``UserError`` for what is not allowed or does not fit, and any other exception for a document that is not
+    built as ours are.
+    """
     modules, attributes, rows = document["modules"], document["attributes"], document["graph"]
     outside = outside_names(modules, rows)
     if outside and model is None:
@@ -38,10 +47,11 @@ def rebuild(document: Mapping[str, Any], weights: bytes, model: nn.Module | None
     bad = [name for name in (*modules, *attributes) if not is_path(name)]
     if bad or not is_name(document["name"]):
         raise UserError(f"it has names that are none: {[*bad, document['name']]!r}")
+    states = _by_module(tensors, modules)
     root = nn.Module()
     readable = set(attributes)
     for name, description in modules.items():
-        state = {key.removeprefix(f"{name}."): x for key, x in tensors.items() if key.startswith(f"{name}.")}
+        state = states.get(name, {})
         readable |= {f"{name}.{key}" for key in (*state, *description.get("codes", ()))}
         owner, own_name = _owner(root, name)
         owner.add_module(own_name, _leaf(name, description, state, model))
@@ -53,7 +63,7 @@ def rebuild(document: Mapping[str, Any], weights: bytes, model: nn.Module | None
             owner.register_buffer(own_name, tensors[name], persistent=kind == "buffer")
     if not readable >= tensors.keys():
         raise UserError(f"tensors that belong to no module: {', '.join(sorted(tensors.keys() - readable))}")
-    graph = decode_graph(rows, Names(modules, readable, function_finder(model)))
+    graph = decode_graph(rows, Names(modules, readable, find or function_finder(model), class_finder(model)))
     loaded = fx.GraphModule(root, graph, document["name"])
     loaded.graph.lint()
     frozen = set(document["frozen"])
@@ -62,6 +72,16 @@ def rebuild(document: Mapping[str, Any], weights: bytes, model: nn.Module | None
     if "fold_report" in document:
         loaded.meta["fold_report"] = decode_value(document["fold_report"], {})
     return loaded.eval()
+
+
+def _by_module(tensors: Mapping[str, Tensor], modules: Collection[str]) -> dict[str, dict[str, Tensor]]:
+    """The state of each module."""
+    states: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        for end in (i for i, letter in enumerate(name) if letter == "."):
+            if name[:end] in modules:
+                states.setdefault(name[:end], {})[name[end + 1 :]] = tensor
+    return states
 
 
 def _owner(root: nn.Module, path: str) -> tuple[nn.Module, str]:

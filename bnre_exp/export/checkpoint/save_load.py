@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Mapping
@@ -13,8 +14,10 @@ from torch.nn.utils import parametrize
 
 from bnre_exp.errors import UserError
 from bnre_exp.export.checkpoint.files import check_replaceable, read_checkpoint, write_checkpoint
-from bnre_exp.export.checkpoint.graph_json import encode_graph, is_name, is_path, qualified_name
+from bnre_exp.export.checkpoint.graph_json import encode_graph, outside_functions
 from bnre_exp.export.checkpoint.module_json import describe_codes, describe_module
+from bnre_exp.export.checkpoint.names import is_name, is_path, qualified_name
+from bnre_exp.export.checkpoint.outside import check_findable
 from bnre_exp.export.checkpoint.rebuild import outside_names, rebuild, some_of
 from bnre_exp.export.checkpoint.tensors import encode_tensors
 from bnre_exp.export.checkpoint.value_json import encode_value
@@ -31,16 +34,18 @@ def save_folded(folded: fx.GraphModule, path: str | os.PathLike[str]) -> tuple[s
     replaced.
 
     Returns, and logs, what these files cannot rebuild, as ``"name (type)"``: modules and functions that are neither
-    torch's, torchvision's nor ours. :func:`load_folded` then needs ``model=``.
+    torch's, torchvision's nor ours. :func:`load_folded` then needs ``model=``. Named tuples need nothing: without the
+    user's own class, one with the same name and fields stands for it.
 
-    Raises ``UserError`` if the network is not folded, holds something that cannot be stored, or the folder holds other
-    files or cannot be written.
+    Raises ``UserError`` if the network is not folded, holds something that cannot be stored or loaded again, or the
+    folder holds other files or cannot be written.
     """
     target = Path(path)
     check_replaceable(target)
     try:
         document, tensors = _describe(folded)
         weights, document["tensors"] = encode_tensors(tensors, _bits(document["modules"]))
+        _check_loads(folded, document, weights)
     except UserError as error:
         raise UserError(f"The network cannot be saved: {error}.") from error
     write_checkpoint(target, document, weights)
@@ -90,6 +95,19 @@ def _describe(folded: fx.GraphModule) -> tuple[dict[str, Any], dict[str, Tensor]
     }
     tensors = {f"{name}.{key}": value for name, leaf in leaves.items() for key, value in _state(name, leaf).items()}
     return document, {**tensors, **attributes}
+
+
+def _check_loads(folded: fx.GraphModule, document: dict[str, Any], weights: bytes) -> None:
+    """Raise ``UserError`` unless :func:`load_folded` would make the same network of what is about to be written."""
+    called = {qualified_name(node.target): node.target for node in folded.graph.nodes if node.op == "call_function"}
+    for name in outside_functions(document["graph"]):
+        check_findable(called[name])
+    read = json.loads(json.dumps(document))
+    again, _ = _describe(rebuild(read, weights, folded, called.__getitem__))
+    again = json.loads(json.dumps(again))
+    different = [key for key in again if key != "tensors" and again[key] != read[key]]
+    if different:
+        raise UserError(f"what would be loaded differs from it in {', '.join(different)}")
 
 
 def _bits(modules: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:

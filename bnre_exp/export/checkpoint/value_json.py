@@ -21,8 +21,10 @@ _CONSTANTS = {
 
 def encode_value(value: Any) -> Any:
     """A value of a graph as JSON. Raises ``UserError`` for what is not plain data."""
-    if value is None or type(value) in (bool, int, str):
+    if value is None or type(value) in (bool, str):
         return value
+    if type(value) is int:
+        return _checked(value)
     if type(value) is float:
         return value if math.isfinite(value) else {"float": repr(value)}
     if isinstance(value, fx.Node):
@@ -47,10 +49,19 @@ def encode_value(value: Any) -> Any:
     raise UserError(f"a value of type {type(value).__name__} cannot be stored")
 
 
+def _checked(value: int) -> int:
+    """An integer that torch could hold."""
+    if not -(2**63) <= value < 2**64:
+        raise UserError(f"an integer of {value.bit_length()} bits is more than any argument has")
+    return value
+
+
 def decode_value(data: Any, nodes: Mapping[str, fx.Node]) -> Any:
     """The inverse of :func:`encode_value`; ``nodes`` are those that may be referred to."""
     if isinstance(data, list):
         return [decode_value(x, nodes) for x in data]
+    if type(data) is int:
+        return _checked(data)
     if not isinstance(data, dict):
         return data
     ((kind, content),) = data.items()
