@@ -127,5 +127,5 @@ def _quantize_weight(layer: Any, bits: int, scheme: QuantScheme) -> None:
     weight: Tensor = layer.weight
     rows = layout.rows(weight, scheme.per_channel)
     scale = fit_symmetric_scale(rows, narrow_quant_max(bits), scheme.weight_range, scheme.percentile)
-    quantizer = WeightQuantizer(bits, layout, scale, scheme.range_learning)
+    quantizer = WeightQuantizer(bits, layout, scale, scheme.range_learning, scheme.per_channel)
     parametrize.register_parametrization(layer, "weight", quantizer)

@@ -18,8 +18,9 @@ from bnre_exp.quantsim.quantizers.codes import set_codes
 from bnre_exp.quantsim.quantizers.quantizer import Dequantize
 from bnre_exp.quantsim.tracing.trace import FollowTraining
 
-_DEQUANTIZE_ARGS = ("bits", "ndim", "transposed", "groups", "in_channels")
+_DEQUANTIZE_ARGS = ("bits", "ndim", "transposed", "groups", "in_channels", "per_channel", "dtype")
 _CODE_DTYPES = (torch.int8, torch.int16, torch.int32)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def describe_module(module: nn.Module) -> JsonDict | None:
@@ -86,17 +87,25 @@ def describe_codes(module: nn.Module) -> JsonDict | None:
         _, _, name = path.rpartition("parametrizations.")
         if path != f"parametrizations.{name}" or len(owner) != 1 or type(owner[0]) is not Dequantize:
             return None
-        codes[name] = {key: getattr(owner[0], key) for key in _DEQUANTIZE_ARGS}
+        codes[name] = {key: encode_value(getattr(owner[0], key)) for key in _DEQUANTIZE_ARGS}
     return codes
 
 
 def restore_codes(module: nn.Module, name: str, spec: JsonDict, state: Mapping[str, Tensor]) -> None:
     """Make ``module.<name>`` the integer codes and scale of ``state``. Raises ``UserError`` if they do not fit it."""
     codes, scale = state[f"parametrizations.{name}.original"], state[f"parametrizations.{name}.0.scale"]
-    if name not in ("weight", "bias") or set(spec) != set(_DEQUANTIZE_ARGS) or codes.dtype not in _CODE_DTYPES:
+    # Versions before 3 said neither granularity nor type.
+    before = {"per_channel": scale.numel() > 1 or spec["ndim"] == 1, "dtype": scale.dtype}
+    args = {**before, **{key: decode_value(value, {}) for key, value in spec.items()}}
+    if (
+        name not in ("weight", "bias")
+        or set(args) != set(_DEQUANTIZE_ARGS)
+        or codes.dtype not in _CODE_DTYPES
+        or args["dtype"] not in _DTYPES
+    ):
         raise UserError(f"the integer codes of its {name} are damaged")
     plain = getattr(module, name)
-    set_codes(module, name, codes, Dequantize(**spec, scale=scale))
+    set_codes(module, name, codes, Dequantize(**args, scale=scale))
     shape = getattr(module, name).shape  # computed from codes and scale, which may not fit each other
     if plain is None or shape != plain.shape:
         raise UserError(f"its {name} has the shape {tuple(shape)}, which does not fit its class and arguments")
