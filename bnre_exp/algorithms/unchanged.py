@@ -106,8 +106,8 @@ def warn_of_stale_ranges(model: nn.Module, results: Mapping[Any, tuple[Tensor, T
     """
     names, largest = [], 0.0
     for name, module in model.named_modules():
-        bn: Any = getattr(module, "bn", None)
-        if isinstance(bn, nn.Module) and bn in results and hasattr(module, "weight_fake_quant"):
+        bn: Any = module._modules.get("bn")
+        if bn in results and hasattr(module, "weight_fake_quant"):
             growth = ((bn.running_var + bn.eps) / (results[bn][1] + bn.eps)).sqrt()
             names.append(name)
             largest = max(largest, float(growth.max()))
