@@ -81,13 +81,13 @@ def _round_bias(layer: Any, input_scale: float, bits: int, largest_input: int) -
     # Sums of wide codes, which int32 cannot hold even without a bias, are the target's own affair.
     room = torch.where(sums < 2**31 - 2**24, 2**31 - 1 - sums, float(largest)).clamp(max=largest)
     needed = torch.maximum(bias.abs() / room, torch.full_like(bias, SMALLEST_STEP)) / input_scale
-    needed = needed.amax(dim=0, keepdim=True) if dequantize.scale.numel() == 1 else needed
+    needed = needed if dequantize.per_channel else needed.amax(dim=0, keepdim=True)
     channels = _raise_scale(layer, dequantize, needed)
     step = (input_scale * dequantize.scale.double()).to(dequantize.scale.dtype)
     codes = (bias / step.double()).round().clamp(-largest, largest).to(torch.int32)
     del layer.bias
-    scale = step if step.numel() == codes.numel() else step.expand(codes.numel()).clone()
-    set_codes(layer, "bias", codes, Dequantize(bits, 1, False, 1, 1, scale))
+    scale = step if dequantize.per_channel else step.expand(codes.numel()).clone()
+    set_codes(layer, "bias", codes, Dequantize(bits, 1, False, 1, 1, scale, dtype=dequantize.dtype))
     return channels
 
 

@@ -157,16 +157,17 @@ def _with_codes(
     """A layer with codes in place of a quantized weight, BN's gain in its scale, and why that is lossy, if it is."""
     quantizer: WeightQuantizer = layer.parametrizations.weight[0]
     original: Tensor = layer.parametrizations.weight.original
-    layout, per_tensor = quantizer.layout, quantizer.scale.numel() == 1
+    layout = quantizer.layout
     scale, why_lossy = positive(quantizer.scale).detach(), None
     codes = quantizer.codes(original)
-    if affine is not None and (per_tensor or mode == "weight"):
+    if affine is not None and (mode == "weight" or not quantizer.per_channel):
         weight = original.double() * layout.expand(affine.gain)
-        rows = layout.rows(weight, not per_tensor)
+        rows = layout.rows(weight, quantizer.per_channel)
         scale = fit_symmetric_scale(rows, quantizer.quant_max, estimator, percentile).to(scale.dtype)
         quotient = (weight / layout.expand(scale)).round().clamp(-quantizer.quant_max, quantizer.quant_max)
         codes = quotient.to(codes.dtype)
-        why_lossy = f"weights quantized anew ({'one scale for the whole tensor' if per_tensor else 'fold.mode=weight'})"
+        why = "fold.mode=weight" if quantizer.per_channel else "one scale for the whole tensor"
+        why_lossy = f"weights quantized anew ({why})"
     elif affine is not None:
         new_scale = (scale.double() * affine.gain.abs()).to(scale.dtype)
         vanishes = new_scale < SMALLEST_SCALE
@@ -174,7 +175,8 @@ def _with_codes(
         codes = codes * layout.expand(sign).to(codes.dtype)
         scale = torch.where(vanishes, scale, new_scale)
     plain = _unparametrized(layer)
-    dequantize = Dequantize(quantizer.bits, layout.ndim, layout.transposed, layout.groups, layout.in_channels, scale)
+    shape = (layout.ndim, layout.transposed, layout.groups, layout.in_channels)
+    dequantize = Dequantize(quantizer.bits, *shape, scale, quantizer.per_channel, original.dtype)
     set_codes(plain, "weight", codes, dequantize)
     return plain, why_lossy
 

@@ -16,7 +16,7 @@ from bnre_exp.quantsim.operations import input_quantizer
 from bnre_exp.quantsim.quantizers.quantizer import ActivationQuantizer, Dequantize, WeightQuantizer, positive
 
 KERNEL_BITS = 8  # integer kernels multiply no wider codes
-PRECISE = (torch.float32, torch.float64)  # a scale in half precision is another
+PRECISE = (torch.float32, torch.float64)  # a layer in half precision rounds its sums
 RELU_CALLS = {torch.relu, F.relu, "relu"}
 
 
@@ -71,6 +71,7 @@ class IntegerLayer(nn.Module):
         self.layer = copy.deepcopy(layer)
         for parametrizations in self.layer.parametrizations.values():
             parametrizations[0].scale = torch.ones_like(parametrizations[0].scale, dtype=torch.float32)
+            parametrizations[0].dtype = torch.float32
         self.register_buffer("input_step", input_step.clone())
         self.register_buffer("multiplier", multiplier.reshape(-1, *[1] * (layer.weight.ndim - 2)))
 
@@ -113,7 +114,6 @@ def _is_in_use(quantizer: Any) -> bool:
         and not quantizer.bypassed
         and quantizer.observer is None
         and quantizer.bits <= KERNEL_BITS
-        and quantizer.scale.dtype in PRECISE
         and not _has_hooks(quantizer)
     )
 
@@ -121,7 +121,7 @@ def _is_in_use(quantizer: Any) -> bool:
 def _output_step(layer: Any, input_step: Tensor) -> Tensor | None:
     """``s_in * s_w``, what one unit of a layer's sums is worth, ``[C_out]`` or ``[1]``; None unless all is integers."""
     weight = _dequantize(layer, "weight")
-    if weight is None or weight.bits > KERNEL_BITS:
+    if weight is None or weight.bits > KERNEL_BITS or weight.dtype not in PRECISE:
         return None
     step = input_step * weight.scale.float()
     if layer.bias is None:

@@ -21,6 +21,7 @@ from bnre_exp.algorithms.bn_statistics import (
     write_statistics,
 )
 from bnre_exp.algorithms.feeding import ForwardFn, Passes, cached_weights, device_of, evaluation_mode, feed
+from bnre_exp.algorithms.unchanged import unchanged, warn_of_stale_ranges
 from bnre_exp.errors import UserError
 from bnre_exp.progress import Progress, no_progress
 
@@ -51,7 +52,8 @@ def reestimate_bn_stats(
 ) -> ReestimationHandle:
     """Replace the running statistics of every BN that ``model`` calls; in place, and nothing else changes.
 
-    model: any module with BN, a simulation or not. Only its BNs are in training mode meanwhile; dropout is off.
+    model: any module with BN, a simulation or not. Only its BNs are in training mode meanwhile; dropout is off, and so
+    are observers of foreign quantizers (torch.ao).
     dataloader: training data; one shorter than ``num_batches`` is iterated again. Batches: a tensor, or a tuple or list
     whose first element is the input; ``forward_fn(model, batch)`` for anything else.
     method: "batch_average", the plain mean over batches of their means and unbiased variances (as AIMET does);
@@ -59,7 +61,8 @@ def reestimate_bn_stats(
     that starts from the present statistics and gives the newest batch the weight ``momentum``, as training does.
 
     Returns a handle that undoes it. Raises ``UserError`` if num_batches is below 1, the method is unknown, the loader
-    is empty, a BN sees one value per channel, or a statistic is not finite; the statistics are then those of before.
+    is empty, a BN sees one value per channel, a statistic is not finite, or an observer has seen no data yet; the
+    statistics are then those of before.
 
     Source: Nagel et al., "Overcoming oscillations in quantization-aware training", ICML 2022, section 4.1.
     """
@@ -77,10 +80,11 @@ def reestimate_bn_stats(
         with evaluation_mode(model), recording(bns, estimators):
             feed(model, batch, device, forward_fn)
 
-    with cached_weights(model, forward_fn):
+    with cached_weights(model, forward_fn), unchanged(model):
         for _ in observe_batches(dataloader, num_batches, observe, count, progress):
             pass
     results = {bn: estimator.result(bn.running_mean.dtype) for bn, estimator in estimators.items() if estimator.calls}
+    warn_of_stale_ranges(model, results)
     return ReestimationHandle(
         num_batches=count.batches,
         passes=count.passes,

@@ -99,7 +99,7 @@ def restore(training: Training, snapshot: Snapshot) -> None:
     losses and scores of the epochs so far are in ``snapshot.values["history"]``. Raises ``UserError`` saying what
     differs, and changes nothing, if the snapshot is of another network or was trained otherwise.
     """
-    _check_fits(capture(training, []), snapshot)
+    _check_fits(capture(training, []), snapshot, _schemes(training.model))
     _restore_model(training.model, snapshot.tensors)
     _restore_optimizer(training, snapshot)
     training.scheduler.load_state_dict(copy.deepcopy(snapshot.values["scheduler"]))
@@ -154,7 +154,7 @@ def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
 def _restore_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     state = model.state_dict()  # keeps the versions of the modules, without which old formats would be assumed
     for name in state:
-        state[name] = tensors[MODEL + name]
+        state[name] = tensors.get(MODEL + name, state[name])  # schemes are absent from old snapshots
     model.load_state_dict(state)
     hidden = {name.removeprefix(BUFFER): value for name, value in tensors.items() if name.startswith(BUFFER)}
     restore_hidden_buffers(model, hidden)
@@ -209,11 +209,20 @@ def _generators(loaders: Mapping[str, Any]) -> Iterator[tuple[str, torch.Generat
                 yield f"{role}.{path}", found
 
 
-def _check_fits(now: Snapshot, then: Snapshot) -> None:
+def _schemes(model: nn.Module) -> set[str]:
+    """Names of tensors that are the schemes of quantizers; these are known by an attribute, since what trains a float
+    network depends on no file of theirs."""
+    return {f"{MODEL}{path}._extra_state" for path, module in model.named_modules() if hasattr(module, "SCHEME")}
+
+
+def _check_fits(now: Snapshot, then: Snapshot, schemes: set[str]) -> None:
     if then.values.get("format") != FORMAT:
         differences = [f"it has format {then.values.get('format')}, this version reads {FORMAT}"]
     else:
-        differences = [*_differing_values(now.values, then.values), *_differing_tensors(now.tensors, then.tensors)]
+        differences = [
+            *_differing_values(now.values, then.values),
+            *_differing_tensors(now.tensors, then.tensors, schemes),
+        ]
     if differences:
         more = len(differences) - MAX_DIFFERENCES
         listed = "; ".join(differences[:MAX_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
@@ -234,12 +243,14 @@ def _differing_values(now: Mapping[str, Any], then: Mapping[str, Any]) -> Iterat
             yield f"other parameters are trained in group {number}: {', '.join(changed[:MAX_DIFFERENCES])}"
 
 
-def _differing_tensors(now: Mapping[str, Tensor], then: Mapping[str, Tensor]) -> Iterator[str]:
+def _differing_tensors(now: Mapping[str, Tensor], then: Mapping[str, Tensor], schemes: set[str]) -> Iterator[str]:
     kinds = {name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for name, tensor in now.items()}
     for name in sorted(now.keys() | then.keys()):
         if name.startswith((BUFFER, OPTIMIZER, f"{RANDOM}cuda/")):
             continue
         what = name.removeprefix(MODEL)
+        if name in schemes and name not in then:
+            continue  # it was taken before schemes were part of the state
         if name not in then:
             yield f"{what} is missing from it"
         elif name not in now:
@@ -248,3 +259,5 @@ def _differing_tensors(now: Mapping[str, Tensor], then: Mapping[str, Tensor]) ->
             dtype, shape = str(then[name].dtype).removeprefix("torch."), tuple(then[name].shape)
             if (dtype, shape) != kinds[name]:
                 yield f"{what} was {dtype} {list(shape)} and is {kinds[name][0]} {list(kinds[name][1])}"
+            elif name in schemes and not torch.equal(then[name], now[name]):
+                yield f"{what} was {then[name].tolist()} and is {now[name].tolist()}"

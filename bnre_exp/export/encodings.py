@@ -125,10 +125,10 @@ def read_encodings(folder: Path, version: str) -> Plain:
         entries = [_from_2(entry) for entry in document["encodings"]]
     known = {value.name for node in model.graph for value in node.outputs} | {x.name for x in model.graph.inputs}
     grids, parameters = [], []
-    for name, bits, is_signed, scale, zero_point, axis in entries:
+    for name, bits, is_signed, scale, zero_point, is_per_channel, axis in entries:
         if name in model.graph.initializers:
             value = model.graph.initializers[name]
-            axis = _channel_axis(value) if axis is None and scale.size > 1 else axis
+            axis = _channel_axis(value) if is_per_channel and axis is None else axis
             parameters.append(_codes(value, bits, scale, axis))
         elif name in known and not is_signed:
             grids.append(Grid(name, float(scale[0]), zero_point, bits))
@@ -137,18 +137,24 @@ def read_encodings(folder: Path, version: str) -> Plain:
     return Plain(model, tuple(grids), tuple(parameters))
 
 
-_Entry = tuple[str, int, bool, np.ndarray, int, int | None]  # name, bits, is signed, scale, zero point, axis
+# name, bits, is signed, scale, zero point, is per channel, axis (which version 1.0.0 does not say)
+_Entry = tuple[str, int, bool, np.ndarray, int, bool, int | None]
 
 
 def _from_1(entry: dict[str, Any]) -> _Entry:
-    return entry["name"], entry["bw"], entry["is_sym"], np.array(entry["scale"]), -int(entry["offset"][0]), None
+    scale, zero_point, is_per_channel = (
+        np.array(entry["scale"]),
+        -int(entry["offset"][0]),
+        entry["enc_type"] == "PER_CHANNEL",
+    )
+    return entry["name"], entry["bw"], entry["is_sym"], scale, zero_point, is_per_channel, None
 
 
 def _from_2(entry: dict[str, Any]) -> _Entry:
     kind = entry["output_dtype"]
     scale = np.atleast_1d(np.array(entry["y_scale"]))
-    bits = int(kind.removeprefix("u").removeprefix("int"))
-    return entry["name"], bits, not kind.startswith("u"), scale, entry.get("y_zero_point", 0), entry.get("axis")
+    bits, axis = int(kind.removeprefix("u").removeprefix("int")), entry.get("axis")
+    return entry["name"], bits, not kind.startswith("u"), scale, entry.get("y_zero_point", 0), axis is not None, axis
 
 
 def _channel_axis(value: Any) -> int:
@@ -157,8 +163,9 @@ def _channel_axis(value: Any) -> int:
     if len(value.shape) == 1:
         return 0  # a bias
     is_transposed = "transB" in node.attributes and node.attributes["transB"].as_int()
+    is_grouped = "group" in node.attributes and node.attributes["group"].as_int() > 1  # then of one channel each
     first = node.op_type == "Conv" or (node.op_type == "Gemm" and is_transposed)
-    return 0 if first else 1
+    return 0 if first or (node.op_type == "ConvTranspose" and is_grouped) else 1
 
 
 def _codes(value: Any, bits: int, scale: np.ndarray, axis: int | None) -> Codes:

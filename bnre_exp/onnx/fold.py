@@ -212,8 +212,11 @@ def _fold_codes(
     zero = weight.zero_point.astype(np.int64)
     zeros = zero if zero.size == 1 else _along(zero, weight.codes.ndim, axis)
     scale = np.broadcast_to(weight.scale.astype(np.float64).ravel(), gain.shape)
-    new_scale = (scale * np.abs(gain)).astype(weight.scale.dtype)
+    exact = scale * np.abs(gain)
+    new_scale = exact.astype(weight.scale.dtype)
     _check_finite(new_scale)
+    if weight.scale.dtype == np.float16 and ((exact > SMALLEST_SCALE) & (exact < np.finfo(np.float16).tiny)).any():
+        raise Kept("a scale would be too small for float16 to hold with full precision")
     vanishes = new_scale < SMALLEST_SCALE
     sign = np.where(_along(vanishes, factor.ndim, axis), 0, np.sign(factor))
     codes = (weight.codes.astype(np.int64) - zeros) * sign.astype(np.int64) + zeros

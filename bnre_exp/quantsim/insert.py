@@ -17,6 +17,7 @@ from bnre_exp.quantsim.quantizers.layout import layout_of
 from bnre_exp.quantsim.quantizers.quantizer import ActivationQuantizer, WeightQuantizer, narrow_quant_max
 from bnre_exp.quantsim.quantizers.ranges import fit_symmetric_scale
 from bnre_exp.quantsim.quantizers.scheme import QuantScheme
+from bnre_exp.quantsim.quantizers.state import HALF
 from bnre_exp.quantsim.sim import CONTAINER, SimReport, sim_report
 from bnre_exp.quantsim.tracing.same_behaviour import check_same_behaviour
 from bnre_exp.quantsim.tracing.trace import trace
@@ -34,8 +35,8 @@ def quantize(
     example_input: one batch ``[N, ...]`` as the model takes it, or a tuple of its inputs. BN stays as it is.
     leaf_modules: names or class names of modules that are kept whole (their weights stay in floating point).
 
-    Raises ``UserError`` if the network cannot be traced, if its traced form behaves differently in evaluation or
-    training mode at either of two batch sizes, or if an override matches nothing.
+    Raises ``UserError`` if the network is in half precision, if it cannot be traced, if its traced form behaves
+    differently in evaluation or training mode at either of two batch sizes, or if an override matches nothing.
     """
     sim = _build(model, _inputs(example_input), scheme or QuantScheme(), leaf_modules, is_checked=True)
     return sim.train(model.training)
@@ -77,9 +78,21 @@ def _inputs(example_input: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     return inputs
 
 
+def _check_precision(model: nn.Module) -> None:
+    """Raise ``UserError`` for a network in half precision, whose own rounding is as coarse as that to 8 bits."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.dtype in HALF:
+            raise UserError(
+                f"The network is in half precision ({name} is {str(tensor.dtype).removeprefix('torch.')}), in which "
+                "ranges cannot be fitted; give model.float(). Training may still compute in bfloat16, under autocast: "
+                "train(..., precision='bfloat16'), in a job runtime.precision=bfloat16."
+            )
+
+
 def _build(
     model: nn.Module, inputs: tuple[Tensor, ...], scheme: QuantScheme, leaf_modules: Sequence[str], is_checked: bool
 ) -> fx.GraphModule:
+    _check_precision(model)
     sim, decisions = trace(model, inputs, leaf_modules)
     notes = tuple(check_same_behaviour(model, sim, inputs)) if is_checked else ()
     notes += tuple(f"decided by the input's size: {line}" for line in decisions)
@@ -127,5 +140,5 @@ def _quantize_weight(layer: Any, bits: int, scheme: QuantScheme) -> None:
     weight: Tensor = layer.weight
     rows = layout.rows(weight, scheme.per_channel)
     scale = fit_symmetric_scale(rows, narrow_quant_max(bits), scheme.weight_range, scheme.percentile)
-    quantizer = WeightQuantizer(bits, layout, scale, scheme.range_learning)
+    quantizer = WeightQuantizer(bits, layout, scale, scheme.range_learning, scheme.per_channel)
     parametrize.register_parametrization(layer, "weight", quantizer)

@@ -20,11 +20,12 @@ from bnre_exp.quantsim.sim import names_of, sim_report
 class LayerRow:
     """One operation of a simulation.
 
-    name: module path, or the graph's name of a function; kind: its class or function. weight_bits, weight_scales:
-    bits and number of scales of the weight, None where it has none or it is in floating point. bn: what becomes of the
-    BN, "folded into NAME" or "kept: REASON"; "" without one. activation: name of what follows within the operation (a
-    ReLU). act_bits: of the quantizer at its output, None where there is none; range: real values ``(low, high)`` that
-    quantizer covers, None before calibration. note: why something is not quantized, or that values are only moved.
+    name: module path, or the graph's name of a function; kind: its class or function. weight_bits, weight_scales,
+    per_channel: bits and number of scales of the weight, and whether that is one a channel; None where it has no weight
+    or one in floating point. bn: what becomes of the BN, "folded into NAME" or "kept: REASON"; "" without one.
+    activation: name of what follows within the operation (a ReLU). act_bits: of the quantizer at its output, None where
+    there is none; range: real values ``(low, high)`` that quantizer covers, None before calibration. note: why
+    something is not quantized, or that values are only moved.
     """
 
     name: str
@@ -37,6 +38,7 @@ class LayerRow:
     unsigned: bool | None
     range: tuple[float, float] | None
     note: str
+    per_channel: bool | None = None
 
 
 @torch.no_grad()
@@ -95,6 +97,7 @@ def _row(node: fx.Node, output: fx.Node, bn: str, activation: str, notes: Mappin
         unsigned=None if quantizer is None else quantizer.unsigned,
         range=None if quantizer is None else _range(quantizer),
         note="; ".join(reasons),
+        per_channel=weight.per_channel if has_weight else None,
     )
 
 

@@ -33,7 +33,8 @@ def layers_markdown(title: str, columns: Mapping[str, Sequence[str]]) -> str:
 def _weight(row: LayerRow) -> str:
     if row.weight_bits is None:
         return ""
-    return f"{row.weight_bits} bits, {'per tensor' if row.weight_scales == 1 else f'{row.weight_scales} channels'}"
+    channels = f"{row.weight_scales} channel{'' if row.weight_scales == 1 else 's'}"
+    return f"{row.weight_bits} bits, {channels if row.per_channel else 'per tensor'}"
 
 
 def _output(row: LayerRow) -> str:

@@ -11,8 +11,8 @@ from typing import Any
 from bnre_exp.errors import UserError
 from bnre_exp.files import read_file, replacing
 
-FORMAT, VERSION = "bnre_exp.folded", 2
-READABLE = (1, 2)  # 1 had no packed tensors
+FORMAT, VERSION = "bnre_exp.folded", 3
+READABLE = (1, 2, 3)  # 1 had no packed tensors, 2 did not say whether scales are per channel
 NETWORK, WEIGHTS = "network.json", "weights.safetensors"
 
 

@@ -19,10 +19,10 @@ from bnre_exp.quantsim.quantizers.codes import set_codes
 from bnre_exp.quantsim.quantizers.quantizer import Dequantize
 from bnre_exp.quantsim.tracing.trace import FollowTraining
 
-_DEQUANTIZE_ARGS = ("bits", "ndim", "transposed", "groups", "in_channels")
-_NEWER_ARGS = ("per_channel",)  # checkpoints may have them or not
-_FLAGS = {"transposed", "per_channel"}
+_DEQUANTIZE_ARGS = ("bits", "ndim", "transposed", "groups", "in_channels", "per_channel", "dtype")
+_FLAGS = ("transposed", "per_channel")
 _CODE_DTYPES = (torch.int8, torch.int16, torch.int32)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def describe_module(module: nn.Module) -> JsonDict | None:
@@ -90,37 +90,39 @@ def describe_codes(module: nn.Module) -> JsonDict | None:
         _, _, name = path.rpartition("parametrizations.")
         if path != f"parametrizations.{name}" or len(owner) != 1 or type(owner[0]) is not Dequantize:
             return None
-        codes[name] = {key: getattr(owner[0], key) for key in _DEQUANTIZE_ARGS}
+        codes[name] = {key: encode_value(getattr(owner[0], key)) for key in _DEQUANTIZE_ARGS}
     return codes
 
 
 def restore_codes(module: nn.Module, name: str, spec: JsonDict, state: Mapping[str, Tensor]) -> None:
     """Make ``module.<name>`` the integer codes and scale of ``state``. Raises ``UserError`` if they do not fit it."""
     codes, scale = state[f"parametrizations.{name}.original"], state[f"parametrizations.{name}.0.scale"]
-    is_known = set(_DEQUANTIZE_ARGS) <= set(spec) <= {*_DEQUANTIZE_ARGS, *_NEWER_ARGS}
+    # Versions before 3 said neither granularity nor type.
+    before = {"per_channel": scale.numel() > 1 or spec["ndim"] == 1, "dtype": scale.dtype}
+    args = {**before, **{key: decode_value(value, {}) for key, value in spec.items()}}
+    is_known = set(args) == set(_DEQUANTIZE_ARGS) and args["dtype"] in _DTYPES
     if name not in ("weight", "bias") or not is_known or codes.dtype not in _CODE_DTYPES:
         raise UserError(f"the integer codes of its {name} are damaged")
-    check_bits(spec["bits"])
+    check_bits(args["bits"])
     plain = getattr(module, name)
-    if plain is None or codes.shape != plain.shape or not _is_layout(spec, codes, scale):
+    if plain is None or codes.shape != plain.shape or not _is_layout(args, codes, scale):
         raise UserError(
             f"its {name} has codes of the shape {tuple(codes.shape)} and {scale.numel()} scales, which do not fit each "
             "other, or its class and arguments"
         )
-    set_codes(module, name, codes, Dequantize(**spec, scale=scale))
+    set_codes(module, name, codes, Dequantize(**args, scale=scale))
 
 
-def _is_layout(spec: JsonDict, codes: Tensor, scale: Tensor) -> bool:
+def _is_layout(args: JsonDict, codes: Tensor, scale: Tensor) -> bool:
     """Whether the product of codes and scale has the shape of the codes; found out without computing it."""
-    counts = [spec[key] for key in ("ndim", "groups", "in_channels")]
-    if any(type(x) is not int or x < 1 for x in counts) or any(type(spec[x]) is not bool for x in _FLAGS & set(spec)):
+    ndim, groups, in_channels = counts = [args[key] for key in ("ndim", "groups", "in_channels")]
+    if any(type(x) is not int or x < 1 for x in counts) or any(type(args[key]) is not bool for key in _FLAGS):
         return False
-    ndim, groups, in_channels = counts
     if scale.dim() != 1 or not scale.is_floating_point() or ndim != codes.dim():
         return False
-    if ndim == 1 or scale.numel() == 1:
-        return scale.numel() in (1, codes.shape[0])
-    if not spec["transposed"]:
+    if not args["per_channel"]:
+        return scale.numel() == 1
+    if ndim == 1 or not args["transposed"]:
         return scale.numel() == codes.shape[0]
     return codes.shape[0] == in_channels and in_channels % groups == 0 and scale.numel() == codes.shape[1] * groups
 

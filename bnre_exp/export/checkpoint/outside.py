@@ -18,6 +18,7 @@ from bnre_exp.errors import UserError
 from bnre_exp.export.checkpoint.module_json import restore_codes
 from bnre_exp.export.checkpoint.names import equivalent_class, fields_of, qualified_name
 from bnre_exp.quantsim.quantizers.layout import LAYERS, out_channels
+from bnre_exp.quantsim.quantizers.state import scheme_keys
 
 
 def module_from_model(
@@ -58,6 +59,7 @@ def _find(name: str, model: nn.Module) -> nn.Module | None:
 
 def _check_shapes(name: str, module: nn.Module, state: Mapping[str, Tensor]) -> None:
     own = {**module.state_dict(), **dict(module.named_buffers(remove_duplicate=False))}
+    own = {key: value for key, value in own.items() if key not in scheme_keys(module)}
     if own.keys() != state.keys():
         keys = ", ".join(sorted(own.keys() ^ state.keys()))
         raise UserError(f"the module {name!r} of model= has other tensors than the checkpoint: {keys}")

@@ -22,6 +22,7 @@ from bnre_exp.export.checkpoint.rebuild import outside_names, rebuild, some_of
 from bnre_exp.export.checkpoint.tensors import encode_tensors
 from bnre_exp.export.checkpoint.value_json import encode_value
 from bnre_exp.export.folded import check_folded
+from bnre_exp.quantsim.quantizers.state import scheme_keys
 
 logger = logging.getLogger(__name__)
 
@@ -129,8 +130,9 @@ def _describe_leaf(name: str, leaf: nn.Module, leaves: Mapping[str, nn.Module]) 
 
 
 def _state(name: str, leaf: nn.Module) -> dict[str, Tensor]:
-    """All tensors of a leaf, non-persistent buffers included."""
+    """All tensors of a leaf, non-persistent buffers included; schemes are among the arguments of its modules."""
     state = {**leaf.state_dict(), **{key: x for key, x in leaf.named_buffers(remove_duplicate=False)}}
+    state = {key: value for key, value in state.items() if key not in scheme_keys(leaf)}
     for key, value in state.items():
         if not isinstance(value, Tensor):
             raise UserError(f"the state of {name} ({type(leaf).__name__}) holds {key!r}, which is not a tensor")

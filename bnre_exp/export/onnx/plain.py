@@ -129,30 +129,33 @@ def _mark_parameters(name: str, layer: Any, marks: _Marks) -> None:
         dequantize = chain[0]
         if not isinstance(dequantize, Dequantize):
             raise UserError(f"the {tensor} of {name} has a parametrization that is not of bnre_exp: {dequantize}")
-        scale = dequantize.scale.detach().numpy().copy()
+        axis, scale = _along_axis(name, dequantize)
         if not (np.isfinite(scale).all() and (scale >= np.finfo(np.float32).tiny).all()):
             raise UserError(
                 f"a scale of {name}.{tensor} is {scale.min():g}, which float32 does not hold with full precision"
             )
         codes = chain.original.detach().contiguous().numpy().copy()
-        marks.parameters.append(
-            Codes(f"{name}.{tensor}", name, codes, scale, _channel_axis(name, dequantize), dequantize.bits)
-        )
+        marks.parameters.append(Codes(f"{name}.{tensor}", name, codes, scale, axis, dequantize.bits))
         chain[0] = _Mark("Codes", len(marks.parameters) - 1)
 
 
-def _channel_axis(name: str, dequantize: Dequantize) -> int | None:
-    if dequantize.scale.numel() == 1 and dequantize.ndim > 1:
-        return None
-    if dequantize.ndim > 1 and dequantize.transposed:
-        if dequantize.groups > 1:
-            raise UserError(
-                f"{name} is a grouped transposed convolution with a scale per group and output channel, and ONNX has "
-                "scales along one axis only; quantize that layer per tensor, or keep it in floating point with an "
-                "override (off: true)"
-            )
-        return 1
-    return 0
+def _along_axis(name: str, dequantize: Dequantize) -> tuple[int | None, np.ndarray]:
+    """The axis along which the scale of a weight or bias runs, None for one scale, and the scale as it does."""
+    scale = dequantize.scale.detach().float().clone()
+    if not dequantize.per_channel:
+        return None, scale.numpy()
+    if dequantize.ndim == 1 or not dequantize.transposed:
+        return 0, scale.numpy()
+    if dequantize.groups == 1:
+        return 1, scale.numpy()
+    along = dequantize.layout.expand(scale)  # [C_in, C_out / groups, 1, ...]
+    if along.shape[1] > 1:
+        raise UserError(
+            f"{name} is a grouped transposed convolution with a scale per group and output channel, and ONNX has "
+            "scales along one axis only; quantize that layer per tensor, or keep it in floating point with an "
+            "override (off: true)"
+        )
+    return 0, along.flatten().numpy()  # a group is an output channel, which all inputs of that group give
 
 
 def _quantize_layer_inputs(network: fx.GraphModule) -> None:

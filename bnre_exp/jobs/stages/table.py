@@ -21,7 +21,7 @@ MEASURING = (
 TRAINING = ("jobs.stages.training", "algorithms.train", "algorithms.recipe")
 SIMULATION = ("quantsim", "jobs.stages.simulation")
 CALIBRATION = ("jobs.stages.calibration", "algorithms.calibrate")
-RE_ESTIMATION = ("algorithms.reestimate", "algorithms.bn_statistics")
+RE_ESTIMATION = ("algorithms.reestimate", "algorithms.bn_statistics", "algorithms.unchanged")
 FOLDING = ("algorithms.fold", "algorithms.bias", "algorithms.integers")
 ONNX = ("onnx", "onnx-ir", "onnxscript", "onnxruntime")
 

@@ -32,7 +32,7 @@ class WeightLayout:
     def expand(self, per_channel: Tensor) -> Tensor:
         """View a ``[C_out]`` or ``[1]`` vector so that it broadcasts against the weight."""
         kernel = (1,) * (self.ndim - 2)
-        if per_channel.numel() == 1:
+        if per_channel.numel() == 1:  # one channel or the whole tensor, which broadcast alike
             return per_channel.reshape((1,) * self.ndim)
         if not self.transposed:
             return per_channel.reshape(-1, 1, *kernel)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from bnre_exp.errors import UserError
 from bnre_exp.quantsim.quantizers.layout import WeightLayout
 from bnre_exp.quantsim.quantizers.ranges import affine_grid, fit_activation_range
+from bnre_exp.quantsim.quantizers.state import Quantizer, precise
 
 MIN_SCALE = 1e-10  # far below any range that training reaches; keeps a learned scale off zero
 MIN_SAMPLES = 1024
@@ -66,7 +68,7 @@ def fake_quantize(
     x: any shape; scale and zero_point broadcast against it. Works in the dtype of ``x`` (half types: in float32). The
     gradients of scale and zero_point are multiplied by ``gradient_scale``.
     """
-    dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+    dtype = precise(x.dtype)
     zero_point = None if zero_point is None else zero_point.to(dtype)
     y = _FakeQuantize.apply(x.to(dtype), scale.to(dtype), zero_point, quant_min, quant_max, gradient_scale)
     return y.to(x.dtype)  # type: ignore[no-any-return]
@@ -83,12 +85,17 @@ def narrow_quant_max(bits: int) -> int:
     return int(2 ** (bits - 1) - 1)
 
 
-class WeightQuantizer(nn.Module):
-    """Parametrization of a layer's ``weight``: symmetric, narrow range; scale ``[C_out]``, or ``[1]`` per tensor."""
+class WeightQuantizer(Quantizer):
+    """Parametrization of a layer's ``weight``: symmetric, narrow range.
 
-    def __init__(self, bits: int, layout: WeightLayout, scale: Tensor, learned: bool) -> None:
+    scale: ``[C_out]``, or ``[1]`` where not ``per_channel``, which the shape of a layer with one channel does not tell.
+    """
+
+    SCHEME = ("bits", "per_channel", "learned")
+
+    def __init__(self, bits: int, layout: WeightLayout, scale: Tensor, learned: bool, per_channel: bool = True) -> None:
         super().__init__()
-        self.bits, self.layout, self.learned = bits, layout, learned
+        self.bits, self.layout, self.learned, self.per_channel = bits, layout, learned, per_channel
         self.quant_max = narrow_quant_max(bits)
         self.bypassed = False
         self.scale: Tensor
@@ -106,21 +113,39 @@ class WeightQuantizer(nn.Module):
 
     def codes(self, weight: Tensor) -> Tensor:
         """The integer codes of a float weight: int8 up to 8 bits, else int16."""
-        scale = self.layout.expand(positive(self.scale)).to(weight.dtype)
-        codes = (weight / scale).round().clamp(-self.quant_max, self.quant_max)
+        dtype = precise(weight.dtype)
+        scale = self.layout.expand(positive(self.scale)).to(dtype)
+        codes = (weight.to(dtype) / scale).round().clamp(-self.quant_max, self.quant_max)
         return codes.to(torch.int8 if self.bits <= 8 else torch.int16)
 
     def extra_repr(self) -> str:
-        return f"bits={self.bits}, scales={self.scale.numel()}, learned={self.learned}"
+        return f"bits={self.bits}, per_channel={self.per_channel}, scales={self.scale.numel()}, learned={self.learned}"
 
 
-class Dequantize(nn.Module):
-    """Parametrization of a folded layer's ``weight`` or ``bias``: integer codes times scale."""
+class Dequantize(Quantizer):
+    """Parametrization of a folded layer's ``weight`` or ``bias`` (``ndim`` 1): integer codes times scale.
 
-    def __init__(self, bits: int, ndim: int, transposed: bool, groups: int, in_channels: int, scale: Tensor) -> None:
+    scale: ``[C_out]``, or ``[1]`` where not ``per_channel``. dtype: of the product, None: as the scale's; casting the
+    network changes it.
+    """
+
+    SCHEME = ("bits", "per_channel")
+
+    def __init__(
+        self,
+        bits: int,
+        ndim: int,
+        transposed: bool,
+        groups: int,
+        in_channels: int,
+        scale: Tensor,
+        per_channel: bool = True,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.bits, self.ndim, self.transposed = bits, ndim, transposed
-        self.groups, self.in_channels = groups, in_channels
+        self.groups, self.in_channels, self.per_channel = groups, in_channels, per_channel
+        self.dtype = scale.dtype if dtype is None else dtype
         self.scale: Tensor
         self.register_buffer("scale", scale)
 
@@ -129,18 +154,25 @@ class Dequantize(nn.Module):
         """Of the weight; a bias has none."""
         return WeightLayout(self.ndim, self.transposed, self.groups, self.in_channels)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.dtype = fn(self.scale.new_empty(0, dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)
+
     def forward(self, codes: Tensor) -> Tensor:
-        scale = self.scale if self.ndim == 1 else self.layout.expand(self.scale)
-        return codes.to(self.scale.dtype) * scale
+        scale = self.scale.to(precise(self.scale.dtype))
+        scale = scale if self.ndim == 1 else self.layout.expand(scale)
+        return (codes.to(scale.dtype) * scale).to(self.dtype)
 
 
-class ActivationQuantizer(nn.Module):
+class ActivationQuantizer(Quantizer):
     """Per-tensor quantizer of an activation, on the grid ``0 .. 2^bits - 1``.
 
     ``unsigned``: the zero point is 0, for values that are never negative. Otherwise the zero point is an integer on the
     grid, so that real zero is exact. It quantizes once it has a range, from :func:`~bnre_exp.calibrate`; before that,
     calling it raises ``UserError`` unless it is bypassed or observing.
     """
+
+    SCHEME = ("bits", "unsigned", "learned")
 
     def __init__(self, bits: int, unsigned: bool, learned: bool, label: str = "") -> None:
         super().__init__()
@@ -151,7 +183,7 @@ class ActivationQuantizer(nn.Module):
         self.has_range = False
         self.scale: Tensor
         self.zero_point: Tensor
-        scale, zero_point = torch.full((1,), torch.nan), torch.zeros(1)
+        scale, zero_point = torch.full((1,), torch.nan, dtype=torch.float32), torch.zeros(1, dtype=torch.float32)
         if learned:
             self.scale = nn.Parameter(scale)
         else:

@@ -32,7 +32,7 @@ def test_missing_folder(tmp_path):
         ("[" * 100_000, "not JSON"),
         ("[]", "not written by save_folded"),
         ('{"format": "onnx"}', "not written by save_folded"),
-        ('{"format": "bnre_exp.folded", "version": 99}', "version 99; this bnre_exp reads up to 2"),
+        ('{"format": "bnre_exp.folded", "version": 99}', "version 99; this bnre_exp reads up to 3"),
     ],
 )
 def test_broken_or_foreign_json(checkpoint, text, match):
