@@ -15,6 +15,7 @@ from bnre_exp.algorithms.bn_statistics import (
     Estimator,
     StatisticsHandle,
     check_arguments,
+    check_finite,
     commit,
     observe_batches,
     recording,
@@ -71,11 +72,14 @@ def reestimate_bn_stats(
     frozen = tuple(name for name, module in model.named_modules() if isinstance(module, FrozenBatchNorm2d))
     _check_any(bns, frozen)
     estimators = {bn: Estimator(method, momentum, bn.running_mean, bn.running_var) for bn in bns}
+    named = {name: estimators[bn] for bn, name in bns.items()}
+    check_finite(named, 0)
     device, count = device_of(model), Passes()
 
     def observe(batch: Any) -> None:
         with evaluation_mode(model), recording(bns, estimators):
             feed(model, batch, device, forward_fn)
+        check_finite(named, count.batches)
 
     with cached_weights(model, forward_fn):
         for _ in observe_batches(dataloader, num_batches, observe, count, progress):

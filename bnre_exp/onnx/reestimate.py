@@ -20,6 +20,7 @@ from bnre_exp.algorithms.bn_statistics import (
     StatisticsHandle,
     check_arguments,
     check_count,
+    check_finite,
     commit,
     observe_batches,
 )
@@ -97,11 +98,14 @@ def reestimate_bn_stats(
     if not bns:
         raise UserError(_nothing_to_do(skipped))
     estimators = [Estimator(method, momentum, _tensor(bn.mean), _tensor(bn.var)) for bn in bns]
+    named = {bn.name: estimator for bn, estimator in zip(bns, estimators)}
+    check_finite(named, 0)
     session = open_session(_observed(model, source, bns), providers)
     count = Passes()
 
     def observe(batch: Any) -> None:
         _take_in(run_session(session, feeds(session, batch)), bns, estimators)
+        check_finite(named, count.batches)
 
     for _ in observe_batches(batches, num_batches, observe, count, progress):
         pass

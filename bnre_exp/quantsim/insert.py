@@ -88,7 +88,7 @@ def _build(
     placement = place_quantizers(model, sim, grouping, scheme)
     _insert_activation_quantizers(sim, placement.activations, scheme)
     for weight in placement.weights:
-        _quantize_weight(sim.get_submodule(weight.name), weight.bits, scheme)
+        _quantize_weight(weight.name, sim.get_submodule(weight.name), weight.bits, scheme)
     sim.graph.lint()
     sim.recompile()
     sim.meta["bnre_exp"] = SimReport(scheme, placement.unquantized, placement.unreached_bns, notes)
@@ -122,10 +122,12 @@ def _insert_after(node: fx.Node, target: str) -> None:
     new.meta.update({key: node.meta[key] for key in ("is_float", "is_single", "ndim") if key in node.meta})
 
 
-def _quantize_weight(layer: Any, bits: int, scheme: QuantScheme) -> None:
+def _quantize_weight(name: str, layer: Any, bits: int, scheme: QuantScheme) -> None:
     layout = layout_of(layer)
     weight: Tensor = layer.weight
     rows = layout.rows(weight, scheme.per_channel)
+    if not bool(rows.isfinite().all()):
+        raise UserError(f"quantize: the weight of {name} is not finite; look for a training that diverged.")
     scale = fit_symmetric_scale(rows, narrow_quant_max(bits), scheme.weight_range, scheme.percentile)
     quantizer = WeightQuantizer(bits, layout, scale, scheme.range_learning)
     parametrize.register_parametrization(layer, "weight", quantizer)

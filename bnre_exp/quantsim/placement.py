@@ -119,6 +119,8 @@ def _why_no_quantizer(node: fx.Node, scheme: QuantScheme) -> str | None:
         return ""  # the quantizer comes after the activation
     if node.meta.get("is_constant"):
         return "" if node.op != "get_attr" or scheme.act_bits is None else READ_DIRECTLY
+    if node.meta.get("is_empty"):
+        return "a tensor without elements"
     if not node.meta.get("is_single"):
         return "an operation with several outputs"
     return None
