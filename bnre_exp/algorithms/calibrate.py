@@ -11,6 +11,7 @@ from torch import fx, nn
 from bnre_exp.algorithms.feeding import ForwardFn, check_num_batches, device_of, evaluation_mode, feed, take_batches
 from bnre_exp.errors import UserError
 from bnre_exp.progress import Progress, no_progress
+from bnre_exp.quantsim.admission import refuse_inference
 from bnre_exp.quantsim.quantizers.observer import RangeObserver
 from bnre_exp.quantsim.sim import CONTAINER, activation_quantizers, sim_report
 from bnre_exp.quantsim.usable import unusable_tensors
@@ -37,6 +38,8 @@ def calibrate(
     if not quantizers:
         return
     device = device_of(sim)
+    for quantizer in quantizers:
+        refuse_inference(quantizer.scale, "The activation ranges")
     for quantizer in quantizers:
         quantizer.observer = RangeObserver(num_batches)
     try:

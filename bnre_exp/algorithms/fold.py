@@ -47,6 +47,7 @@ class _Affine:
     shift: Tensor
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def fold_batch_norms(sim: nn.Module, mode: str = "scale") -> tuple[fx.GraphModule, FoldReport]:
     """Return a copy of ``sim`` without BN, holding integer weight codes and scales, and a report; ``sim`` is unchanged.
@@ -88,6 +89,7 @@ def fold_batch_norms(sim: nn.Module, mode: str = "scale") -> tuple[fx.GraphModul
             lossy += [(name, why_lossy)] if why_lossy else []
             pairs += [(name, str(group.bn.target))] if group.bn is not None else []
     kept = [(name, _keep(folded, name, reason)) for name, reason in grouping.kept.items()]
+    kept += [(name, f"{reason}; stays as it is") for name, reason in grouping.functional.items()]
     kept += [(name, "never reached by the forward pass; dropped") for name in sim_report(sim).unreached_bns]
     called = {node.target for node in folded.graph.nodes if node.op == "call_module"}
     inner = [name for name, m in folded.named_modules() if isinstance(m, BATCH_NORMS) and name not in called]

@@ -17,6 +17,7 @@ from bnre_exp.algorithms.feeding import ForwardFn, device_of, to_device
 from bnre_exp.algorithms.snapshot import Snapshots, Training, capture, restore, restore_random
 from bnre_exp.errors import TrainingDivergedError, UserError
 from bnre_exp.progress import Progress, no_progress
+from bnre_exp.quantsim.tracing.frozen import train_mode
 from bnre_exp.tasks.classification import Classification
 from bnre_exp.tasks.task import Task
 
@@ -81,7 +82,8 @@ def train(
     weight_decay acts on weights of two or more axes only: never on BN parameters, biases or quantizer scales.
     precision: "bfloat16" computes under autocast. task: None: classification, whose loader yields ``(input, label)``;
     ``forward_fn(model, batch)`` replaces its feeding, ``loss_fn(output, label)`` its loss with ``label_smoothing``.
-    ``on_epoch`` is called after every epoch. The model is left in evaluation mode.
+    ``on_epoch`` is called after every epoch. The model is left in evaluation mode. Modules that are in evaluation mode
+    within a model in training mode (a BN that is frozen by ``bn.eval()``) stay in it.
 
     snapshots: saved to after every epoch. From a snapshot that is there the training goes on, with the same bits on the
     CPU if data and functions are as before; ``on_epoch`` is first called for its epochs, and the history has all.
@@ -147,7 +149,7 @@ def _train_epoch(
     description: str,
 ) -> float:  # fmt: skip
     """One pass over ``batches``; the mean loss of its samples."""
-    training.model.train()
+    train_mode(training.model)
     total, samples = torch.zeros((), dtype=torch.float64, device=device_of(training.model)), 0
     for step, batch in enumerate(batches, start=1):
         loss = loss_of(batch)
