@@ -22,6 +22,7 @@ from tests.networks import Net, randomize
 
 X = torch.randn(4, 3, 16, 16)
 NAME = "batch_norm_module"
+FLOAT = QuantScheme(weight_bits=None, act_bits=None)
 
 
 class Functional(nn.Module):
@@ -72,9 +73,9 @@ FORMS = {
 }
 
 
-def closed_form(model, scheme=QuantScheme(weight_bits=None, act_bits=None)):
+def closed_form(model):
     """The network, its simulation and its folded form agree; new statistics are those of the batch."""
-    sim = quantize(model, X, scheme)
+    sim = quantize(model, X, FLOAT)
     with torch.no_grad():
         torch.testing.assert_close(sim(X), model(X))
         y = model.conv(X).transpose(0, 1).flatten(1)
@@ -102,7 +103,7 @@ def test_a_call_that_follows_the_mode_trains_as_it_did():
     model = Moving(None).eval()
     sim, report = closed_form(model)
     assert report.folded == (("conv", NAME),) and sim_report(sim).frozen_bns == ()
-    sim = quantize(model, X, QuantScheme(weight_bits=None, act_bits=None))
+    sim = quantize(model, X, FLOAT)
     data = [(X, torch.arange(4)), (X * 3, torch.arange(4))]
     for network in (model, sim):
         torch.manual_seed(0)
