@@ -82,8 +82,7 @@ def train(
     weight_decay acts on weights of two or more axes only: never on BN parameters, biases or quantizer scales.
     precision: "bfloat16" computes under autocast. task: None: classification, whose loader yields ``(input, label)``;
     ``forward_fn(model, batch)`` replaces its feeding, ``loss_fn(output, label)`` its loss with ``label_smoothing``.
-    ``on_epoch`` is called after every epoch. The model is left in evaluation mode. Modules that are in evaluation mode
-    within a model in training mode (a BN that is frozen by ``bn.eval()``) stay in it.
+    ``on_epoch`` is called after every epoch. The model is left in evaluation mode. Frozen BNs (``bn.eval()``) stay so.
 
     snapshots: saved to after every epoch. From a snapshot that is there the training goes on, with the same bits on the
     CPU if data and functions are as before; ``on_epoch`` is first called for its epochs, and the history has all.
