@@ -29,6 +29,7 @@ class BiasReport:
     rescaled: tuple[tuple[str, int], ...]
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def quantize_biases(folded: fx.GraphModule, bits: int = 32) -> BiasReport:
     """Round every bias to the grid ``s_in * s_w`` with signed codes of ``bits`` bits (8 to 32); in place.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnre_exp.algorithms.feeding import Passes, take_batches
+from bnre_exp.algorithms.feeding import Passes, check_num_batches, take_batches
 from bnre_exp.errors import UserError
 from bnre_exp.progress import Progress
 
@@ -81,8 +81,34 @@ def check_arguments(method: str, num_batches: int) -> None:
     """Raise ``UserError`` for a method that there is not, and for no batches."""
     if method not in METHODS:
         raise UserError(f"method={method!r}: expected one of {', '.join(METHODS)}.")
-    if num_batches < 1:
-        raise UserError(f"num_batches={num_batches}: expected at least 1; to leave re-estimation out, do not call it.")
+    if num_batches == 0:
+        raise UserError("num_batches=0: expected at least 1; to leave re-estimation out, do not call it.")
+    check_num_batches(num_batches)
+
+
+def check_finite(estimators: Mapping[str, Estimator], batch: int) -> None:
+    """Raise ``UserError`` naming batch norms whose statistics are not finite once ``batch`` (from 1) was taken in; 0:
+    before the first."""
+    if not estimators:
+        return
+    device = next(iter(estimators.values())).mean.device  # all are looked at in one go: a device answers slowly
+    sums = [(estimator.mean.sum() + estimator.spread.sum()).to(device) for estimator in estimators.values()]
+    finite = torch.stack(sums).isfinite().tolist()
+    bad = [name for name, is_finite in zip(estimators, finite) if not is_finite]
+    if bad and batch == 0:
+        raise UserError(
+            f"method=ema starts from the present statistics, and those of {_few(bad)} are not finite; use "
+            "batch_average or pooled."
+        )
+    if bad:
+        raise UserError(
+            f"Re-estimation gave statistics that are not finite for {_few(bad)}, in batch {batch} (from 1); the old "
+            "ones are kept. Look for NaN in that batch or the weights, and for values that its type does not hold."
+        )
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (" and others" if len(names) > 5 else "")
 
 
 def check_count(name: str, count: int) -> None:
@@ -119,9 +145,8 @@ def commit(
     bad = [names[bn] for bn, statistics in results.items() if not all(bool(x.isfinite().all()) for x in statistics)]
     if bad:
         raise UserError(
-            f"Re-estimation gave statistics that are not finite for {', '.join(bad[:5])}"
-            f"{' and others' if len(bad) > 5 else ''}; the old ones are kept. Look for NaN in the data or weights, and "
-            "for values that its type does not hold."
+            f"Re-estimation gave statistics that are not finite for {_few(bad)}; the old ones are kept. Look for NaN "
+            "in the data or weights, and for values that its type does not hold."
         )
     with ExitStack() as undo:
         for bn, statistics in results.items():

@@ -34,8 +34,7 @@ def take_batches(loader: Iterable[Any], num_batches: int, count: Passes | None =
     ``count`` is kept up to date. Raises ``UserError`` if num_batches is below 1 or the loader yields nothing (an
     iterator that cannot be restarted yields nothing the second time).
     """
-    if not is_whole(num_batches) or num_batches < 1:
-        raise UserError(f"num_batches={num_batches!r}: expected at least 1, a whole number.")
+    check_num_batches(num_batches)
     count = count if count is not None else Passes()
     while count.batches < num_batches:
         count.passes += 1
@@ -51,6 +50,12 @@ def take_batches(loader: Iterable[Any], num_batches: int, count: Passes | None =
                 f"The data loader yields no batches{again}, but {num_batches} are needed; give a loader that is not "
                 "empty and can be iterated again, or a smaller number of batches."
             )
+
+
+def check_num_batches(num_batches: Any) -> None:
+    """Raise ``UserError`` unless it is a whole number of at least 1."""
+    if not is_whole(num_batches) or num_batches < 1:
+        raise UserError(f"num_batches={num_batches!r}: expected at least 1, as a whole number (all: len(dataloader)).")
 
 
 def feed(model: nn.Module, batch: Any, device: torch.device, forward_fn: ForwardFn | None = None) -> Any:

@@ -20,6 +20,7 @@ from bnre_exp.quantsim.quantizers.layout import BATCH_NORMS, layout_of
 from bnre_exp.quantsim.quantizers.quantizer import Dequantize, WeightQuantizer, positive
 from bnre_exp.quantsim.quantizers.ranges import fit_symmetric_scale
 from bnre_exp.quantsim.sim import sim_report
+from bnre_exp.quantsim.usable import refuse_unusable
 
 MODES = ("scale", "weight")
 SMALLEST_SCALE = 1e-30  # a channel scaled below this adds nothing in float32, and its scale would near the denormals
@@ -46,6 +47,7 @@ class _Affine:
     shift: Tensor
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def fold_batch_norms(sim: nn.Module, mode: str = "scale") -> tuple[fx.GraphModule, FoldReport]:
     """Return a copy of ``sim`` without BN, holding integer weight codes and scales, and a report; ``sim`` is unchanged.
@@ -55,7 +57,8 @@ def fold_batch_norms(sim: nn.Module, mode: str = "scale") -> tuple[fx.GraphModul
     anew, which is lossy; layers with one scale for the whole tensor get this in either mode. A BN that no layer can
     take in becomes a per-channel affine and is named.
 
-    Raises ``UserError`` if ``sim`` is not a simulation, is folded already, or for an unknown mode.
+    Raises ``UserError`` if ``sim`` is not a simulation, is folded already, for an unknown mode, and naming a weight or
+    statistic that is not finite or a variance below 0.
     Source: with y = gamma * (conv(x) - mu) / sigma + beta, sigma = sqrt(running_var + eps), the weight is multiplied by
     gamma / sigma and the bias becomes beta + (bias - mu) * gamma / sigma.
     """
@@ -64,6 +67,7 @@ def fold_batch_norms(sim: nn.Module, mode: str = "scale") -> tuple[fx.GraphModul
     scheme = sim_report(sim).scheme
     if "fold_report" in getattr(sim, "meta", {}):
         raise UserError("This network is folded already.")
+    refuse_unusable(sim, "fold_batch_norms")
     folded: Any = copy.deepcopy(sim).eval()
     grouping = find_groups(folded)
     pairs, lossy, done = [], [], set()
@@ -85,6 +89,7 @@ def fold_batch_norms(sim: nn.Module, mode: str = "scale") -> tuple[fx.GraphModul
             lossy += [(name, why_lossy)] if why_lossy else []
             pairs += [(name, str(group.bn.target))] if group.bn is not None else []
     kept = [(name, _keep(folded, name, reason)) for name, reason in grouping.kept.items()]
+    kept += [(name, f"{reason}; stays as it is") for name, reason in grouping.functional.items()]
     kept += [(name, "never reached by the forward pass; dropped") for name in sim_report(sim).unreached_bns]
     called = {node.target for node in folded.graph.nodes if node.op == "call_module"}
     inner = [name for name, m in folded.named_modules() if isinstance(m, BATCH_NORMS) and name not in called]

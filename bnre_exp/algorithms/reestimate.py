@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 from torchvision.ops import FrozenBatchNorm2d
 
 from bnre_exp.algorithms.bn_statistics import (
     Estimator,
     StatisticsHandle,
     check_arguments,
+    check_finite,
     commit,
     observe_batches,
     recording,
@@ -24,6 +26,10 @@ from bnre_exp.algorithms.feeding import ForwardFn, Passes, cached_weights, devic
 from bnre_exp.algorithms.unchanged import unchanged, warn_of_stale_ranges
 from bnre_exp.errors import UserError
 from bnre_exp.progress import Progress, no_progress
+from bnre_exp.quantsim.admission import is_exported, refuse_inference, refuse_kind
+from bnre_exp.quantsim.quantizers.affine import ChannelAffine
+from bnre_exp.quantsim.quantizers.quantizer import Dequantize
+from bnre_exp.quantsim.tracing.functional import callers_of_batch_norm
 
 
 @dataclass(kw_only=True)
@@ -31,12 +37,14 @@ class ReestimationHandle(StatisticsHandle):
     """Undoes the re-estimation of a module.
 
     unreached: names of BNs that the forward pass never called, which keep their statistics; without_statistics: names
-    of BNs that have none to estimate; frozen: names of FrozenBatchNorm2d modules, whose statistics are constants.
+    of BNs that have none to estimate; frozen: names of FrozenBatchNorm2d modules, whose statistics are constants;
+    functional: names of modules that call F.batch_norm themselves, whose statistics are not known here and stay.
     """
 
     unreached: tuple[str, ...]
     without_statistics: tuple[str, ...]
     frozen: tuple[str, ...]
+    functional: tuple[str, ...]
 
 
 @torch.no_grad()
@@ -53,7 +61,8 @@ def reestimate_bn_stats(
     """Replace the running statistics of every BN that ``model`` calls; in place, and nothing else changes.
 
     model: any module with BN, a simulation or not. Only its BNs are in training mode meanwhile; dropout is off, and so
-    are observers of foreign quantizers (torch.ao).
+    are observers of foreign quantizers (torch.ao). A BN that its user froze for training (``bn.eval()``) gets new
+    statistics like the others; it stays frozen.
     dataloader: training data; one shorter than ``num_batches`` is iterated again. Batches: a tensor, or a tuple or list
     whose first element is the input; ``forward_fn(model, batch)`` for anything else.
     method: "batch_average", the plain mean over batches of their means and unbiased variances (as AIMET does);
@@ -67,18 +76,22 @@ def reestimate_bn_stats(
     Source: Nagel et al., "Overcoming oscillations in quantization-aware training", ICML 2022, section 4.1.
     """
     check_arguments(method, num_batches)
+    refuse_kind(model, "reestimate_bn_stats")
     names = {module: name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     bns: dict[Any, str] = {
         bn: name for bn, name in names.items() if bn.running_mean is not None and bn.running_var is not None
     }
     frozen = tuple(name for name, module in model.named_modules() if isinstance(module, FrozenBatchNorm2d))
-    _check_any(bns, frozen)
+    _check_any(model, bns, frozen)
     estimators = {bn: Estimator(method, momentum, bn.running_mean, bn.running_var) for bn in bns}
+    named = {name: estimators[bn] for bn, name in bns.items()}
+    check_finite(named, 0)
     device, count = device_of(model), Passes()
 
     def observe(batch: Any) -> None:
         with evaluation_mode(model), recording(bns, estimators):
             feed(model, batch, device, forward_fn)
+        check_finite(named, count.batches)
 
     with cached_weights(model, forward_fn), unchanged(model):
         for _ in observe_batches(dataloader, num_batches, observe, count, progress):
@@ -91,16 +104,44 @@ def reestimate_bn_stats(
         unreached=tuple(name for bn, name in bns.items() if bn not in results),
         without_statistics=tuple(name for bn, name in names.items() if bn not in bns),
         frozen=frozen,
+        functional=callers_of_batch_norm(model),
         _undo=commit(bns, results, write_statistics),
     )
 
 
-def _check_any(bns: dict[Any, str], frozen: tuple[str, ...]) -> None:
-    """Raise ``UserError`` if there is nothing to re-estimate."""
+def _check_any(model: nn.Module, bns: dict[Any, str], frozen: tuple[str, ...]) -> None:
+    """Raise ``UserError`` if there is nothing to re-estimate, with the reason, or nothing that can be written."""
+    for bn, name in bns.items():
+        if is_lazy(bn.running_mean):
+            raise UserError(
+                f"The batch norm {name} is lazy and has no statistics yet; run the network on a batch first."
+            )
+        refuse_inference(bn.running_mean, f"The statistics of the batch norm {name}")
     if not bns and frozen:
         raise UserError(
             f"All {len(frozen)} batch norms of the model are FrozenBatchNorm2d, whose statistics are constants; build "
             "it with norm_layer=torch.nn.BatchNorm2d to re-estimate them (the state dict fits, with strict=False)."
         )
     if not bns:
-        raise UserError("The model has no batch norm with running statistics (is it folded already?).")
+        raise UserError(f"The model has no batch norm with running statistics: {_why_none(model)}.")
+
+
+def _why_none(model: nn.Module) -> str:
+    modules = dict(model.named_modules())
+    if any(isinstance(module, torch.jit.ScriptModule) for module in modules.values()):
+        return "it is TorchScript, which hides them; re-estimate the nn.Module that it was compiled from"
+    if any(is_exported(module) for module in modules.values()):
+        return (
+            "it is a program of torch.export, whose batch norms, if any, are operations (aten.batch_norm) and not "
+            "modules; re-estimate the nn.Module before it is exported"
+        )
+    if any(isinstance(module, (ChannelAffine, Dequantize)) for module in modules.values()):
+        return "it is folded already; re-estimate the simulation, then fold it"
+    if own := [name or "the model" for name, module in modules.items() if isinstance(module, _BatchNorm)]:
+        return f"each batch is normalized by its own in {', '.join(own[:3])} (track_running_stats=False)"
+    if callers := callers_of_batch_norm(model):
+        return (
+            f"{', '.join(callers[:3])} calls batch norm as a function, whose statistics are not known here; "
+            "quantize() makes modules of such calls, which can be re-estimated, as can nn.BatchNorm2d"
+        )
+    return "no module of it is one (a subclass of torch's _BatchNorm)"

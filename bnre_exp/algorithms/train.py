@@ -27,6 +27,7 @@ from bnre_exp.algorithms.recipe import Recipe, build_optimizer, build_scheduler
 from bnre_exp.algorithms.snapshot import Snapshots, Training, capture, restore, restore_random
 from bnre_exp.errors import TrainingDivergedError, UserError
 from bnre_exp.progress import Progress, no_progress
+from bnre_exp.quantsim.tracing.frozen import train_mode
 from bnre_exp.tasks.classification import Classification, task_for
 from bnre_exp.tasks.task import TargetFn, Task, labels_of
 
@@ -82,7 +83,7 @@ def train(
     task: None: classification, whose loader yields ``(input, label)``; ``forward_fn(model, batch)`` replaces its
     feeding, ``target_fn(batch)`` returns the labels of other batches, validation included, and ``loss_fn(output,
     label)`` replaces its loss with ``label_smoothing``. ``on_epoch`` is called after every epoch. The model is left in
-    evaluation mode.
+    evaluation mode. Frozen BNs (``bn.eval()``) stay so.
 
     snapshots: saved to after every epoch. From a snapshot that is there the training goes on, with the same bits on the
     CPU if data and functions are as before; ``on_epoch`` is first called for its epochs, and the history has all.
@@ -175,7 +176,7 @@ def _train_epoch(
     training: Training, batches: Iterable[Any], loss_of: LossOfBatch, epoch: str, description: str
 ) -> float:
     """One pass over ``batches``; the mean loss of its samples."""
-    training.model.train()
+    train_mode(training.model)
     total, samples = torch.zeros((), dtype=torch.float64, device=device_of(training.model)), 0
     peak = f"it was {training.settings['lr']:g} at its peak"
     for step, batch in enumerate(batches, start=1):

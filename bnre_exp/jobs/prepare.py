@@ -27,6 +27,7 @@ from bnre_exp.models.build import build_model, check_output
 from bnre_exp.models.zoo import BuiltModel
 from bnre_exp.quantsim.insert import quantize
 from bnre_exp.quantsim.sim import sim_report
+from bnre_exp.quantsim.tracing.functional import callers_of_batch_norm
 from bnre_exp.report.console import ConsoleProgress
 from bnre_exp.report.summary import Summary
 from bnre_exp.tasks.build import build_task
@@ -115,7 +116,7 @@ def _check(setting: Setting) -> None:
     check_storable(network)
     task.check_labels(setting.loaders.label_range)
     check_output(network, setting.loaders.example(), task)
-    if config.reest.num_batches and not has_running_statistics(network):
+    if config.reest.num_batches and not (has_running_statistics(network) or callers_of_batch_norm(network)):
         raise UserError("reest: the network has no batch norm with running statistics to re-estimate; set reest=off.")
     has_3d = any(p.dim() == 5 for p in network.parameters())
     channels_last = config.runtime.memory_format is MemoryFormat.channels_last and not has_3d
@@ -131,6 +132,8 @@ def _check_before_training(job: Job, stages: list[Planned]) -> None:
         return
     quick = replace(scheme(job.config), weight_range="minmax")  # ranges do not matter here
     sim = quantize(setting.built.module, setting.example(), quick, leaf_modules=model.leaf_modules)
+    if job.config.reest.num_batches and not has_running_statistics(sim):
+        raise UserError("reest: no batch norm of the simulation has running statistics to re-estimate; set reest=off.")
     setting.trial_notes = sim_report(sim).notes
     check_export(sim, job.config.export, setting.loaders.example())
 

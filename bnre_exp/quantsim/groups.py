@@ -24,9 +24,12 @@ from bnre_exp.quantsim.nodes import (
 )
 from bnre_exp.quantsim.quantizers.layout import CONVS, out_channels
 from bnre_exp.quantsim.quantizers.quantizer import ActivationQuantizer
+from bnre_exp.quantsim.tracing.functional import FunctionalBatchNorm, is_call, why_function
 from bnre_exp.quantsim.tracing.trace import BatchNormNd
 
-PLAIN_BN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormNd, FrozenBatchNorm2d)
+PLAIN_BN = (
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormNd, FunctionalBatchNorm, FrozenBatchNorm2d
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Grouping:
-    """All groups of a graph in order of execution, and each BN that no layer takes in, with the reason."""
+    """All groups of a graph in order of execution, and each BN that no layer takes in, with the reason; functional:
+    those that are calls of a function, and stay so."""
 
     groups: tuple[Group, ...]
     kept: dict[str, str]  # BN name -> reason
+    functional: dict[str, str]  # name of the call -> reason
 
 
 def find_groups(graph: fx.GraphModule) -> Grouping:
@@ -84,7 +89,8 @@ def find_groups(graph: fx.GraphModule) -> Grouping:
             following = sole_user(last)
             activation = following if is_relu_like(following) else None
             groups.append(Group(node, bn, before, activation, activation or last))
-    return Grouping(tuple(groups), kept)
+    functional = {node.name: why_function(node) for node in graph.graph.nodes if is_call(node)}
+    return Grouping(tuple(groups), kept, functional)
 
 
 def _why_not_after_layer(bns: list[fx.Node], calls: dict[Any, list[fx.Node]]) -> str | None:

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from bnre_exp.errors import UserError
+from bnre_exp.quantsim.admission import admitted, inputs_of
 from bnre_exp.quantsim.groups import find_groups
 from bnre_exp.quantsim.node_facts import record
 from bnre_exp.quantsim.placement import ActivationPlacement, place_quantizers
@@ -17,8 +20,8 @@ from bnre_exp.quantsim.quantizers.layout import layout_of
 from bnre_exp.quantsim.quantizers.quantizer import ActivationQuantizer, WeightQuantizer, narrow_quant_max
 from bnre_exp.quantsim.quantizers.ranges import fit_symmetric_scale
 from bnre_exp.quantsim.quantizers.scheme import QuantScheme
-from bnre_exp.quantsim.quantizers.state import HALF
 from bnre_exp.quantsim.sim import CONTAINER, SimReport, sim_report
+from bnre_exp.quantsim.tracing.frozen import META
 from bnre_exp.quantsim.tracing.same_behaviour import check_same_behaviour
 from bnre_exp.quantsim.tracing.trace import trace
 
@@ -34,12 +37,17 @@ def quantize(
 
     example_input: one batch ``[N, ...]`` as the model takes it, or a tuple of its inputs. BN stays as it is.
     leaf_modules: names or class names of modules that are kept whole (their weights stay in floating point).
+    A network that is wrapped (data parallel, compiled, averaged) is taken out of its wrapper, and the report says so.
+    Modules in evaluation mode within a network in training mode (a BN that is frozen, above all), and those that the
+    network's own ``train`` keeps in it, stay in it whenever the simulation is trained; the report names such BNs.
+    Re-estimation, being asked for, gives them new statistics as it does all others.
 
-    Raises ``UserError`` if the network is in half precision, if it cannot be traced, if its traced form behaves
-    differently in evaluation or training mode at either of two batch sizes, or if an override matches nothing.
+    Raises ``UserError`` if ``model`` is nothing that can be quantized (a simulation, TorchScript, an exported program,
+    tensors that are pruned, lazy, without values or in half precision), if the network cannot be traced, if its traced
+    form behaves differently in evaluation or training mode at either of two batch sizes, or if an override matches
+    nothing.
     """
-    sim = _build(model, _inputs(example_input), scheme or QuantScheme(), leaf_modules, is_checked=True)
-    return sim.train(model.training)
+    return _build(model, example_input, scheme or QuantScheme(), leaf_modules, is_checked=True)
 
 
 def quantize_again(
@@ -52,9 +60,9 @@ def quantize_again(
 ) -> fx.GraphModule:
     """As :func:`quantize`, for a network that it has taken before with other weights: that its traced form behaves like
     it is not checked again. notes: of the report of then, which hold."""
-    sim = _build(model, _inputs(example_input), scheme, leaf_modules, is_checked=False)
+    sim = _build(model, example_input, scheme, leaf_modules, is_checked=False)
     sim.meta["bnre_exp"] = replace(sim_report(sim), notes=notes)
-    return sim.train(model.training)
+    return sim
 
 
 def rebuild_sim(
@@ -66,49 +74,40 @@ def rebuild_sim(
 ) -> fx.GraphModule:
     """The simulation that :func:`quantize` returns, for a state dict to be loaded into: its ranges mean nothing, and
     what :func:`quantize` checked when that state was made is not checked again."""
-    sim = _build(model, _inputs(example_input), replace(scheme, weight_range="minmax"), leaf_modules, is_checked=False)
+    sim = _build(model, example_input, replace(scheme, weight_range="minmax"), leaf_modules, is_checked=False)
     sim.meta["bnre_exp"] = replace(sim_report(sim), scheme=scheme)
-    return sim.train(model.training)
+    return sim
 
 
-def _inputs(example_input: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-    inputs = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
-    if not inputs or not all(isinstance(x, Tensor) and x.dim() > 0 and len(x) for x in inputs):
-        raise UserError("example_input: expected a tensor [N, ...] with N >= 1, or a non-empty tuple of tensors.")
-    return inputs
-
-
-def _check_precision(model: nn.Module) -> None:
-    """Raise ``UserError`` for a network in half precision, whose own rounding is as coarse as that to 8 bits."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.dtype in HALF:
-            raise UserError(
-                f"The network is in half precision ({name} is {str(tensor.dtype).removeprefix('torch.')}), in which "
-                "ranges cannot be fitted; give model.float(). Training may still compute in bfloat16, under autocast: "
-                "train(..., precision='bfloat16'), in a job runtime.precision=bfloat16."
-            )
-
-
+@torch.inference_mode(False)  # the simulation is trained later, of whatever mode its maker was in
 def _build(
-    model: nn.Module, inputs: tuple[Tensor, ...], scheme: QuantScheme, leaf_modules: Sequence[str], is_checked: bool
+    model: nn.Module,
+    example_input: Tensor | Sequence[Tensor],
+    scheme: QuantScheme,
+    leaf_modules: Sequence[str],
+    is_checked: bool,
 ) -> fx.GraphModule:
-    _check_precision(model)
+    model, notes = admitted(model, leaf_modules)
+    inputs = inputs_of(example_input)
     sim, decisions = trace(model, inputs, leaf_modules)
-    notes = tuple(check_same_behaviour(model, sim, inputs)) if is_checked else ()
+    notes += tuple(check_same_behaviour(model, sim, inputs)) if is_checked else ()
     notes += tuple(f"decided by the input's size: {line}" for line in decisions)
     record(sim, inputs)
     grouping = find_groups(sim)
     placement = place_quantizers(model, sim, grouping, scheme)
     _insert_activation_quantizers(sim, placement.activations, scheme)
     for weight in placement.weights:
-        _quantize_weight(sim.get_submodule(weight.name), weight.bits, scheme)
+        _quantize_weight(weight.name, sim.get_submodule(weight.name), weight.bits, scheme)
     sim.graph.lint()
     sim.recompile()
-    sim.meta["bnre_exp"] = SimReport(scheme, placement.unquantized, placement.unreached_bns, notes)
+    bns = [name for name, module in sim.named_modules() if isinstance(module, _BatchNorm)]
+    sim.meta["bnre_exp"] = SimReport(
+        scheme, placement.unquantized, placement.unreached_bns, notes, tuple(n for n in bns if n in sim.meta[META])
+    )
     for node in sim.graph.nodes:
         if node.op == "call_module" and node.target in grouping.kept:
             node.meta["kept_reason"] = grouping.kept[node.target]
-    return sim
+    return sim.train(model.training)
 
 
 def _insert_activation_quantizers(
@@ -135,10 +134,12 @@ def _insert_after(node: fx.Node, target: str) -> None:
     new.meta.update({key: node.meta[key] for key in ("is_float", "is_single", "ndim") if key in node.meta})
 
 
-def _quantize_weight(layer: Any, bits: int, scheme: QuantScheme) -> None:
+def _quantize_weight(name: str, layer: Any, bits: int, scheme: QuantScheme) -> None:
     layout = layout_of(layer)
     weight: Tensor = layer.weight
     rows = layout.rows(weight, scheme.per_channel)
+    if not bool(rows.isfinite().all()):
+        raise UserError(f"quantize: the weight of {name} is not finite; look for a training that diverged.")
     scale = fit_symmetric_scale(rows, narrow_quant_max(bits), scheme.weight_range, scheme.percentile)
     quantizer = WeightQuantizer(bits, layout, scale, scheme.range_learning, scheme.per_channel)
     parametrize.register_parametrization(layer, "weight", quantizer)

@@ -21,7 +21,8 @@ def record(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
     """Write into the ``meta`` of every node; nothing else changes.
 
     is_float: whether it gives floating-point tensors. is_single, ndim: whether it gives one tensor, of how many axes.
-    is_constant: whether it depends on no input. is_identity: whether it hands on its input in evaluation mode.
+    is_empty: whether that tensor has no elements. is_constant: whether it depends on no input. is_identity: whether it
+    hands on its input in evaluation mode.
     scales_with_weight: whether a layer computes with its weight as it is. channel_axis: where the output channels of a
     layer are, also after reshaping.
     """
@@ -40,7 +41,7 @@ class _Recorder(fx.Interpreter):
         n.meta["is_float"] = any(isinstance(x, Tensor) and x.is_floating_point() for x in items)
         n.meta["is_single"] = isinstance(result, Tensor)
         if isinstance(result, Tensor):
-            n.meta["ndim"] = result.dim()
+            n.meta["ndim"], n.meta["is_empty"] = result.dim(), result.numel() == 0
         reads = {source.meta.get("is_constant", False) for source in n.all_input_nodes}
         n.meta["is_constant"] = n.op == "get_attr" or (n.op.startswith("call_") and reads == {True})
         module = module_of(n)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import fx, nn
-from torch.nn.utils import parametrize
 
 from bnre_exp.errors import UserError
 from bnre_exp.quantsim.groups import Grouping
@@ -55,8 +53,7 @@ class Placement:
 def place_quantizers(model: nn.Module, graph: fx.GraphModule, grouping: Grouping, scheme: QuantScheme) -> Placement:
     """Decide for the recorded ``graph``, which was traced from ``model``.
 
-    Raises ``UserError`` for an override that matches nothing or cannot do what it asks for, and for a weight that has
-    a parametrization already.
+    Raises ``UserError`` for an override that matches nothing or cannot do what it asks for.
     """
     _check_overrides(graph, grouping, scheme)
     edges = _first_and_last(grouping) if scheme.first_last_bits is not None else set()
@@ -119,6 +116,8 @@ def _why_no_quantizer(node: fx.Node, scheme: QuantScheme) -> str | None:
         return ""  # the quantizer comes after the activation
     if node.meta.get("is_constant"):
         return "" if node.op != "get_attr" or scheme.act_bits is None else READ_DIRECTLY
+    if node.meta.get("is_empty"):
+        return "a tensor without elements"
     if not node.meta.get("is_single"):
         return "an operation with several outputs"
     return None
@@ -155,17 +154,8 @@ def _place_weights(
         if reason:
             rows.append((name, reason))
         elif bits is not None:
-            _check_plain_weight(name, graph.get_submodule(name))
             placed.append(WeightPlacement(name, bits))
     return placed, rows
-
-
-def _check_plain_weight(name: str, layer: Any) -> None:
-    if parametrize.is_parametrized(layer, "weight"):
-        raise UserError(
-            f"The weight of {name} has a parametrization already ({layer.parametrizations.weight[0]}); make it a plain "
-            "weight first: torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')."
-        )
 
 
 def _other_weights(graph: fx.GraphModule) -> Rows:

@@ -17,12 +17,16 @@ CONTAINER = "act_quantizers"  # submodule of a simulation that holds its activat
 
 @dataclass(frozen=True)
 class SimReport:
-    """What a simulation does not do, as ``(name, reason)``: quantizers left out, BNs of the original that are gone."""
+    """What a simulation does not do, as ``(name, reason)``: quantizers left out, BNs of the original that are gone.
+
+    frozen_bns: BNs that their user froze; they normalize by their running statistics in training mode, too.
+    """
 
     scheme: QuantScheme
     unquantized: tuple[tuple[str, str], ...]
     unreached_bns: tuple[str, ...]
     notes: tuple[str, ...]
+    frozen_bns: tuple[str, ...] = ()
 
 
 def sim_report(sim: nn.Module) -> SimReport:

@@ -437,3 +437,25 @@ def test_functional_relu_and_residuals_fold_alike():
     }
     model = randomize(Net(lambda m, x: F.relu(m.d(m.c(F.relu(m.b(m.a(x))))) + x), **layers))
     assert fold_and_compare(model, image(2, 3))[2].folded == (("a", "b"), ("c", "d"))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "value", "message"),
+    [
+        ("1.running_var", float("nan"), "1.running_var is not finite"),
+        ("1.running_var", -1e-3, "1.running_var is negative"),
+        ("1.running_mean", float("inf"), "1.running_mean is not finite"),
+        ("1.weight", float("nan"), "1.weight is not finite"),
+        ("1.bias", float("nan"), "1.bias is not finite"),
+        ("0.parametrizations.weight.original", float("nan"), "0.weight is not finite"),
+        ("0.parametrizations.weight.0.scale", float("nan"), "0.weight.0.scale is not finite"),
+        ("11.bias", float("inf"), "11.bias is not finite"),
+    ],
+)
+def test_what_nothing_can_be_computed_with_is_not_folded_and_named(tensor, value, message):
+    sim = quantize(randomize(flat_cnn()), image(2, 3), W4)
+    tensors = {**dict(sim.named_parameters()), **dict(sim.named_buffers())}
+    with torch.no_grad():
+        tensors[tensor].view(-1)[0] = value
+    with pytest.raises(UserError, match=f"fold_batch_norms: {message}"):
+        fold_batch_norms(sim)

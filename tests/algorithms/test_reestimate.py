@@ -170,9 +170,40 @@ def test_old_statistics_that_are_not_finite_do_not_survive():
 def test_statistics_that_are_not_finite_are_refused_and_nothing_is_committed():
     model = randomize(flat_cnn())
     before = _state(model)
-    with pytest.raises(UserError, match="not finite for 1, 4, 7"):
+    with pytest.raises(UserError, match="not finite for 1, 4, 7.*in batch 2 "):
         reestimate_bn_stats(model, [BATCHES[0], BATCHES[1] * float("nan")], 2)
     assert _changed(before, model) == set()
+
+
+@pytest.mark.parametrize("method", ["batch_average", "pooled", "ema"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_one_bad_value_stops_at_its_batch(method, value):
+    model, used = randomize(flat_cnn()), []
+    before = _state(model)
+
+    def batches():
+        for number, batch in enumerate(BATCHES, start=1):
+            used.append(number)
+            batch = batch.clone()
+            batch[0, 0, 0, 0] = value if number == 2 else 0.0
+            yield batch
+
+    with pytest.raises(UserError, match="not finite for 1, 4, 7.*in batch 2 "):
+        reestimate_bn_stats(model, batches(), 4, method=method)
+    assert used == [1, 2] and _changed(before, model) == set()
+
+
+def test_an_average_that_starts_from_nan_is_refused_before_the_first_batch():
+    model = randomize(flat_cnn())
+    model[4].running_var[0] = float("nan")
+    with pytest.raises(UserError, match="method=ema starts from the present statistics, and those of 4 are not finite"):
+        reestimate_bn_stats(model, BATCHES, 2, method="ema")
+
+
+@pytest.mark.parametrize("number", [None, "3", 1.5, True])
+def test_num_batches_is_a_whole_number(number):
+    with pytest.raises(UserError, match="num_batches=.*expected at least 1"):
+        reestimate_bn_stats(randomize(flat_cnn()), BATCHES, number)
 
 
 def test_an_exception_on_the_way_restores_everything():

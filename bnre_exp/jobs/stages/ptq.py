@@ -41,6 +41,8 @@ def ptq(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
     sim, seconds = timed(work)
     report = sim_report(sim)
     outcome.except_for("not quantized", report.unquantized)
+    why_frozen = "frozen by the network: QAT leaves its statistics as they are, re-estimation does not"
+    outcome.except_for("note", [(name, why_frozen) for name in report.frozen_bns])
     outcome.except_for("note", [("network", note) for note in report.notes])
     evaluation = setting.evaluate(sim, "ptq: evaluate")
     outcome.measured.append(Measured("ptq", "quantize + calibrate", evaluation, seconds, after=given.before))

@@ -54,6 +54,7 @@ def reest(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
     outcome.measured.append(Measured("reest", "re-estimate BN", evaluation, seconds, before, note, metrics))
     outcome.except_for("not re-estimated", [(name, "has no running statistics") for name in handle.without_statistics])
     outcome.except_for("not re-estimated", [(name, "FrozenBatchNorm2d: constants") for name in handle.frozen])
+    outcome.except_for("not re-estimated", [(name, "calls F.batch_norm itself") for name in handle.functional])
     return outcome, sim
 
 

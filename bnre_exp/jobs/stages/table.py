@@ -18,7 +18,7 @@ MEASURING = (
     "tasks", "algorithms.evaluate", "algorithms.feeding", "jobs.stages.setting", "jobs.stages.network",
     "jobs.stages.outcome", "algorithms.snapshot",
 )  # fmt: skip
-TRAINING = ("jobs.stages.training", "algorithms.train", "algorithms.recipe")
+TRAINING = ("jobs.stages.training", "algorithms.train", "algorithms.recipe", "quantsim.tracing.frozen")
 SIMULATION = ("quantsim", "jobs.stages.simulation")
 CALIBRATION = ("jobs.stages.calibration", "algorithms.calibrate")
 RE_ESTIMATION = ("algorithms.reestimate", "algorithms.bn_statistics", "algorithms.unchanged")

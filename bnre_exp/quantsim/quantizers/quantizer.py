@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from bnre_exp.errors import UserError
 from bnre_exp.quantsim.quantizers.layout import WeightLayout
-from bnre_exp.quantsim.quantizers.ranges import affine_grid, fit_activation_range
+from bnre_exp.quantsim.quantizers.observer import RangeObserver
+from bnre_exp.quantsim.quantizers.ranges import affine_grid
 from bnre_exp.quantsim.quantizers.state import Quantizer, precise
 
 MIN_SCALE = 1e-10  # far below any range that training reaches; keeps a learned scale off zero
-MIN_SAMPLES = 1024
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -233,36 +233,3 @@ class ActivationQuantizer(Quantizer):
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, unsigned={self.unsigned}, learned={self.learned}, label={self.label!r}"
-
-
-class RangeObserver:
-    """Extremes of all values of a tensor, and a random sample of them."""
-
-    def __init__(self, num_batches: int, samples: int = 2**17) -> None:
-        self.per_batch = max(MIN_SAMPLES, samples // num_batches)
-        self.generator = torch.Generator().manual_seed(0)  # own, so that observing changes no global random state
-        self.samples: list[Tensor] = []
-        self.low, self.high = math.inf, -math.inf
-
-    def observe(self, x: Tensor) -> None:
-        """Take in one batch of values, any shape."""
-        values = x.detach().flatten().float()
-        if values.numel() == 0:
-            return
-        low, high = torch.aminmax(values)
-        self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
-        if values.numel() > self.per_batch:
-            index = torch.randint(values.numel(), (self.per_batch,), generator=self.generator)
-            values = values[index.to(values.device)]
-        self.samples.append(values.cpu())
-
-    def fit(self, quantizer: ActivationQuantizer, estimator: str, percentile: float) -> tuple[float, float]:
-        """The range ``(low, high)`` for a quantizer. Raises ``UserError`` if a value was not finite, or none came."""
-        if not (math.isfinite(self.low) and math.isfinite(self.high)):
-            raise UserError(
-                f"The activations of {quantizer.label} are not finite during calibration (or were never computed); "
-                "look for exploding weights or corrupted BN statistics in the network before it is quantized."
-            )
-        return fit_activation_range(
-            torch.cat(self.samples), self.low, self.high, quantizer.bits, quantizer.unsigned, estimator, percentile
-        )

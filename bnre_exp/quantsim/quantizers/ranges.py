@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from bnre_exp.errors import UserError
+
 COARSE = torch.linspace(0.05, 1.0, 20)  # fractions of the largest value that the MSE search tries first
 REFINEMENTS = 8
+SQUARABLE = 50  # 2**-50 to 2**50: float32 holds the squares of such values and of their errors
 
 
 def fit_symmetric_scale(rows: Tensor, quant_max: int, estimator: str = "mse", percentile: float = 99.99) -> Tensor:
@@ -16,8 +20,10 @@ def fit_symmetric_scale(rows: Tensor, quant_max: int, estimator: str = "mse", pe
 
     rows: ``[C, n]``. Returns ``[C]``, positive. A row of zeros gets the largest scale of the others (1 / quant_max
     where all are zero): its codes are 0 at any scale, and a tiny one would be useless to a bias on the same grid.
+    Raises ``UserError`` for values that are not finite.
     """
-    rows = rows.detach()
+    dtype = rows.dtype
+    rows = rows.detach().to(torch.promote_types(dtype, torch.float32))  # half precision does not hold squared errors
     magnitude = rows.abs()
     if estimator == "percentile":
         kept = max(1, round(rows.shape[1] * percentile / 100))
@@ -25,13 +31,23 @@ def fit_symmetric_scale(rows: Tensor, quant_max: int, estimator: str = "mse", pe
         largest = torch.where(largest > 0, largest, magnitude.amax(dim=1))
     else:
         largest = magnitude.amax(dim=1)
+    if not bool(magnitude.isfinite().all()):
+        raise UserError("fit_symmetric_scale: values are not finite.")
     scale = largest / quant_max
     fallback = scale.max() if bool((scale > 0).any()) else torch.ones_like(scale[0]) / quant_max
     dead = scale <= 0
     scale = torch.where(dead, fallback, scale)
     if estimator == "mse":
-        scale = torch.where(dead, scale, _mse_symmetric(rows, scale, quant_max))
-    return scale
+        power = _power_to_square(magnitude.amax(dim=1))
+        found = _mse_symmetric(rows * power[:, None], scale * power, quant_max) / power
+        scale = torch.where(dead, scale, found)
+    return scale.to(dtype)
+
+
+def _power_to_square(largest: Tensor) -> Tensor:
+    """1, or the power of two that brings values whose squares overflow or vanish near 1: all errors would be equal."""
+    exponent = torch.frexp(largest).exponent
+    return torch.where(exponent.abs() > SQUARABLE, torch.exp2(-exponent.clamp(-120, 120).to(largest.dtype)), 1)
 
 
 def _mse_symmetric(rows: Tensor, full_scale: Tensor, quant_max: int) -> Tensor:
@@ -67,8 +83,11 @@ def fit_activation_range(
 ) -> tuple[float, float]:
     """The range ``(low, high)`` that a grid of 2^bits levels should cover; it always holds 0.
 
-    values: a sample, any shape; low, high: the extremes of all values seen. An all-zero tensor gets ``(0, 1)``.
+    values: a sample, any shape; low, high: the extremes of all values seen. An all-zero tensor gets ``(0, 1)``. Raises
+    ``UserError`` for extremes that are not finite.
     """
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise UserError(f"fit_activation_range: the extremes {low} and {high} are not finite.")
     low, high = (0.0 if unsigned else min(low, 0.0)), max(high, 0.0)
     if estimator == "percentile":
         ordered = values.flatten().sort().values
@@ -77,10 +96,12 @@ def fit_activation_range(
     if high - low <= 0:
         return 0.0, 1.0
     if estimator == "mse":
-        values = values.flatten()
+        power = float(_power_to_square(torch.tensor(max(-low, high), dtype=torch.float64)))
+        values, low, high = values.flatten() * power, low * power, high * power
         for _ in range(2):  # coordinate descent: the upper end for a given lower one, and back
             high *= _best_fraction(lambda part, low, high: _range_error(values, low, high * part, bits), low, high)
             low *= _best_fraction(lambda part, low, high: _range_error(values, low * part, high, bits), low, high)
+        low, high = low / power, high / power
     return low, high
 
 

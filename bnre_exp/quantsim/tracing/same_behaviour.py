@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from bnre_exp.errors import UserError
+from bnre_exp.quantsim.tracing.frozen import META, set_mode
 from bnre_exp.quantsim.tracing.tracer import resized
 
 LARGEST_BATCH = 4  # more would only take longer
@@ -27,11 +28,12 @@ def check_same_behaviour(original: nn.Module, traced: fx.GraphModule, inputs: Se
     """
     notes: list[str] = []
     names = _leaf_names(original) & _leaf_names(traced)
+    frozen = traced.meta.get(META, frozenset())
     first, second = _prepared(original), _prepared(traced)
     for training in (False, True):
         for batch in _two_batches(inputs):
-            expected, wanted = _record(first, batch, training, names, "the network itself")
-            actual, got = _record(second, batch, training, names, "the traced network")
+            expected, wanted = _record(first, batch, training, frozen, names, "the network itself")
+            actual, got = _record(second, batch, training, frozen, names, "the traced network")
             if training and _is_one_tensor(actual) and not _is_one_tensor(expected):
                 expected = next(iter(_tensors(expected)))
                 note = "outputs beyond the first, given in training mode only (auxiliary heads), are dropped"
@@ -109,11 +111,11 @@ def _prepared(model: nn.Module) -> nn.Module:
 
 
 def _record(
-    model: nn.Module, inputs: Sequence[Tensor], training: bool, names: set[str], where: str
+    model: nn.Module, inputs: Sequence[Tensor], training: bool, frozen: Collection[str], names: set[str], where: str
 ) -> tuple[Any, Outputs]:
     """Run the network and keep the outputs of the modules in ``names``, which both networks have. Random numbers start
     anew before each of them, so that those drawn in a dropped head shift nothing."""
-    model.train(training)
+    set_mode(model, training, frozen)
     outputs: Outputs = {}
     calls: dict[str, int] = defaultdict(int)
     with torch.random.fork_rng(devices=_cuda_devices(inputs)), torch.no_grad(), _hooked(model, names, outputs, calls):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 import inspect
 import operator
 import re
@@ -15,9 +15,12 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnre_exp.errors import UserError
+from bnre_exp.quantsim.admission import copied
 from bnre_exp.quantsim.quantizers.layout import BATCH_NORMS, LAYERS
+from bnre_exp.quantsim.tracing.frozen import META, TracedNetwork, frozen_modules
+from bnre_exp.quantsim.tracing.functional import replace_calls
 from bnre_exp.quantsim.tracing.subclasses import make_plain
-from bnre_exp.quantsim.tracing.tracer import Tracer, check_decision, explain_failure, reads_training
+from bnre_exp.quantsim.tracing.tracer import Tracer, check_decision, explain_failure, mentions, reads_training
 
 
 class FollowTraining(nn.Module):
@@ -59,9 +62,9 @@ def trace(
     refuses inputs with which they take another course. Raises ``UserError`` naming the module and line that cannot be
     traced.
     """
-    _refuse_norm_hooks(model)
+    frozen = frozen_modules(model)
     known = {name for name, _ in model.named_modules()} | {type(m).__name__ for m in model.modules()}
-    model = copy.deepcopy(model).eval()
+    model = copied(model).eval()
     for name, module in model.named_modules():
         if type(module) is nn.SyncBatchNorm:  # the simulation runs in one process
             module.__class__ = BatchNormNd  # type: ignore[assignment]
@@ -77,17 +80,31 @@ def trace(
         raise
     except Exception as error:
         raise explain_failure(error, tracer, model) from error
-    traced = fx.GraphModule(tracer.root, graph, type(model).__name__)
+    traced = TracedNetwork(tracer.root, graph, type(model).__name__)
     _drop_default_arguments(traced, defaults)
     _first_by_place(traced)
     _drop_identities(traced)
-    _follow_mode(traced)
+    trained = functools.partial(_trained_graph, model, examples, leaf_modules, defaults)
+    frozen |= set(replace_calls(traced, type(model), trained, _new_module))
+    frozen |= _follow_mode(traced, frozen)
     _split_bn_activations(traced)
     _make_out_of_place(traced)
     traced.graph.eliminate_dead_code(is_impure_node=_must_stay)
     traced.graph.lint()
     traced.recompile()
+    traced.meta[META] = frozen
     return traced.eval(), tuple(tracer.decisions)
+
+
+def _trained_graph(
+    model: nn.Module, examples: Sequence[Tensor], leaf_modules: Sequence[str], defaults: dict[str, Any]
+) -> fx.Graph | None:
+    """The network traced in training mode, None where that fails."""
+    try:
+        tracer = Tracer(leaf_modules, examples, _is_kept_whole)
+        return tracer.trace(copied(model).train(), concrete_args=defaults or None)
+    except Exception:  # a forward of someone else's can fail in any way
+        return None
 
 
 def _must_stay(node: fx.Node) -> bool:
@@ -97,20 +114,7 @@ def _must_stay(node: fx.Node) -> bool:
 def _is_kept_whole(module: nn.Module) -> bool:
     """Whether a module without layers or BNs acts by the mode, which tracing would freeze."""
     holds_layers = any(isinstance(child, (*LAYERS, *BATCH_NORMS)) for child in module.modules())
-    return not holds_layers and reads_training(type(module))
-
-
-def _refuse_norm_hooks(model: nn.Module) -> None:
-    """The old weight_norm and spectral_norm compute the weight in a hook, where nothing can quantize it."""
-    removers = {"WeightNorm": "weight_norm", "SpectralNorm": "spectral_norm"}
-    for name, module in model.named_modules():
-        for hook in module._forward_pre_hooks.values():
-            if type(hook).__module__.startswith("torch.nn.utils.") and type(hook).__name__ in removers:
-                what = removers[type(hook).__name__]
-                raise UserError(
-                    f"The weight of {name} is computed by torch.nn.utils.{what} at every call; make it a plain weight "
-                    f"first: torch.nn.utils.remove_{what}(layer)."
-                )
+    return not holds_layers and reads_training(type(module)) and not mentions(type(module), "batch_norm")
 
 
 class BatchNormNd(nn.BatchNorm2d):
@@ -165,7 +169,9 @@ def _drop_default_arguments(traced: fx.GraphModule, defaults: dict[str, Any]) ->
             traced.graph.erase_node(node)
 
 
-def _follow_mode(traced: fx.GraphModule) -> None:
+def _follow_mode(traced: fx.GraphModule, frozen: frozenset[str]) -> frozenset[str]:
+    """Returns names of the new modules that belong to modules in ``frozen``."""
+    made = set()
     for node in list(traced.graph.nodes):
         name = getattr(node.target, "__name__", "")
         if node.op != "call_function" or FollowTraining.FUNCTIONS.get(name) is not node.target:
@@ -181,6 +187,9 @@ def _follow_mode(traced: fx.GraphModule) -> None:
             new = traced.graph.call_module(module_name, (first,), arguments)
         node.replace_all_uses_with(new)
         traced.graph.erase_node(node)
+        owner, _ = next(reversed((node.meta.get("nn_module_stack") or {"": ("", None)}).values()))
+        made |= {module_name} if owner in frozen else set()
+    return frozenset(made)
 
 
 def _new_module(traced: fx.GraphModule, name: str, module: nn.Module) -> str:

@@ -226,13 +226,19 @@ def _user_line() -> str:
 
 def reads_training(kind: type) -> bool:
     """Whether a method of the class, or of its bases below nn.Module, looks at ``self.training``."""
+    return mentions(kind, "training")
 
-    def mentions(code: CodeType) -> bool:
-        return "training" in code.co_names or any(mentions(c) for c in code.co_consts if isinstance(c, CodeType))
+
+def mentions(kind: type, word: str) -> bool:
+    """Whether a method of the class, or of its bases below nn.Module, reads an attribute or global that is ``word``, or
+    calls an aten operation of that name."""
+
+    def has(code: CodeType) -> bool:
+        return word in code.co_names or any(has(c) for c in code.co_consts if isinstance(c, CodeType))
 
     own = [base for base in kind.__mro__ if base not in nn.Module.__mro__]
     functions = [value for base in own for value in vars(base).values() if inspect.isfunction(value)]
-    return any(mentions(function.__code__) for function in functions if function.__name__ != "train")
+    return any(has(function.__code__) for function in functions if function.__name__ != "train")
 
 
 def explain_failure(error: Exception, tracer: Tracer, model: nn.Module) -> UserError:

@@ -11,10 +11,10 @@ from torch import nn
 
 from bnre_exp import UserError
 from bnre_exp.quantsim.quantizers.layout import layout_of
+from bnre_exp.quantsim.quantizers.observer import RangeObserver
 from bnre_exp.quantsim.quantizers.quantizer import (
     ActivationQuantizer,
     Dequantize,
-    RangeObserver,
     WeightQuantizer,
     fake_quantize,
     narrow_quant_max,
@@ -171,6 +171,47 @@ def test_uncalibrated_and_not_finite_are_errors():
     observer.observe(torch.tensor([1.0, math.nan]))
     with pytest.raises(UserError, match="layer3.conv are not finite"):
         observer.fit(quantizer, "mse", 99.9)
+
+
+@pytest.mark.parametrize("factor", [2.0**70, 2.0**-80, 2.0**25])
+def test_the_best_range_does_not_depend_on_the_unit(factor):
+    """Squared errors of such values overflow or vanish in float32, all candidates were equal, and the first won."""
+    values, rows = torch.randn(5000), torch.randn(3, 100)
+    low, high = fit_activation_range(values, float(values.min()), float(values.max()), 4, unsigned=False)
+    scaled = fit_activation_range(values * factor, float(values.min()) * factor, float(values.max()) * factor, 4, False)
+    assert scaled == (low * factor, high * factor)
+    mixed = torch.cat([rows[:1], rows[1:] * factor])
+    expected = fit_symmetric_scale(rows, 7) * torch.tensor([1, factor, factor])
+    assert torch.equal(fit_symmetric_scale(mixed, 7), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_weight_gets_the_scale_of_its_values(dtype):
+    rows = (torch.randn(4, 200) * 1e-3).to(dtype)
+    assert torch.equal(fit_symmetric_scale(rows, 7), fit_symmetric_scale(rows.float(), 7).to(dtype))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_no_range_is_fitted_to_what_is_not_finite(value):
+    rows = torch.tensor([[1.0, 2.0], [value, 1.0]])
+    for estimator in ("mse", "minmax", "percentile"):
+        with pytest.raises(UserError, match="not finite"):
+            fit_symmetric_scale(rows, 7, estimator)
+    with pytest.raises(UserError, match="not finite"):
+        fit_activation_range(torch.ones(3), 0.0, value, 8, unsigned=False)
+
+
+def test_an_observer_keeps_a_nan_in_mind_whatever_comes_later_and_takes_no_elements():
+    observer = RangeObserver(2)
+    observer.observe(torch.tensor([1.0, math.nan, 3.0]))
+    observer.observe(torch.ones(3))
+    assert not observer.is_finite
+    empty = RangeObserver(1)
+    quantizer = ActivationQuantizer(8, unsigned=False, learned=False, label="roi")
+    with pytest.raises(UserError, match="roi was never computed"):
+        empty.fit(quantizer, "mse", 99.9)
+    empty.observe(torch.zeros(0, 4))
+    assert empty.fit(quantizer, "mse", 99.9) == (0.0, 1.0)
 
 
 def test_a_range_survives_a_state_dict():

@@ -1,0 +1,61 @@
+"""Modules that stay in evaluation mode when their network is trained: batch norms that their user froze, above all."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+from torch import fx, nn
+
+MARK = "_stays_in_evaluation"  # of a module that a training found so; after it all modules are in evaluation mode
+META = "stays_in_evaluation"  # of a traced network: the names
+
+
+class TracedNetwork(fx.GraphModule):
+    """A traced network in which modules named in its ``meta`` stay in evaluation mode, as ``bn.eval()`` asks for."""
+
+    def train(self, mode: bool = True) -> TracedNetwork:
+        """As of any module, but for those."""
+        super().train(mode)
+        _hold(self, self.meta.get(META, ()))
+        return self
+
+
+def frozen_modules(model: nn.Module) -> frozenset[str]:
+    """Names of the modules that their user keeps in evaluation mode; nothing is changed.
+
+    These are in evaluation mode though the network is in training mode, or stay in it when the network is put into
+    training mode (a ``train`` of its own, as mmcv's ``norm_eval`` has), or were so when :func:`train_mode` met them. In
+    a network that is in evaluation mode as a whole, ``bn.eval()`` leaves no trace.
+    """
+    modules = dict(model.named_modules())
+    modules.pop("")
+    names = {name for name, m in modules.items() if not m.training and (model.training or vars(m).get(MARK))}
+    if any(type(m).train is not nn.Module.train for m in model.modules()):
+        trained = copy.deepcopy(model).train()  # such a method may do other things as well
+        names |= {name for name, m in trained.named_modules() if name and not m.training}
+    return frozenset(names)
+
+
+def train_mode(model: nn.Module) -> None:
+    """Put a network into training mode, in place, but for modules that are in evaluation mode while the network is not
+    (they are remembered, as training ends in evaluation mode)."""
+    held = [m for m in model.modules() if not m.training and (model.training or vars(m).get(MARK)) and m is not model]
+    model.train()
+    for module in held:
+        module.training = False
+        vars(module)[MARK] = True
+
+
+def set_mode(model: nn.Module, training: bool, frozen: Iterable[str]) -> None:
+    """Put a network into a mode, in place, but for the modules in ``frozen``, which are in evaluation mode."""
+    model.train(training)
+    _hold(model, frozen)
+
+
+def _hold(model: Any, names: Iterable[str]) -> None:
+    modules = dict(model.named_modules()) if names else {}
+    for name in names:
+        if name in modules:
+            modules[name].training = False
