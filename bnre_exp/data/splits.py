@@ -8,6 +8,7 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,12 +106,13 @@ def _files_digest(paths: Sequence[Path], folder: Path | None, progress: Progress
     stats = [path.stat() for path in paths]
     seen = [f"{p} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns} {s.st_ino}" for p, s in zip(paths, stats)]
     known = folder / _digest(seen) if folder is not None else None
-    if known is not None and known.exists():
-        return known.read_text()
+    if known is not None:
+        with suppress(OSError):
+            return known.read_text()
     files = progress(paths, f"reading {name} files, to know their contents", len(paths))
     contents = _digest([f"{os.path.relpath(path, root)} {file_sha256(path)}" for path in files])
     if known is not None:
-        with replacing(known) as new:
+        with suppress(OSError), replacing(known) as new:  # a folder that may only be read
             new.write_text(contents)
     return contents
 

@@ -64,8 +64,9 @@ def _is_text(node: ast.stmt) -> bool:
 def users_code(modules: Iterable[str]) -> dict[str, str]:
     """What a user's modules consist of: digest of the source by module, version by installed library.
 
-    Comments, docstrings and layout do not count. Modules are followed to all that they import by an ``import`` statement. What lies in the standard library is left
-    out (the Python version stands for it), what is installed from a package counts by its version.
+    Comments, docstrings and layout do not count. Modules are followed to all that they import by an ``import``
+    statement. What lies in the standard library is left out (the Python version stands for it), what is installed from
+    a package counts by its version.
     """
     found: dict[str, str] = {}
     for name, path in _closure(tuple(sorted(modules)), lambda name: name.partition(".")[0] != PACKAGE).items():

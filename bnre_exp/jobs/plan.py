@@ -122,7 +122,7 @@ def _device(device: torch.device) -> list[Any]:
     change. Threads count on the CPU only."""
     if device.type != "cpu":
         return [device.type, torch.cuda.get_device_name(device), torch.version.cuda, torch.backends.cudnn.version()]
-    known = getattr(torch.cpu, "get_capabilities", dict)()
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     vectors = sorted(name for name, has in known.items() if has is True and name.startswith(VECTORS))
     own = [torch.backends.cpu.get_cpu_capability(), *(os.environ.get(name) for name in CHOOSING)]
     return [device.type, platform.machine(), *vectors, *own, torch.get_num_threads()]
