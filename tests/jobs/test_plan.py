@@ -303,6 +303,14 @@ def test_code_behind_a_partial_counts_and_an_edit_is_seen_by_new_processes_only(
     assert keys(folder, "model._target_=plannet.partial")["fp32"] != before["fp32"]
 
 
+def test_a_network_that_cannot_be_told_from_others_takes_no_results_and_leaves_none(known, monkeypatch, caplog):
+    before = keys_of(known)
+    monkeypatch.setattr("bnre_exp.jobs.plan.network_identity", lambda *given: ("same", ["some.Lock", "some.Lock"]))
+    several = [keys_of(known) for _ in range(2)]
+    assert all(len({keys[stage] for keys in (before, *several)}) == 3 for stage in EVERYTHING)
+    assert "cannot be told from its parts" in caplog.text and "holds some.Lock. " in caplog.text
+
+
 NETWORK_OF_A_FILE = """
 import json, pathlib, torch
 from torch import nn
