@@ -9,7 +9,7 @@ import pytest
 
 from bnre_exp import files
 from bnre_exp.errors import UserError
-from bnre_exp.files import replacing, write_file
+from bnre_exp.files import held_if_free, lock_file, replacing, sweep_unfinished, unlock, write_file
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -98,3 +98,58 @@ def test_write_file_says_why_it_cannot(tmp_path: Path) -> None:
         write_file(tmp_path / "new" / "file" / "below", b"")
     with pytest.raises(UserError, match="cannot be written: embedded null byte"):
         write_file(tmp_path / "a\0b", b"")
+
+
+def test_a_lock_is_held_alone_or_shared(tmp_path: Path) -> None:
+    path = tmp_path / "made" / "lock"
+    alone = lock_file(path)
+    assert alone is not None and lock_file(path) is None and lock_file(path, shared=True, until=0.2) is None
+    unlock(alone)
+    shared = [lock_file(path, shared=True) for _ in range(2)]
+    assert None not in shared and lock_file(path) is None
+    for lock in shared:
+        unlock(lock)  # type: ignore[arg-type]
+    with held_if_free(path) as is_free, held_if_free(path) as again:
+        assert is_free and not again
+    with pytest.raises(FileNotFoundError):
+        lock_file(tmp_path / "nowhere", create=False)
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_is_taken_of_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, opened, count = tmp_path / "lock", files._open_to_lock, iter(range(9))
+
+    def removed_after_opening(path: Path, create: bool) -> int:
+        descriptor = opened(path, create)
+        if next(count) == 0:
+            path.unlink()
+        return descriptor
+
+    monkeypatch.setattr(files, "_open_to_lock", removed_after_opening)
+    assert lock_file(path) is not None and path.exists() and next(count) == 2
+
+
+def test_a_lock_outlives_no_release_though_a_fork_has_it_open(tmp_path: Path) -> None:
+    lock = lock_file(tmp_path / "lock")
+    assert lock is not None
+    copy = os.dup(lock)  # as a forked worker's
+    unlock(lock)
+    assert lock_file(tmp_path / "lock") is not None
+    os.close(copy)
+
+
+def test_only_unfinished_files_are_swept_up(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), replacing(tmp_path / "a.json") as new:
+        raise KeyError
+    new.write_text("half")  # as if the process had been killed
+    for name in (".hidden.new", "a.json", ".a.json.1.old"):
+        (tmp_path / name).write_text("x")
+    sweep_unfinished(tmp_path)
+    assert set(contents(tmp_path)) == {".hidden.new", "a.json", ".a.json.1.old"}
+
+
+def test_no_scratch_folder_is_made_that_outlives_a_kill() -> None:
+    package = Path(files.__file__).parent
+    made = [path for path in package.rglob("*.py") if "TemporaryDirectory(" in path.read_text()]
+    assert made == []  # work_folder() is swept up by the next run

@@ -87,6 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if given.max_gb is None and given.older_than is None and not given.all:
         parser.error("prune: say what goes: --max-gb GB, --older-than DAYS or --all")
+    locked = [path for path in given.dir.glob("[elp]*/") if not os.access(path, os.W_OK)]  # entries, locks, partial
+    if locked:
+        parser.error(f"prune: {locked[0].absolute()} cannot be written by you; its owner can prune, or share it")
     limit = 0.0 if given.all else float("inf") if given.max_gb is None else given.max_gb * 1e9
     removed = store.evict(limit, now - given.older_than * 86400 if given.older_than is not None else 0.0)
     damaged = store.remove_damaged()

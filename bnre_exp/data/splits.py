@@ -9,6 +9,7 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,8 +124,9 @@ def _files_digest(paths: Sequence[Path], has_pictures: bool, folder: Path | None
     states = file_states(paths)
     seen = [f"{path} {' '.join(map(str, state))}" for path, state in zip(paths, states)]
     known = folder / _digest(seen) if folder is not None and _are_settled(states) else None
-    if known is not None and known.exists():
-        return known.read_text()
+    if known is not None:
+        with suppress(OSError):
+            return known.read_text()
     lines, wrong = list[str](), dict[Path, str]()
     for path in progress(paths, f"reading {name} files, to know their contents", len(paths)):
         problem = reading_problem(check_header, path) if has_pictures else None
@@ -137,7 +139,7 @@ def _files_digest(paths: Sequence[Path], has_pictures: bool, folder: Path | None
     refuse_files(wrong, len(paths))
     contents = _digest(lines)
     if known is not None:
-        with replacing(known) as new:
+        with suppress(OSError), replacing(known) as new:  # a folder that may only be read
             new.write_text(contents)
     return contents
 

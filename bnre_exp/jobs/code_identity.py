@@ -46,7 +46,10 @@ def _files_of(name: str) -> list[Path]:
 @cache
 def _meaning(path: Path) -> str:
     """Digest of a source file as this process first saw it, without what the interpreter does not run."""
-    tree = ast.parse(path.read_bytes())
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):  # no Python, or something optional that this Python cannot import either
+        return file_sha256(path)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and body and _is_text(body[0]):
@@ -59,15 +62,16 @@ def _is_text(node: ast.stmt) -> bool:
 
 
 def users_code(modules: Iterable[str]) -> dict[str, str]:
-    """What a user's modules consist of: SHA-256 of the source by module, version by installed library.
+    """What a user's modules consist of: digest of the source by module, version by installed library.
 
-    Modules are followed to all that they import by an ``import`` statement. What lies in the standard library is left
-    out (the Python version stands for it), what is installed from a package counts by its version.
+    Comments, docstrings and layout do not count. Modules are followed to all that they import by an ``import``
+    statement. What lies in the standard library is left out (the Python version stands for it), what is installed from
+    a package counts by its version.
     """
     found: dict[str, str] = {}
     for name, path in _closure(tuple(sorted(modules)), lambda name: name.partition(".")[0] != PACKAGE).items():
         if path is not None:
-            found[name] = source_sha256(path)
+            found[name] = source_meaning(path)
         else:
             top = name.partition(".")[0]
             found.setdefault(top, _version_of(top))
@@ -84,11 +88,16 @@ def python_version() -> str:
     return f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
+IMPORTED_AS = {"pillow": "PIL"}  # where it is not the distribution's own name
+
+
 def _version(distribution: str) -> str:
+    """Of a distribution, or of the one that is there in its place, such as pillow-simd or onnxruntime-gpu."""
     try:
         return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:  # a replacement, such as pillow-simd
-        return "another"
+    except importlib.metadata.PackageNotFoundError:
+        top = IMPORTED_AS.get(distribution, distribution.replace("-", "_"))
+        return _version_of(top) if top in _distributions() else "another"
 
 
 def _closure(modules: tuple[str, ...], wanted: Any) -> dict[str, Path | None]:
@@ -138,13 +147,12 @@ def _first_sha256(path: Path) -> str:
     return file_sha256(path)
 
 
-def source_sha256(path: Path) -> str:
-    """SHA-256 of a source file as this process first saw it, which is how it runs here: modules are imported once."""
-    known = _first_sha256(path)
-    if file_sha256(path) != known and path not in _CHANGED:
+def source_meaning(path: Path) -> str:
+    """Digest of a source file as this process first saw it, which is how it runs here: modules are imported once."""
+    if file_sha256(path) != _first_sha256(path) and path not in _CHANGED:
         _CHANGED.add(path)
         logger.warning("%s has changed since it was imported; this process goes on with it as it was.", path)
-    return known
+    return _meaning(path)
 
 
 @cache
@@ -165,6 +173,12 @@ def _place(top: str) -> str:
     if path is not None and any(folder in path.parents for folder in installed):
         return "installed"
     return "standard" if path is not None and any(folder in path.parents for folder in standard) else "local"
+
+
+def is_local(module: str) -> bool:
+    """Whether a module is the user's own: neither installed, nor of the standard library or this package."""
+    top = module.partition(".")[0]
+    return top != PACKAGE and _place(top) == "local"
 
 
 def _imports(path: Path, module: str) -> set[str]:

@@ -53,17 +53,25 @@ def describe_entry(
 
 
 def read_entry(folder: Path) -> Entry | None:
-    """The entry as its entry.json describes it; None if that is missing, cut short or changed."""
+    """The entry as its entry.json describes it; None if that is missing, cut short or changed, or is that of another
+    key than the folder's name says."""
     try:
         record = json.loads((folder / ENTRY).read_bytes())
         seal = record.pop("sha256")
         if record["format"] != FORMAT or seal != digest(record):
+            return None
+        if name_of(record["stage"], record["depends"]) != folder.name:
             return None
         used = (folder / ENTRY).stat().st_mtime
         names = ("stage", "key", "depends", "config", "upstream", "files", "created")
         return Entry(folder, used=used, **{name: record[name] for name in names})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def name_of(stage: str, depends: Mapping[str, Any]) -> str:
+    """The name of the folder of a result, which is its key."""
+    return f"{stage}-{digest(depends)}"
 
 
 def damage_of(entry: Entry) -> str | None:

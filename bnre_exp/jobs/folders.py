@@ -6,8 +6,6 @@ system's, so it tells on any host, and however a process died, whether a run is 
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import time
@@ -16,11 +14,8 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from bnre_exp.errors import UserError
-from bnre_exp.files import replacing
-from bnre_exp.jobs.locks import held_if_free
+from bnre_exp.files import held_if_free, lock_file, replacing, sweep_unfinished, unlock
 
 RECORD, LOCK = "run.json", "run.lock"
 RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"  # as MLflow names them
@@ -57,19 +52,18 @@ def write_record(folder: Path, record: RunRecord) -> None:
 def claim(folder: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
     """Hold a folder as the one that runs there. If another process holds it, wait for its end after ``on_wait()``;
     without ``on_wait`` raise ``UserError``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK, poll_interval=0.2)
-    try:
-        lock.acquire(timeout=5)  # others look for a moment whether it is held
-    except Timeout as error:
+    lock = lock_file(folder / LOCK, until=5)  # others look for a moment whether it is held
+    if lock is None:
         if on_wait is None:
-            raise UserError(f"{folder}: another process runs there. Wait for it, or name another folder.") from error
+            raise UserError(f"{folder}: another process runs there. Wait for it, or name another folder.")
         on_wait()
-        lock.acquire()
+        lock = lock_file(folder / LOCK, until=None)
     try:
+        sweep_unfinished(folder)
         yield
     finally:
-        lock.release()
+        if lock is not None:
+            unlock(lock)
 
 
 @contextmanager
@@ -101,16 +95,12 @@ def held_if_dead(folder: Path) -> AbstractContextManager[bool]:
 def is_alive(folder: Path) -> bool:
     """Whether the process that runs there lives. Any number may look at once, none of them being taken for it."""
     try:
-        descriptor = os.open(folder / LOCK, os.O_RDWR)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno in (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK)
-    finally:
-        os.close(descriptor)
-    return False
+        lock = lock_file(folder / LOCK, shared=True, create=False)
+    except OSError as error:  # one that cannot be opened is another user's
+        return not isinstance(error, (FileNotFoundError, NotADirectoryError))
+    if lock is not None:
+        unlock(lock)
+    return lock is None
 
 
 def find_unfinished(parent: Path, identity: str) -> Path | None:

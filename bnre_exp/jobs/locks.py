@@ -10,27 +10,23 @@ import json
 import os
 import socket
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-POLL = 0.2  # seconds between two looks at a lock
+from bnre_exp.files import held_if_free, is_stale, lock_file, unlock
+from bnre_exp.jobs.entries import ENTRY
 
 
 @contextmanager
 def held(store: Path, name: str, on_wait: Callable[[str], None]) -> Iterator[None]:
-    """Hold the result ``name`` of a store's folder alone; waits while another does, after ``on_wait(who)``."""
+    """Hold the result ``name`` of a store's folder alone; waits while another does, after ``on_wait(who)``. Raises
+    ``OSError`` where its lock cannot be opened."""
     path = store / "locks" / f"{name}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock, holder = FileLock(path, poll_interval=POLL), path.with_suffix(".json")
-    try:
-        lock.acquire(timeout=0.5)  # one that makes room holds it for a moment
-    except Timeout:
+    holder, lock = path.with_suffix(".json"), lock_file(path, until=0.5)  # one that makes room holds it for a moment
+    if lock is None:
         on_wait(_who_holds(holder))
-        lock.acquire()
+        lock = lock_file(path, until=None)
     try:
         with suppress(OSError):
             holder.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}))
@@ -38,55 +34,57 @@ def held(store: Path, name: str, on_wait: Callable[[str], None]) -> Iterator[Non
     finally:
         with suppress(OSError):
             holder.unlink()
-        lock.release()
+        if lock is not None:
+            unlock(lock)
+
+
+def pin(entry: Path, until: ExitStack) -> bool:
+    """Keep an entry's folder from being evicted until the stack is closed; one who may only read it can, too. Returns
+    whether it is still there."""
+    try:
+        lock = lock_file(entry / ENTRY, shared=True, create=False, until=5)
+    except OSError:
+        return (entry / ENTRY).exists()
+    if lock is not None:
+        until.callback(unlock, lock)
+    return True
 
 
 @contextmanager
-def held_if_free(path: Path) -> Iterator[bool]:
-    """True if nobody holds the lock of a file; then nobody else does while the block lasts."""
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
+def free(store: Path, name: str) -> Iterator[bool]:
+    """True if nobody computes or needs the result ``name``; then nobody begins to while the block lasts."""
+    entry = store / "entries" / name / ENTRY
+    with held_if_free(store / "locks" / f"{name}.lock") as is_free, held_if_free(entry, create=False) as is_unpinned:
+        yield is_free and (is_unpinned or not entry.exists())
 
 
-def pin(store: Path, name: str, until: ExitStack) -> None:
-    """Keep the result ``name`` from being evicted until the stack is closed."""
-    path = store / "pins" / name / f"{uuid.uuid4().hex}.lock"
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path)
-        lock.acquire(timeout=0)
-        until.callback(_unpin, lock, path)
+def sweep_locks(store: Path) -> None:
+    """Remove locks of results that are not there any more, what dead processes said of themselves, and what earlier
+    versions left as pins."""
+    for path in (store / "locks").glob("*.lock"):
+        holder, places = path.with_suffix(".json"), [store / part / path.stem for part in ("entries", "partial")]
+        is_needed = any(place.exists() for place in places)
+        if (is_needed and not holder.exists()) or _is_elsewhere(holder):
+            continue
+        with held_if_free(path, create=False) as is_free, suppress(OSError):
+            if is_free:
+                holder.unlink(missing_ok=True)
+                if not is_needed:
+                    path.unlink()
+    for path in (store / "pins").glob("*/*.lock"):
+        with held_if_free(path, create=False) as is_free, suppress(OSError):
+            if is_free:
+                path.unlink()
+    for folder in [*(store / "pins").glob("*"), store / "pins"]:
+        with suppress(OSError):
+            folder.rmdir()
 
 
-def is_pinned(store: Path, name: str) -> bool:
-    """Whether a living process needs the result ``name``; pins of dead ones are removed."""
-    folder = store / "pins" / name
-    for path in folder.glob("*.lock") if folder.is_dir() else []:
-        lock = FileLock(path)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            return True
-        path.unlink(missing_ok=True)
-        lock.release()
-    with suppress(OSError):
-        folder.rmdir()
+def _is_elsewhere(holder: Path) -> bool:
+    """Whether another host, whose locks may not be seen here, has held a result within a day."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return bool(json.loads(holder.read_text())["host"] != socket.gethostname() and not is_stale(holder))
     return False
-
-
-def _unpin(lock: FileLock, path: Path) -> None:
-    with suppress(OSError):
-        lock.release()
-        path.unlink(missing_ok=True)
-        path.parent.rmdir()
 
 
 def _who_holds(holder: Path) -> str:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import re
+import logging
+import os
+import platform
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import features
 
 from bnre_exp.algorithms.snapshot import hidden_buffers
 from bnre_exp.config import Config, flatten
 from bnre_exp.digests import digest, tensors_digest
-from bnre_exp.jobs.code_identity import code_digest, python_version, users_code, versions
+from bnre_exp.jobs.code_identity import PACKAGE, code_digest, python_version, users_code, versions
+from bnre_exp.jobs.network_identity import network_identity
 from bnre_exp.jobs.stages.setting import Setting
 from bnre_exp.jobs.stages.stage import Stage
 from bnre_exp.jobs.stages.table import STAGES, stages_of
@@ -24,6 +29,10 @@ DATA_CODE = (
     "digests", "data.spec", "data.loaders", "data.splits", "data.batches", "data.items", "data.listed",
     "data.preprocess", "data.pictures",
 )  # fmt: skip
+logger = logging.getLogger(__name__)
+
+VECTORS = ("avx", "amx", "fma", "sve")  # instructions by which kernels are chosen
+CHOOSING = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS")  # so that others are
 SHOWN = ("model.", "dataset.", "task.", "runtime.precision", "runtime.memory_format")
 
 
@@ -62,20 +71,21 @@ def _origin(setting: Setting) -> dict[str, Any]:
     """What everything depends on: the network as it was built, the task, the data, the seed, the machine, and code."""
     config, module = setting.config, setting.built.module
     hidden = {name: buffer for name, buffer in hidden_buffers(module).items() if buffer.numel()}
+    classes = {type(part).__module__ for part in module.modules()}
+    ours = [name.removeprefix(f"{PACKAGE}.") for name in classes if name.startswith(f"{PACKAGE}.")]
     return {
         "model": [config.model._target_, config.model.name, flatten(config.model.kwargs)],
         "network": tensors_digest({**module.state_dict(), **hidden}),
-        "structure": digest(re.sub(r" at 0x[0-9a-f]+", "", str(module))),
+        "structure": _structure(setting),
         "task": [config.task._target_, flatten(config.task.kwargs)],
         "dataset": [config.dataset._target_, flatten(config.dataset.kwargs)],
         "data": setting.loaders.identity,
-        "data_code": code_digest(DATA_CODE),
-        "users_code": users_code(_modules(config) | {type(part).__module__ for part in module.modules()}),
-        "environment": {"python": python_version(), **versions(LIBRARIES)},
+        "data_code": code_digest([*DATA_CODE, *ours]),
+        "users_code": users_code(_modules(config) | classes),
+        "environment": {"python": python_version(), **versions(LIBRARIES), **_builds()},
         "seed": config.seed,
         "runtime": {
-            "device": setting.device.type,
-            "threads": torch.get_num_threads() if setting.device.type == "cpu" else None,
+            "device": _device(setting.device),
             "precision": config.runtime.precision.value,
             "memory_format": config.runtime.memory_format.value,
             "torch": [
@@ -87,6 +97,38 @@ def _origin(setting: Setting) -> dict[str, Any]:
             ],
         },
     }
+
+
+def _structure(setting: Setting) -> str:
+    """What the network computes; where that cannot be told, what no other job has, so that none takes its results."""
+    found, unknown = network_identity(setting.built.module, setting.example(), setting.config.model.leaf_modules)
+    if not unknown:
+        return found
+    logger.warning(
+        "What the network computes cannot be told from its parts: it cannot be traced, and holds %s. Its results are "
+        "not found again by other jobs, nor by this one. Keep such objects out of the network's attributes.",
+        ", ".join(sorted(set(unknown))),
+    )
+    return uuid.uuid4().hex
+
+
+def _builds() -> dict[str, str]:
+    """What versions do not tell: builds of torch, and the decoder that Pillow was built with."""
+    return {
+        "torch build": f"{torch.__version__} {torch.version.git_version}",
+        "jpeg": f"{features.version('jpg')} {features.version('libjpeg_turbo')}",
+    }
+
+
+def _device(device: torch.device) -> list[Any]:
+    """The processor that computes: kernels are chosen by its instructions, and with their order of sums the last bits
+    change. Threads count on the CPU only."""
+    if device.type != "cpu":
+        return [device.type, torch.cuda.get_device_name(device), torch.version.cuda, torch.backends.cudnn.version()]
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    vectors = sorted(name for name, has in known.items() if has is True and name.startswith(VECTORS))
+    own = [torch.backends.cpu.get_cpu_capability(), *(os.environ.get(name) for name in CHOOSING)]
+    return [device.type, platform.machine(), *vectors, *own, torch.get_num_threads()]
 
 
 def _modules(config: Config) -> set[str]:

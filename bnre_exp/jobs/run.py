@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+import tempfile
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -12,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bnre_exp.config import Config, flatten
+from bnre_exp.files import sweep_work
 from bnre_exp.jobs.plan import Planned
 from bnre_exp.jobs.prepare import open_store, prepare
 from bnre_exp.jobs.provenance import git_tags
@@ -43,6 +45,7 @@ def run(
     Raises ``UserError`` for a user's mistake, before training wherever it can be told before. What is finished by then
     stays: metrics in ``metrics.jsonl`` and MLflow, results in the store, the trained network in ``fp32.safetensors``.
     """
+    sweep_work(Path(tempfile.gettempdir()))  # what killed jobs left
     name, tracking = config.tracking.run_name or run_name(config), config.tracking
     code = git_tags(Path.cwd()) or git_tags(Path(__file__).parent)  # the user's project, else this package's checkout
     log_to = open_run(

@@ -1,12 +1,13 @@
 """Results of stages on disk, found again by what they depend on: computed once, whole or not at all, checked when read.
 
 Layout of the store's folder: ``entries/STAGE-KEY/`` (``entry.json`` and the files of one result), ``locks/`` (one job
-computes, others wait), ``pins/`` (which results running jobs need), ``partial/STAGE-KEY/`` (of unfinished work),
-``damaged/`` (set aside), ``tmp/``.
+computes, others wait), ``partial/STAGE-KEY/`` (of unfinished work), ``damaged/`` (set aside), ``tmp/`` (what is being
+written). A job that needs a result holds a shared lock of its ``entry.json``. A store that cannot be written is read.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -19,15 +20,16 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from bnre_exp.digests import digest
-from bnre_exp.files import replacing
-from bnre_exp.jobs.entries import ENTRY, Entry, damage_of, describe_entry, read_entry
-from bnre_exp.jobs.eviction import entries_of, evict, newest, remove
+from bnre_exp.files import newest, replacing, work_folder
+from bnre_exp.jobs.entries import ENTRY, Entry, damage_of, describe_entry, name_of, read_entry
+from bnre_exp.jobs.eviction import entries_of, evict, remove, sweep
 from bnre_exp.jobs.locks import held, pin
 
 __all__ = ["ENTRY", "Entry", "Slot", "Store"]
 
 logger = logging.getLogger(__name__)
+
+PARTS = ("entries", "partial", "locks", "tmp")
 
 
 class Slot:
@@ -57,6 +59,7 @@ class Store:
         self.folder, self.mode, self.max_bytes, self.since = folder, mode, max_bytes, since
         self._pins = ExitStack()
         self._used: list[Entry] = []
+        self._can_write: bool | None = None  # None: not tried yet
 
     def __enter__(self) -> Store:
         return self
@@ -79,24 +82,57 @@ class Store:
 
         ``on_wait(who)`` is called once if it must wait; ``who`` says where the other process runs. ``upstream``:
         SHA-256 of what this stage starts from. A result that was computed from something else is not found: a stage
-        that was lost and computed again on another machine may differ in its last bits.
+        that was lost and computed again on another machine may differ in its last bits. Where the store cannot be
+        written, a result is still found, and nothing is kept; that is told once, by a warning.
         """
         if self.mode == "off":
             yield Slot(None, None, lambda config, fill: None)
             return
-        name = _name(stage, depends)
-        with held(self.folder, name, on_wait):
+        name = name_of(stage, depends)
+        with self._held(name, on_wait):
             entry = self._find(stage, name, upstream)
-            if entry is not None:
-                self._use(entry)
+            if entry is not None and not self._use(entry):
+                entry = None  # it was evicted meanwhile, which nobody can do who has to lock it
+            if not self._can_write:
+                yield Slot(entry, None, lambda config, fill: None)
+                return
             begun = self.folder / "partial" / name
             if self.mode == "refresh" and newest(begun) < self.since:
                 remove(self.folder, begun)
             yield Slot(entry, begun, partial(self._write, stage, depends, upstream))
 
+    @contextmanager
+    def _held(self, name: str, on_wait: Callable[[str], None]) -> Iterator[None]:
+        """Hold one result alone, if the store can be written; the first time, sweep up what killed jobs left there."""
+        with ExitStack() as stack:
+            try:
+                if self._can_write is None:
+                    self._prepare()
+                if self._can_write:
+                    stack.enter_context(held(self.folder, name, on_wait))
+            except OSError as error:
+                self._can_write = False
+                logger.warning(
+                    "The store %s cannot be written (%s): what it holds is read, and nothing is kept in it. Make it "
+                    "writable to you, for a group by chmod -R g+rwX and g+s for its folders, or name another folder "
+                    "(store.dir=FOLDER).", self.folder, error,
+                )  # fmt: skip
+            yield
+
+    def _prepare(self) -> None:
+        """Raises ``OSError`` if this user may not write there."""
+        for part in PARTS:
+            folder = self.folder / part
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        self._can_write = True
+        with suppress(OSError):  # housekeeping never ends a job
+            sweep(self.folder)
+
     def has(self, stage: str, depends: Mapping[str, Any]) -> bool:
         """Whether there seems to be a result, without a look at its files."""
-        entry = None if self.mode == "off" else read_entry(self.folder / "entries" / _name(stage, depends))
+        entry = None if self.mode == "off" else read_entry(self.folder / "entries" / name_of(stage, depends))
         return entry is not None and not self._is_too_old(entry)
 
     def _is_too_old(self, entry: Entry) -> bool:
@@ -104,23 +140,26 @@ class Store:
 
     def _find(self, stage: str, name: str, upstream: str | None) -> Entry | None:
         folder = self.folder / "entries" / name
-        if not folder.exists():
+        if not os.path.lexists(folder):
             return None
         entry = read_entry(folder)
-        problem = "its entry.json is damaged" if entry is None else damage_of(entry)
+        problem = "its entry.json is damaged, or that of another result" if entry is None else damage_of(entry)
         if entry is None or problem:
-            aside = self.folder / "damaged" / f"{name}-{uuid.uuid4().hex[:8]}"
-            aside.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(folder, aside)
-            logger.warning(
-                "The stored result of %s is damaged (%s); it is computed anew. See %s", stage, problem, aside
-            )
+            self._set_aside(stage, folder, str(problem))
             return None
         if self._is_too_old(entry) or entry.upstream != upstream:
             return None
         with suppress(OSError):
             os.utime(folder / ENTRY)  # the time of its last use
         return entry
+
+    def _set_aside(self, stage: str, folder: Path, problem: str) -> None:
+        aside = self.folder / "damaged" / f"{folder.name}-{uuid.uuid4().hex[:8]}"
+        with suppress(OSError):
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(folder, aside)
+            folder = aside
+        logger.warning("The stored result of %s is damaged (%s); it is computed anew. See %s", stage, problem, folder)
 
     def _write(
         self,
@@ -130,17 +169,18 @@ class Store:
         config: Mapping[str, Any],
         fill: Callable[[Path], None],
     ) -> Entry | None:
-        name = _name(stage, depends)
+        name = name_of(stage, depends)
         target = self.folder / "entries" / name
         try:
-            with replacing(target, durable=True, within=self.folder / "tmp") as new:
+            with work_folder(self.folder / "tmp") as work, replacing(target, durable=True, within=work) as new:
                 new.mkdir()
                 fill(new)
                 describe_entry(new, stage, depends, config, upstream)
         except (OSError, SafetensorError) as error:
             logger.warning("The result of %s cannot be kept in the store %s: %s.", stage, self.folder, error)
             return None
-        remove(self.folder, self.folder / "partial" / name)
+        with suppress(OSError):  # another user's, begun when the store was not shared
+            remove(self.folder, self.folder / "partial" / name)
         entry = read_entry(target)
         if entry is not None:
             self._use(entry)
@@ -148,9 +188,10 @@ class Store:
             self.evict()
         return entry
 
-    def _use(self, entry: Entry) -> None:
+    def _use(self, entry: Entry) -> bool:
+        """Keep an entry from being evicted; whether it is still there."""
         self._used.append(entry)
-        pin(self.folder, entry.folder.name, self._pins)
+        return pin(entry.folder, self._pins)
 
     def entries(self) -> list[Entry]:
         """All intact-looking entries, the least recently used first (their files are not looked at)."""
@@ -168,7 +209,3 @@ class Store:
         count = len(list(folder.iterdir())) if folder.is_dir() else 0
         shutil.rmtree(folder, ignore_errors=True)
         return count
-
-
-def _name(stage: str, depends: Mapping[str, Any]) -> str:
-    return f"{stage}-{digest(depends)}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bnre_exp.errors import UserError, first_line
+from bnre_exp.files import work_folder
 from bnre_exp.onnx_io.files import LARGEST
 from bnre_exp.onnx_io.names import names_of, unique
 from bnre_exp.onnx_io.proto import Value, from_proto, to_proto
@@ -83,8 +83,8 @@ def _open(model: onnx.ModelProto, providers: list[str], optimized_to: Path | Non
         options.add_session_config_entry(key, value)
     if model.ByteSize() < LARGEST:
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
+    with work_folder() as folder:
+        path = folder / "model.onnx"
         onnx.save(copy.deepcopy(model), path, save_as_external_data=True, location="model.data")
         return onnxruntime.InferenceSession(str(path), options, providers=providers)
 

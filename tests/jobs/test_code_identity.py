@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 import textwrap
 from pathlib import Path
@@ -46,12 +47,17 @@ def test_a_users_code_is_followed_through_its_imports(project):
     assert set(found) == {
         "mynet_fp", "blocks_fp", "blocks_fp.layers", "blocks_fp.deep", "blocks_fp.extra", "torch", "torchvision",
     }  # fmt: skip
-    assert found["torch"].startswith("torch 2") and len(found["blocks_fp.deep"]) == 64
+    assert found["torch"].startswith("torch 2") and len(found["blocks_fp.deep"]) == 40
     write(project, blocks_fp__deep="import os, json\nx = 2\n")
     assert users_code(["mynet_fp"]) == found  # as this process saw it first
-    code_identity._first_sha256.cache_clear()
+    for first in (code_identity._first_sha256, code_identity._meaning):  # as a new process would
+        first.cache_clear()
     changed = users_code(["mynet_fp"])
     assert {name for name in found if found[name] != changed[name]} == {"blocks_fp.deep"}
+    write(project, blocks_fp__deep='"""What."""\nimport os, json\nx = 2  # why\n')
+    for first in (code_identity._first_sha256, code_identity._meaning):
+        first.cache_clear()
+    assert users_code(["mynet_fp"]) == changed
     write(project, blocks_fp__unused="x = 2\n")
     assert users_code(["mynet_fp"]) == changed
 
@@ -91,3 +97,20 @@ def test_digest_and_versions():
     assert code_digest(["algorithms.fold"]) == code_digest(["algorithms.fold"]) != code_digest(["algorithms"])
     with pytest.raises(ModuleNotFoundError, match="no algorithms.fuse"):
         code_digest(["algorithms.fuse"])
+
+
+def test_a_package_in_the_place_of_another_counts_by_its_version(monkeypatch):
+    tops = {"onnxruntime": ["onnxruntime-gpu"], "PIL": ["pillow-simd"]}
+    numbers = {"onnxruntime-gpu": "1.30.0", "pillow-simd": "9.5.0.post1"}
+
+    def version(name: str) -> str:
+        if name not in numbers:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return numbers[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(code_identity, "_distributions", lambda: tops)
+    before = versions(["onnxruntime", "pillow"])
+    assert before == {"onnxruntime": "onnxruntime-gpu 1.30.0", "pillow": "pillow-simd 9.5.0.post1"}
+    numbers["onnxruntime-gpu"] = "1.31.0"
+    assert versions(["onnxruntime"]) == {"onnxruntime": "onnxruntime-gpu 1.31.0"}

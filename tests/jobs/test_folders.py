@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import threading
+import uuid
 from pathlib import Path
 
 import pytest
@@ -131,6 +133,35 @@ def test_a_dead_run_is_closed_by_one_who_holds_it(tmp_path, process):
         assert read_record(live).status == RUNNING  # somebody is at it
     close_if_dead(live)
     assert read_record(live).status == KILLED
+
+
+def test_what_a_killed_process_left_unfinished_goes_when_the_folder_is_claimed(tmp_path):
+    left, other = tmp_path / f".run.json.{uuid.uuid4().hex}.new", tmp_path / ".run.json.mine.new"
+    for path in (left, other):
+        path.write_text("{")
+    leave(tmp_path, FINISHED)
+    assert not left.exists() and other.exists() and read_record(tmp_path).status == FINISHED
+
+
+def test_a_run_of_another_user_is_alive_until_it_is_known_to_be_dead(tmp_path, process, monkeypatch):
+    live, opened = tmp_path / "runs" / "live", os.open
+
+    def as_another(path, flags, *mode):
+        if str(path).endswith("run.lock") and flags & os.O_RDWR:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", as_another)  # rw-r--r--
+    assert is_alive(live) and find_abandoned([tmp_path / "runs"]) == []
+    process.kill()
+    process.wait()
+    assert not is_alive(live)
+    close_if_dead(live)
+    assert read_record(live).status == KILLED
+    monkeypatch.setattr(os, "open", lambda *given: as_another(given[0], os.O_RDWR))  # rw-------
+    assert is_alive(live)
+    with held_if_dead(live) as is_held:
+        assert not is_held
 
 
 MOUNTS = """\

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import platform
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import features
 from rich.console import Console
 
 from bnre_exp import UserError
@@ -269,13 +271,80 @@ def test_torchs_global_settings_count(folder):
         torch.set_float32_matmul_precision("highest")
 
 
+@pytest.mark.parametrize(
+    ("of", "name", "value"),
+    [
+        (torch.backends.cpu, "get_cpu_capability", lambda: "AVX2"),
+        (torch.cpu, "get_capabilities", dict),
+        (platform, "machine", lambda: "another"),
+        (torch.version, "git_version", "another"),
+        (features, "version", lambda feature: "another"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_another_processor_or_build_of_a_library_counts(known, monkeypatch, of, name, value):
+    before = keys_of(known)
+    monkeypatch.setattr(of, name, value, raising=False)
+    assert keys_of(known)["fp32"] != before["fp32"]
+
+
+def test_a_choice_of_kernels_by_the_environment_counts(known, monkeypatch):
+    before = keys_of(known)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert keys_of(known)["fp32"] != before["fp32"]
+
+
 def test_code_behind_a_partial_counts_and_an_edit_is_seen_by_new_processes_only(folder, caplog):
     before = keys(folder, "model._target_=plannet.partial")
     (folder / "plannet.py").write_text(NET + "\nx = 1\n")
     assert keys(folder, "model._target_=plannet.partial") == before  # this process runs what it imported
     assert "has changed since it was imported" in caplog.text
-    code_identity._first_sha256.cache_clear()  # as a new process would
+    for first in (code_identity._first_sha256, code_identity._meaning):  # as a new process would
+        first.cache_clear()
     assert keys(folder, "model._target_=plannet.partial")["fp32"] != before["fp32"]
+
+
+def test_a_network_that_cannot_be_told_from_others_takes_no_results_and_leaves_none(known, monkeypatch, caplog):
+    before = keys_of(known)
+    monkeypatch.setattr("bnre_exp.jobs.plan.network_identity", lambda *given: ("same", ["some.Lock", "some.Lock"]))
+    several = [keys_of(known) for _ in range(2)]
+    assert all(len({keys[stage] for keys in (before, *several)}) == 3 for stage in EVERYTHING)
+    assert "cannot be told from its parts" in caplog.text and "holds some.Lock. " in caplog.text
+
+
+NETWORK_OF_A_FILE = """
+import json, pathlib, torch
+from torch import nn
+import torch.nn.functional as F
+PLACE = pathlib.Path(__file__).with_name("slope.json")
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.head = nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.Linear(8, 10)
+        self.slope = json.loads(PLACE.read_text())
+    def forward(self, x):
+        return self.head(F.leaky_relu(self.bn(self.conv(x)), self.slope).mean((2, 3)))
+class Read(Net):
+    def forward(self, x):
+        return self.head(F.leaky_relu(self.bn(self.conv(x)), json.loads(PLACE.read_text())).mean((2, 3)))
+"""
+
+
+@pytest.mark.parametrize("name", ["Net", "Read"])
+def test_what_a_constructor_or_forward_reads_from_a_file_is_part_of_the_network(folder, name, monkeypatch):
+    (folder / "slopenet.py").write_text(NETWORK_OF_A_FILE)
+    overrides = ("model._target_=slopenet." + name, "train.epochs=1")
+    try:
+        (folder / "slope.json").write_text("0.01")
+        first, _, _ = results(folder, "first", *overrides)
+        assert results(folder, "again", *overrides)[0] == first
+        computed = [path.stat().st_mtime_ns for path in sorted((folder / "store" / "entries").iterdir())]
+        (folder / "slope.json").write_text("0.3")
+        changed, truth = results(folder, "changed", *overrides), results(folder, "truth", "store.mode=off", *overrides)
+        assert changed == truth and changed[0]["fp32/loss"] != first["fp32/loss"]
+        assert len(list((folder / "store" / "entries").iterdir())) == 2 * len(computed)
+    finally:
+        sys.modules.pop("slopenet", None)
 
 
 def test_a_state_that_no_file_can_hold_is_told_before_any_work(folder):

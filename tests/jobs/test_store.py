@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
+from bnre_exp.files import work_folder
 from bnre_exp.jobs.store import ENTRY, Entry, Store
 
 CONFIG = {"quant.weight_bits": 4}
@@ -220,3 +224,179 @@ def test_when_the_one_that_computes_is_killed_another_takes_over(tmp_path):
     assert second.communicate(timeout=60)[0] == "inside\n" and second.returncode == 0
     assert (tmp_path / "computed").read_text() == "xx"
     assert Store(tmp_path).has("fp32", {"a": 1})
+
+
+def test_an_entry_in_the_place_of_another_key_is_not_taken(tmp_path, caplog):
+    with Store(tmp_path) as store:
+        entry, _ = compute(store, depends={"bits": 4})
+        other, _ = compute(store, depends={"bits": 3}, text="other")
+    shutil.rmtree(entry.folder)
+    os.replace(other.folder, entry.folder)
+    with Store(tmp_path) as store:
+        assert not store.has("qat", {"bits": 4}) and store.entries() == []
+        entry, written = compute(store, depends={"bits": 4})
+        assert written and (entry.folder / "deep" / "file.txt").read_text() == "result"
+    assert "that of another result" in caplog.text and len(list((tmp_path / "damaged").iterdir())) == 1
+
+
+def test_what_is_no_entry_makes_room_too(tmp_path):
+    with Store(tmp_path) as store:
+        cut_record(compute(store)[0])
+    assert Store(tmp_path).evict(0.0) == [] and list((tmp_path / "entries").iterdir()) == []
+
+
+def as_nobody(folder: Path, answer) -> None:
+    """Three stages in a store, by a process that is not root, whom permissions do not bind."""
+    if os.getuid() == 0:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+    told, said = [], []
+    logging.getLogger("bnre_exp").addHandler(handler := logging.Handler())
+    handler.emit = lambda record: told.append(record.getMessage())
+    with Store(folder) as store:
+        for bits in (4, 3, 3):
+            with store.stage("qat", {"bits": bits}) as slot:
+                how = "found" if slot.entry else "kept" if slot.write(CONFIG, fill()) else "not kept"
+                said.append(f"{bits} {how}, {'cannot' if slot.partial is None else 'can'} be resumed")
+    answer.send((said, told))
+
+
+def filled(folder: Path) -> None:
+    with Store(folder) as store:
+        compute(store)
+
+
+def read_only(folder: Path) -> None:
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+
+
+def read_only_and_filled(folder: Path) -> None:
+    filled(folder)
+    read_only(folder)
+
+
+def read_only_and_empty(folder: Path) -> None:
+    folder.mkdir()
+    read_only(folder)
+
+
+def a_file_in_its_place(folder: Path) -> None:
+    folder.write_text("")
+
+
+def a_folder_that_cannot_be_made(folder: Path) -> None:
+    folder.parent.chmod(0o555)
+
+
+def another_users_lock(folder: Path) -> None:
+    """The folders are the group's, and one lock is not to be written; a lock can be held all the same."""
+    filled(folder)
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o777 if path.is_dir() else 0o644)
+    (lock,) = (folder / "locks").glob("*.lock")
+    lock.chmod(0o444)
+
+
+def a_lock_that_cannot_be_opened(folder: Path) -> None:
+    another_users_lock(folder)
+    (lock,) = (folder / "locks").glob("*.lock")
+    lock.chmod(0)
+
+
+NOTHING_KEPT = ["3 not kept, cannot be resumed"] * 2
+
+
+@pytest.mark.parametrize(
+    ("prepare", "expected", "warnings"),
+    [
+        (read_only_and_filled, ["4 found, cannot be resumed", *NOTHING_KEPT], 1),
+        (read_only_and_empty, ["4 not kept, cannot be resumed", *NOTHING_KEPT], 1),
+        (a_file_in_its_place, ["4 not kept, cannot be resumed", *NOTHING_KEPT], 1),
+        (a_folder_that_cannot_be_made, ["4 not kept, cannot be resumed", *NOTHING_KEPT], 1),
+        (another_users_lock, ["4 found, can be resumed", "3 kept, can be resumed", "3 found, can be resumed"], 0),
+        (a_lock_that_cannot_be_opened, ["4 found, cannot be resumed", *NOTHING_KEPT], 1),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_a_store_that_cannot_be_written_is_read_and_that_is_told_once(prepare, expected, warnings):
+    with tempfile.TemporaryDirectory() as top:  # pytest's own folders are closed to others
+        os.chmod(top, 0o755)
+        folder = Path(top) / "store"
+        prepare(folder)
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+        process = multiprocessing.get_context("fork").Process(target=as_nobody, args=(folder, sender))
+        process.start()
+        sender.close()
+        said, told = receiver.recv()
+        process.join()
+        for path in [Path(top), *Path(top).rglob("*")]:
+            path.chmod(0o755)
+    assert said == expected
+    assert len(told) == warnings and all("cannot be written" in line and "store.dir" in line for line in told), told
+
+
+def test_what_a_group_shares_can_be_written_by_it(tmp_path):
+    before = os.umask(0o002)
+    try:
+        with Store(tmp_path) as store:
+            compute(store)
+    finally:
+        os.umask(before)
+    modes = {path: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert {oct(mode) for path, mode in modes.items() if path.is_dir()} == {"0o775"}
+    assert {oct(mode) for path, mode in modes.items() if path.is_file()} == {"0o664"}
+
+
+def killed_job(folder: Path) -> None:
+    """One that is killed while it writes its second result, and has work in a folder for that."""
+
+    def die(new: Path) -> None:
+        (new / "half").write_text("x")
+        with work_folder(folder):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with Store(folder) as store:
+        compute(store, "fp32", {"a": 1})
+        with store.stage("ptq", {"a": 1}) as slot:
+            slot.write(CONFIG, die)
+
+
+def test_what_a_killed_job_left_is_swept_up_by_the_next_one(tmp_path):
+    process = multiprocessing.get_context("fork").Process(target=killed_job, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert list((tmp_path / "tmp").iterdir()) and len(list((tmp_path / "locks").glob("*.json"))) == 1
+    (tmp_path / "pins" / "fp32-x").mkdir(parents=True)  # as earlier versions left it
+    (tmp_path / "pins" / "fp32-x" / "1.lock").touch()
+    assert len(list(tmp_path.glob("bnre_exp-work-*"))) == 1
+    with Store(tmp_path) as store, work_folder(tmp_path) as mine:
+        compute(store)
+        assert list(tmp_path.glob("bnre_exp-work-*")) == [mine]
+        assert store.has("fp32", {"a": 1}) and not (tmp_path / "pins").exists()
+        assert list((tmp_path / "tmp").iterdir()) == [] and list((tmp_path / "locks").glob("*.json")) == []
+        locked = {path.stem for path in (tmp_path / "locks").glob("*.lock")}
+        assert locked == {entry.folder.name for entry in store.entries()}  # not that of ptq
+        assert len(store.evict(0.0)) == 1  # what the killed job needed, and not what this one does
+
+
+def test_what_a_living_process_or_lately_another_host_left_stays(tmp_path):
+    tmp = tmp_path / "tmp"
+    with Store(tmp_path) as store:
+        compute(store)
+        with work_folder(tmp) as living:
+            (living / "file").write_text("x")
+            elsewhere, unmade = tmp / "bnre_exp-work-elsewhere-1", tmp / f"{living.name}.making"
+            for folder in (elsewhere, unmade):
+                folder.mkdir()
+                (folder / "lock").touch()
+            with Store(tmp_path) as other:
+                compute(other)
+            assert {path.name for path in tmp.iterdir()} == {living.name, elsewhere.name, unmade.name}
+            for path in (elsewhere, elsewhere / "lock", unmade, unmade / "lock", living, living / "file"):
+                os.utime(path, (1, 1))
+            with Store(tmp_path) as other:
+                compute(other)
+            assert list(tmp.iterdir()) == [living]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from bnre_exp.export.encodings import MODEL, VERSIONS, write_encodings
 from bnre_exp.export.onnx.model import check_exportable, write_model, write_qdq
 from bnre_exp.export.onnx.plain import plain_network
 from bnre_exp.export.onnx.records import Plain
+from bnre_exp.files import work_folder
 from bnre_exp.jobs.reporting import Job
 from bnre_exp.jobs.stages.given import Given
 from bnre_exp.jobs.stages.network import Result
@@ -52,12 +52,12 @@ def export(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
         shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).unlink(missing_ok=True)
     try:
-        with Verifier(setting, _output_of(setting, network)) as verifier, tempfile.TemporaryDirectory() as scratch:
+        with Verifier(setting, _output_of(setting, network)) as verifier, work_folder() as scratch:
             if ExportFormat.checkpoint in how.formats:
                 _checkpoint(setting, network, folder / FILES[ExportFormat.checkpoint], verifier, outcome)
             if {ExportFormat.onnx, ExportFormat.encodings} & set(how.formats):
                 advice = WITHOUT_ONNX
-                _onnx(setting, network, folder, Path(scratch), verifier, outcome)
+                _onnx(setting, network, folder, scratch, verifier, outcome)
     except UserError as error:
         raise UserError(f"export: {str(error).rstrip('.')}.{advice}") from error
     outcome.files = [FILES[kind] for kind in FILES if kind in how.formats]

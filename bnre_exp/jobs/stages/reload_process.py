@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import statistics
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -18,6 +17,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from bnre_exp.errors import UserError
+from bnre_exp.files import work_folder
 
 TIMED_RUNS, TIMED_SECONDS = 50, 2.0
 INTEGER_KERNELS = ("QLinearConv", "QGemm", "QLinearMatMul", "ConvInteger", "MatMulInteger", "QLinearConvTranspose")
@@ -70,8 +70,8 @@ def _session(model: Any, float_path: str | None) -> tuple[Predict, Describe]:
     from bnre_exp.onnx_io.files import load_model
     from bnre_exp.onnx_io.session import feeds, open_session
 
-    with tempfile.TemporaryDirectory() as folder:
-        optimized = Path(folder) / "optimized.onnx"
+    with work_folder() as folder:
+        optimized = folder / "optimized.onnx"
         session = open_session(model, optimized_to=optimized)
         kinds = Counter(node.op_type for node in load_model(optimized).graph.node)
     integer, floating = (sum(kinds[kind] for kind in those) for those in (INTEGER_KERNELS, LAYERS))

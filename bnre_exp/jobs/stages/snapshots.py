@@ -13,7 +13,7 @@ from safetensors.torch import save
 
 from bnre_exp.algorithms.snapshot import Snapshot
 from bnre_exp.digests import file_sha256
-from bnre_exp.files import replacing
+from bnre_exp.files import replacing, sweep_unfinished
 
 logger = logging.getLogger(__name__)
 
@@ -29,12 +29,16 @@ class SnapshotFolder:
 
     def load(self) -> Snapshot | None:
         """The newest snapshot that is whole, or None."""
+        sweep_unfinished(self.folder)
         files = self._files()
         for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
             if file_sha256(path) != path.stem.partition("-")[2]:
                 logger.warning("%s is damaged and left out.", path)
                 continue
             with suppress(SafetensorError), safe_open(path, "pt") as file:
+                if file.metadata().get("of", self.folder.name) != self.folder.name:
+                    logger.warning("%s is of another training and left out.", path)
+                    continue
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 self.resumed = True
                 return Snapshot(tensors, json.loads(file.metadata()["values"]))
@@ -43,7 +47,7 @@ class SnapshotFolder:
     def save(self, snapshot: Snapshot) -> None:
         """Write a snapshot, whole or not at all, and remove the one before it."""
         try:
-            content = save(snapshot.tensors, {"values": json.dumps(snapshot.values)})
+            content = save(snapshot.tensors, {"of": self.folder.name, "values": json.dumps(snapshot.values)})
             path = self.folder / f"snapshot-{hashlib.sha256(content).hexdigest()}.safetensors"
             before = self._files()
             with replacing(path, durable=True) as new:
