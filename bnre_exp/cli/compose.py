@@ -83,11 +83,16 @@ def _is_hydras_value_error(error: BaseException) -> bool:
     return str(frame.f_globals.get("__name__")).startswith("hydra._internal.")
 
 
+def own_part(composed: DictConfig) -> DictConfig:
+    """A composed configuration without Hydra's part."""
+    return OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+
+
 def identity_of(composed: DictConfig) -> str:
     """Of a configuration, without Hydra's own part, and of the code that it runs."""
     from bnre_exp.jobs.plan import code_identity
 
-    own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    own = own_part(composed)
     try:
         code = code_identity(typed(own))
     except UserError:  # a mistake, which is told where it matters
