@@ -21,8 +21,8 @@ def main() -> int:
     if sys.argv[1:2] == ["ui"]:
         return _run("bnre_exp.cli.ui", sys.argv[2:])
     with stops_end():  # a job, or a sweep, says itself from when on it has something to close
-        command = import_module("bnre_exp.cli.main").main
-        return int(command())
+        command = _imported("bnre_exp.cli.main")
+        return 2 if command is None else int(command())
 
 
 def onnx() -> int:
@@ -49,12 +49,27 @@ def _run(module: str, *arguments: Any) -> int:
     """Import a module and call its ``main``; returns the exit status."""
     try:
         with stops_end():
-            command = import_module(module).main
+            command = _imported(module)
             with stops_raise():
-                return int(command(*arguments))
+                return 2 if command is None else int(command(*arguments))
     except KeyboardInterrupt as stop:
         sys.stderr.write(how_stopped(stop) + "\n")
         return stop_status(stop)
+
+
+def _imported(module: str) -> Callable[..., Any] | None:
+    """``main`` of a module; None, and a line that says so, where this Python lacks a library."""
+    try:
+        command: Callable[..., Any] = import_module(module).main
+        return command
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("bnre_exp"):
+            raise
+        sys.stderr.write(
+            f"Error: {sys.executable} has no {error.name}. Activate the environment that bnre_exp is installed in, or "
+            "in a checkout use scripts/run, which makes one.\n"
+        )
+        return None
 
 
 def how_stopped(stop: KeyboardInterrupt) -> str:

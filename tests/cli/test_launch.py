@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,3 +97,33 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
             signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_python_without_the_libraries_is_told_so(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['rich'] = None; from bnre_exp.cli.launch import sync; sys.exit(sync())"
+    done = start(code, cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"{sys.executable} has no rich" in done.stderr
+
+
+@pytest.mark.parametrize("script", ["sync_mlflow", "store", "compare_runs.py"])
+def test_scripts_use_the_environment_they_are_started_from_and_install_nothing(script: str, tmp_path: Path) -> None:
+    """From a copy of the checkout that has no environment of its own."""
+    for folder in ("scripts", "bnre_exp"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "bench"))
+    (tmp_path / "bin").mkdir()
+    for name in ("python", "python3"):
+        (tmp_path / "bin" / name).symlink_to("/bin/false")
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHON", "PYTHONPATH")}
+
+    def run(**more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable] if script.endswith(".py") else []
+        command += [str(tmp_path / "scripts" / script), "--help"]
+        return subprocess.run(command, env={**environment, **more}, cwd=tmp_path, capture_output=True, text=True)
+
+    done = run(PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    assert done.returncode == 0 and "usage: bnre-exp-" in done.stdout, done.stderr
+    if not script.endswith(".py"):
+        done = run(PATH=f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+        assert done.returncode == 2 and done.stderr.startswith("Error: neither") and "PYTHON" in done.stderr
+    assert not (tmp_path / ".venv").exists()
