@@ -21,7 +21,7 @@ from bnre_exp.cli.compose import config_folder, identity_of, register, typed
 from bnre_exp.cli.config_files import refuse_unchosen
 from bnre_exp.cli.launch import stops_raise
 from bnre_exp.cli.mistakes import exit_status, explain_failure
-from bnre_exp.config import Config
+from bnre_exp.config import Config, StoreMode
 from bnre_exp.errors import JobFailed, UserError
 from bnre_exp.jobs import folders
 from bnre_exp.report.console import PrefixedLines
@@ -50,7 +50,7 @@ def job(composed: DictConfig) -> float | None:
             console.rule(Text(f"job {label}"))
         return _claimed(composed, info, run_dir, overrides, label, console)
     except BaseException as error:
-        tell(error, run_dir)
+        tell(error, run_dir, way_on(composed, info) if isinstance(error, KeyboardInterrupt) else "")
         if not is_multirun:
             raise SystemExit(exit_status(error)) from None
         record = folders.read_record(run_dir)
@@ -148,14 +148,24 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def tell(error: BaseException, run_dir: Path | None) -> None:
+def way_on(composed: DictConfig, info: DictConfig) -> str:
+    """How an interrupted command can go on."""
+    if info.mode is RunMode.MULTIRUN and not is_grid(info):
+        return "Repeating the command starts a new search."
+    if composed.store.mode is StoreMode.off and info.mode is not RunMode.MULTIRUN:
+        return "With store=off, repeating the command starts from the beginning."
+    is_anew = composed.store.mode is StoreMode.refresh and info.mode is not RunMode.MULTIRUN
+    return "" if is_anew else "Repeat the command to go on where it stopped."
+
+
+def tell(error: BaseException, run_dir: Path | None, advice: str = "") -> None:
     """One message on stderr; the whole traceback in the job's log, and on stderr only if it is our defect."""
     logger.info("The job stopped.", exc_info=error)  # the console handler shows warnings and above
     log_file = run_dir / "bnre_exp.log" if run_dir is not None else None
     # Rich turns a broken pipe on standard output into a SystemExit
     is_unread = isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError)
     text = "Stopped: what read the output has closed it." if is_unread else explain_failure(error, log_file)
-    sys.stderr.write(text + "\n")
+    sys.stderr.write(f"{text} {advice}".rstrip() + "\n")
     metrics = run_dir / "metrics.jsonl" if run_dir is not None else None
     if metrics is not None and metrics.exists() and '"metrics"' in metrics.read_text():
         sys.stderr.write(f"What was finished is in {run_dir}\n")

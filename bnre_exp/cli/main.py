@@ -20,7 +20,7 @@ from bnre_exp.cli.completion import complete
 from bnre_exp.cli.compose import as_mistake, config_folder, refuse_removals, register
 from bnre_exp.cli.config_files import mistake_in_files, own_folder
 from bnre_exp.cli.help import help_text, version_text
-from bnre_exp.cli.job import JOBS_AT_ONCE, job, open_console, tell
+from bnre_exp.cli.job import JOBS_AT_ONCE, job, open_console, tell, way_on
 from bnre_exp.cli.launch import stops_raise
 from bnre_exp.cli.mistakes import exit_status, explain_failure
 from bnre_exp.cli.resume import Ahead, is_folder_chosen, look_ahead
@@ -74,11 +74,14 @@ def _sweep(ahead: Ahead, folder: Path, console: Console) -> None:
         with folders.recorded(folder, ahead.identity, label) as record:
             try:
                 with stops_raise():
-                    run_sweep(plan, job, console)
+                    record.best = run_sweep(plan, job, console)
                 record.status = folders.FINISHED
             except BaseException as error:
                 record.status = folders.FAILED if isinstance(error, Exception) else folders.KILLED
                 record.error = explain_failure(error, None).splitlines()[-1]
+                if isinstance(error, KeyboardInterrupt) and not error.__dict__.get("is_told"):  # between two jobs
+                    tell(error, None, way_on(ahead.composed, ahead.composed.hydra))
+                    error.__dict__["is_told"] = True
                 raise
 
 
