@@ -6,10 +6,10 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # the command line needs digests before it needs torch
+    from torch import Tensor
 
 
 def digest(value: Any) -> str:
@@ -20,6 +20,8 @@ def digest(value: Any) -> str:
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of names, dtypes, shapes and values."""
+    import torch
+
     sha = hashlib.sha256()
     for name, tensor in tensors.items():
         plain = tensor.detach().cpu().contiguous()

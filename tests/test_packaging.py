@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import pkgutil
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,21 @@ def test_commands_name_functions_that_exist() -> None:
 
 def test_the_package_says_its_version() -> None:
     assert isinstance(bnre_exp.__version__, str) and bnre_exp.__version__
+
+
+def test_every_public_name_is_imported_when_it_is_used() -> None:
+    """At run time from the place that type checkers see it come from; nothing else passes for a name."""
+    tree = ast.parse(Path(bnre_exp.__file__).read_text())
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    seen = {alias.name: node.module for node in nodes for alias in node.names if "bnre_exp." in str(node.module)}
+    assert sorted({*seen, "__version__"}) == sorted(bnre_exp.__all__) and set(bnre_exp.__all__) <= set(dir(bnre_exp))
+    for name, module in seen.items():
+        assert getattr(bnre_exp, name) is getattr(import_module(str(module)), name)
+    assert bnre_exp.quantsim.sim.sim_report is bnre_exp.sim_report  # as before, by the import of the package alone
+    with pytest.raises(AttributeError, match="has no attribute 'quantise'"):
+        bnre_exp.quantise  # noqa: B018
+    with pytest.raises(ImportError):
+        exec("from bnre_exp import quantise")
 
 
 def test_a_wheel_has_configuration_and_types(installed: Path) -> None:

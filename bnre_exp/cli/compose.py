@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Sequence
+from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -28,7 +29,7 @@ def config_folder() -> Path:
 
 
 def register() -> None:
-    schema = OmegaConf.structured(Config)
+    schema = OmegaConf.structured(_as_written(Config))
     # A builder's own arguments are open: model.kwargs.width=2
     for section in (schema.model, schema.dataset, schema.task):
         OmegaConf.set_struct(section.kwargs, False)
@@ -36,11 +37,44 @@ def register() -> None:
     OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
 
 
+def _as_written(section: Any) -> Any:
+    """A dataclass of the schema whose switches keep what is written; OmegaConf would make true of any number."""
+
+    def kind(annotation: Any) -> Any:
+        if get_origin(annotation) is list and is_dataclass(get_args(annotation)[0]):
+            return list[_as_written(get_args(annotation)[0])]  # type: ignore[misc]
+        return Any if annotation is bool else annotation
+
+    columns: list[Any] = []
+    for item in fields(section):
+        default: Any = item.default_factory
+        if isinstance(default, type) and is_dataclass(default):
+            inner = _as_written(default)
+            columns.append((item.name, inner, field(default_factory=inner)))
+        else:
+            own = field(default=item.default) if default is MISSING else field(default_factory=default)
+            columns.append((item.name, kind(get_type_hints(section)[item.name]), own))
+    return make_dataclass(section.__name__, columns)
+
+
+def _refuse_other_numbers(section: Any, values: Any, prefix: str = "") -> None:
+    """Raise ``UserError`` for a switch that is a number other than 0 and 1."""
+    for item in fields(section):
+        value, kind = values.get(item.name) if isinstance(values, dict) else None, get_type_hints(section)[item.name]
+        if kind is bool and type(value) is int and value not in (0, 1):
+            raise UserError(f"{prefix}{item.name}={value}: expected true or false; it means: {item.metadata['doc']}.")
+        inner = (get_args(kind) or (kind,))[0]
+        for part in value if isinstance(value, list) else [value]:
+            if is_dataclass(inner):
+                _refuse_other_numbers(inner, part, f"{prefix}{item.name}.")
+
+
 def typed(composed: DictConfig) -> Config:
     """The composed configuration as checked dataclasses. Raises ``UserError`` for an unknown key or a bad value."""
     try:
         # Plain values: merging two structured configurations would drop an unknown key (+quant.foo=1) silently.
         plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        _refuse_other_numbers(Config, plain)
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
     except OmegaConfBaseException as error:
         raise UserError(explain_configuration(error)) from error
@@ -83,11 +117,16 @@ def _is_hydras_value_error(error: BaseException) -> bool:
     return str(frame.f_globals.get("__name__")).startswith("hydra._internal.")
 
 
+def own_part(composed: DictConfig) -> DictConfig:
+    """A composed configuration without Hydra's part."""
+    return OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+
+
 def identity_of(composed: DictConfig) -> str:
     """Of a configuration, without Hydra's own part, and of the code that it runs."""
     from bnre_exp.jobs.plan import code_identity
 
-    own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    own = own_part(composed)
     try:
         code = code_identity(typed(own))
     except UserError:  # a mistake, which is told where it matters

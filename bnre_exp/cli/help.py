@@ -34,6 +34,8 @@ Usage: bnre-exp [GROUP=CHOICE ...] [FIELD=VALUE ...] [-m]          (python -m bn
   bnre-exp 'quant.overrides=[{pattern: "layer4.*", weight_bits: 8}]'    exceptions by layer
 
   --help   --version   --cfg job (the composed configuration)   --hydra-help (all flags of Hydra)
+  eval "$(bnre-exp -sc install=bash)" completes what is typed, in this shell
+  bnre-exp ui opens the page of the runs in MLflow.
   bnre-exp-onnx re-estimates and folds ONNX files; bnre-exp-store lists and prunes kept stages; bnre-exp-sync brings to
   MLflow what it missed; bnre-exp-compare compares runs. Each has --help.
 """
@@ -46,7 +48,7 @@ _GROUP_NOTES = {
 }
 
 
-def version_text(conf: Path) -> str:
+def version_text() -> str:
     """The line that ``--version`` prints."""
     try:
         return f"bnre_exp {version('bnre_exp')}\n"
@@ -54,11 +56,12 @@ def version_text(conf: Path) -> str:
         return "bnre_exp (not installed)\n"
 
 
-def help_text(conf: Path) -> str:
-    """The whole help. conf: the folder of config groups, whose files are the choices."""
+def help_text(conf: Path, own: Path | None = None) -> str:
+    """The whole help. conf: the folder of config groups, whose files are the choices; own: one more, of the user."""
     chosen = _chosen(conf)
     values = _values(conf, chosen)
-    parts = [INTRODUCTION, "Config groups (GROUP=CHOICE); * marks the default choice\n", _groups(conf, chosen)]
+    marks = "* marks the default choice" + (f", + those of {own}" if own is not None else "")
+    parts = [INTRODUCTION, f"Config groups (GROUP=CHOICE); {marks}\n", _groups(conf, own, chosen)]
     parts.append("Fields (FIELD=VALUE): name, type, default (under the default choices), meaning, [unit], (range)\n")
     parts.append(_section(Config, "", values))
     for item in fields(Config):
@@ -86,14 +89,25 @@ def _values(conf: Path, chosen: dict[str, str]) -> dict[str, Any]:
     return values
 
 
-def _groups(conf: Path, chosen: dict[str, str]) -> str:
+def _groups(conf: Path, own: Path | None, chosen: dict[str, str]) -> str:
+    shipped, added = _choices(conf), _choices(own) if own is not None else {}
     lines = []
-    for folder in sorted(path for path in conf.iterdir() if path.is_dir()):
-        names = sorted(file.stem for file in folder.glob("*.yaml"))
-        choices = ", ".join(f"{name}*" if name == chosen.get(folder.name) else name for name in names)
-        note = _GROUP_NOTES.get(folder.name)
-        lines += _aligned([folder.name], [12], f"{choices}  ({note})" if note else choices)
+    for group in sorted({*shipped, *added}):
+        names = [f"{name}*" if name == chosen.get(group) else name for name in shipped.get(group, [])]
+        names += [f"{name}+" for name in added.get(group, []) if name not in shipped.get(group, [])]
+        note = _GROUP_NOTES.get(group)
+        lines += _aligned([group], [12], f"{', '.join(names)}  ({note})" if note else ", ".join(names))
     return "\n".join(lines) + "\n"
+
+
+def _choices(folder: Path) -> dict[str, list[str]]:
+    """The choices of each group: files in its folder, or in folders of that (``experiment=mine/first``)."""
+    found: dict[str, list[str]] = {}
+    for file in sorted(folder.rglob("*.yaml")):
+        group, *rest = file.relative_to(folder).with_suffix("").parts
+        if rest:
+            found.setdefault(group, []).append("/".join(rest))
+    return found
 
 
 def _section(section: Any, group: str, values: dict[str, Any]) -> str:

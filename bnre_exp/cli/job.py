@@ -5,13 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import hydra
@@ -22,12 +18,13 @@ from rich.console import Console
 from rich.text import Text
 
 from bnre_exp.cli.compose import config_folder, identity_of, register, typed
+from bnre_exp.cli.config_files import refuse_unchosen
+from bnre_exp.cli.launch import stops_raise
 from bnre_exp.cli.mistakes import exit_status, explain_failure
-from bnre_exp.config import Config
-from bnre_exp.errors import JobFailed, Terminated, UserError
+from bnre_exp.config import Config, StoreMode
+from bnre_exp.errors import JobFailed, UserError
 from bnre_exp.jobs import folders
 from bnre_exp.report.console import PrefixedLines
-from bnre_exp.tracking.journal import all_tags, last_metrics, read_records
 
 PLAIN_WIDTH = 120  # columns of a console that is a file or a pipe
 
@@ -49,12 +46,11 @@ def job(composed: DictConfig) -> float | None:
         console = open_console(PrefixedLines(sys.stdout, f"[{info.job.num}] "))
     label = f"{info.job.num}: {' '.join(overrides)}" if is_multirun else " ".join(overrides)
     try:
-        with sigterm_raises():
-            if is_multirun:
-                console.rule(Text(f"job {label}"))
-            return _claimed(composed, info, run_dir, overrides, label, console)
+        if is_multirun:
+            console.rule(Text(f"job {label}"))
+        return _claimed(composed, info, run_dir, overrides, label, console)
     except BaseException as error:
-        tell(error, run_dir)
+        tell(error, run_dir, way_on(composed, info) if isinstance(error, KeyboardInterrupt) else "")
         if not is_multirun:
             raise SystemExit(exit_status(error)) from None
         record = folders.read_record(run_dir)
@@ -97,10 +93,12 @@ def _claimed(
             make_room(run_dir)  # another run's, in a folder that the user chose, or one that failed
         with folders.recorded(run_dir, identity, label) as record:
             try:
-                config = typed(composed)
-                config.runtime.threads = config.runtime.threads or _threads()
-                _run(config, run_dir, overrides, console, sweep)
-                objective = _objective(run_dir, info, config.objective)
+                with stops_raise():
+                    refuse_unchosen(info.runtime.choices)
+                    config = typed(composed)
+                    config.runtime.threads = config.runtime.threads or _threads()
+                    _run(config, run_dir, overrides, console, sweep)
+                    objective = _objective(run_dir, info, config.objective)
                 record.status = folders.FINISHED
                 return objective
             except BaseException as error:
@@ -123,6 +121,7 @@ def _run(config: Config, run_dir: Path, overrides: Sequence[str], console: Conso
 def _objective(run_dir: Path, info: DictConfig, name: str | None) -> float | None:
     """What a search such as Optuna's optimizes; None if this is no search and there is no such metric."""
     from bnre_exp.jobs.reporting import headline_of
+    from bnre_exp.tracking.journal import all_tags, last_metrics, read_records
 
     records = read_records(run_dir)
     metrics, name = last_metrics(records), name or f"fold/val_{headline_of(all_tags(records)).name}"
@@ -149,31 +148,24 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def tell(error: BaseException, run_dir: Path | None) -> None:
+def way_on(composed: DictConfig, info: DictConfig) -> str:
+    """How an interrupted command can go on."""
+    if info.mode is RunMode.MULTIRUN and not is_grid(info):
+        return "Repeating the command starts a new search."
+    if composed.store.mode is StoreMode.off and info.mode is not RunMode.MULTIRUN:
+        return "With store=off, repeating the command starts from the beginning."
+    is_anew = composed.store.mode is StoreMode.refresh and info.mode is not RunMode.MULTIRUN
+    return "" if is_anew else "Repeat the command to go on where it stopped."
+
+
+def tell(error: BaseException, run_dir: Path | None, advice: str = "") -> None:
     """One message on stderr; the whole traceback in the job's log, and on stderr only if it is our defect."""
     logger.info("The job stopped.", exc_info=error)  # the console handler shows warnings and above
     log_file = run_dir / "bnre_exp.log" if run_dir is not None else None
     # Rich turns a broken pipe on standard output into a SystemExit
     is_unread = isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError)
     text = "Stopped: what read the output has closed it." if is_unread else explain_failure(error, log_file)
-    sys.stderr.write(text + "\n")
+    sys.stderr.write(f"{text} {advice}".rstrip() + "\n")
     metrics = run_dir / "metrics.jsonl" if run_dir is not None else None
     if metrics is not None and metrics.exists() and '"metrics"' in metrics.read_text():
         sys.stderr.write(f"What was finished is in {run_dir}\n")
-
-
-@contextmanager
-def sigterm_raises() -> Iterator[None]:
-    """SIGTERM ends the job as Ctrl-C does, so that files and the MLflow run are closed."""
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise Terminated
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before: Any = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,28 @@ from hydra._internal.utils import get_args
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from rich.console import Console
 
+from bnre_exp.cli.completion import complete
 from bnre_exp.cli.compose import as_mistake, config_folder, refuse_removals, register
+from bnre_exp.cli.config_files import mistake_in_files, own_folder
 from bnre_exp.cli.help import help_text, version_text
-from bnre_exp.cli.job import JOBS_AT_ONCE, job, open_console, sigterm_raises, tell
+from bnre_exp.cli.job import JOBS_AT_ONCE, job, open_console, tell, way_on
+from bnre_exp.cli.launch import stops_raise
 from bnre_exp.cli.mistakes import exit_status, explain_failure
 from bnre_exp.cli.resume import Ahead, is_folder_chosen, look_ahead
 from bnre_exp.errors import SweepFailed
 from bnre_exp.jobs import folders
 
-INFORMATION = ("hydra_help", "cfg", "info", "shell_completion", "experimental_rerun")  # flags that run no job
+INFORMATION = ("hydra_help", "cfg", "info", "experimental_rerun")  # flags that run no job
 
 
 def _launch(arguments: Any) -> None:
     """Hand over to Hydra, with the folder chosen: a job, or a sweep inside its own run."""
     ahead = look_ahead(arguments)
-    if ahead is None or (ahead.folder is None and not ahead.is_multirun):
+    if ahead is None:
+        job()
+        return
+    import_module("bnre_exp.jobs.run")  # all of torch, while nothing needs to be closed when Ctrl-C ends the process
+    if ahead.folder is None and not ahead.is_multirun:
         job()
         return
     console = open_console()
@@ -65,11 +73,15 @@ def _sweep(ahead: Ahead, folder: Path, console: Console) -> None:
             make_room(folder)  # another sweep's, in a folder that the user chose
         with folders.recorded(folder, ahead.identity, label) as record:
             try:
-                run_sweep(plan, job, console)
+                with stops_raise():
+                    record.best = run_sweep(plan, job, console)
                 record.status = folders.FINISHED
             except BaseException as error:
                 record.status = folders.FAILED if isinstance(error, Exception) else folders.KILLED
                 record.error = explain_failure(error, None).splitlines()[-1]
+                if isinstance(error, KeyboardInterrupt) and not error.__dict__.get("is_told"):  # between two jobs
+                    tell(error, None, way_on(ahead.composed, ahead.composed.hydra))
+                    error.__dict__["is_told"] = True
                 raise
 
 
@@ -100,22 +112,27 @@ def _stop_output() -> int:
 def main() -> int:
     """Run the command line in ``sys.argv``; returns the exit status."""
     arguments = sys.argv[1:]
-    for flags, text in (({"--help", "-h"}, help_text), ({"--version"}, version_text)):
-        if flags & set(arguments):
-            return _print(text(config_folder()))
+    if "--version" in arguments:
+        return _print(version_text())
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions reach this function, which words them
     if not {"", os.getcwd()} & set(sys.path):  # an installed command has its own folder there, python -m this one
         sys.path.insert(0, os.getcwd())
     logging.raiseExceptions = False  # a full disk must not add a traceback of the log file's own
     register()
+    config_folders = [config_folder()]
     try:
+        own = own_folder(arguments)
+        config_folders += [own] if own is not None else []
+        if {"--help", "-h"} & set(arguments):
+            return _print(help_text(*config_folders))
         refuse_removals(arguments)
         parsed = get_args(arguments)
-        with sigterm_raises():
-            if any(getattr(parsed, name) for name in INFORMATION):
-                job()
-            else:
-                _launch(parsed)
+        if parsed.shell_completion:
+            return complete(parsed.overrides, job)
+        if any(getattr(parsed, name) for name in INFORMATION):
+            job()
+        else:
+            _launch(parsed)
     except SweepFailed as error:
         return _tell_failed_jobs(error.folder)
     except SystemExit as stop:  # a job that failed and said so, or Hydra's command-line parser
@@ -123,7 +140,7 @@ def main() -> int:
     except (Exception, KeyboardInterrupt) as error:
         if isinstance(error, BrokenPipeError):  # --cfg job | head
             return _stop_output()
-        mistake = as_mistake(error)
+        mistake = mistake_in_files(error, config_folders) or as_mistake(error)
         if not error.__dict__.get("is_told"):
             tell(mistake, None)
         return exit_status(mistake)

@@ -13,8 +13,9 @@ from typing import Any
 
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, ValidationError
 
+from bnre_exp.cli.launch import how_stopped, stop_status
 from bnre_exp.config import Config, LayerOverride
-from bnre_exp.errors import Terminated, UserError
+from bnre_exp.errors import UserError
 
 SEE_HELP = "python -m bnre_exp --help lists all fields."
 _FULL_DISK = ("no space left on device", "database or disk is full", "disk quota exceeded")
@@ -24,20 +25,17 @@ def exit_status(error: BaseException) -> int:
     """2 for a user's mistake, 130 for Ctrl-C, 143 for SIGTERM, what a SystemExit says, else 1."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    for kind, status in ((UserError, 2), (Terminated, 143), (KeyboardInterrupt, 130)):
-        if isinstance(error, kind):
-            return status
-    return 1
+    if isinstance(error, KeyboardInterrupt):
+        return stop_status(error)
+    return 2 if isinstance(error, UserError) else 1
 
 
 def explain_failure(error: BaseException, log_file: Path | None) -> str:
     """The message for an error that ended a job; with the traceback only where the defect is ours."""
     if isinstance(error, UserError):
         return f"Error: {error}"
-    if isinstance(error, Terminated):
-        return "Stopped by SIGTERM."
     if isinstance(error, KeyboardInterrupt):
-        return "Interrupted (Ctrl-C)."
+        return how_stopped(error)
     if is_full_disk(error):
         return f"Error: the disk is full, {_full_folder(error, log_file)}. Free some space and run again."
     lines = "".join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip()
@@ -88,6 +86,8 @@ def explain_configuration(error: BaseException) -> str:
     name = str(getattr(inner, "full_key", "") or "")
     override = _search(r"Error merging override '?([^\n]+?)'?$", texts) or ""
     unknown = _unknown_name(texts, name, override)
+    if unknown == "experiment":
+        return "experiment: its file has to begin with the line # @package _global_, and then name groups and fields."
     if unknown:
         return f"{unknown}: there is no such field or config group.{_did_you_mean(unknown)} {SEE_HELP}"
     if override.startswith("~"):
@@ -95,7 +95,9 @@ def explain_configuration(error: BaseException) -> str:
     if isinstance(inner, MissingMandatoryValue):
         return f"{name} has no value (???): give it one, {name}=VALUE."
     if isinstance(inner, (InterpolationResolutionError, ValidationError)):
-        return f"{override or name}: {_first_line(str(inner))}.{_meaning(name)}"
+        is_word = re.search(r"'(False|True)', expected one of", str(inner))
+        quotes = ' YAML reads off as false; in a file, write "off".' if is_word else ""
+        return f"{override or name}: {_first_line(str(inner))}.{quotes}{_meaning(name)}"
     return _explain_override(error, _first_line(texts[0]))
 
 

@@ -15,7 +15,8 @@ from hydra.errors import MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from bnre_exp.cli.compose import config_folder, container_of, identity_of, section_of
+from bnre_exp.cli.compose import config_folder, container_of, identity_of, own_part, section_of, typed
+from bnre_exp.cli.config_files import refuse_unchosen
 from bnre_exp.cli.job import cores, is_grid
 from bnre_exp.config import RuntimeConfig, TrackingConfig
 from bnre_exp.digests import digest
@@ -52,10 +53,13 @@ def look_ahead(arguments: Any) -> Ahead | None:
             if arguments.config_name or arguments.config_path:  # Hydra may know where it is
                 return None
             raise
+    refuse_unchosen(composed.hydra.runtime.choices)
     is_multirun = bool(arguments.multirun) or composed.hydra.mode is RunMode.MULTIRUN
     if not is_multirun and len(fixed) != len(written):
         return None
     tracking, runtime = section_of(composed, "tracking", TrackingConfig), section_of(composed, "runtime", RuntimeConfig)
+    if not is_multirun:  # a mistake is told before torch is imported; in a multirun, what is swept may mend it
+        typed(own_part(composed))
     identity, output = identity_of(composed), Path(runtime.output_dir)
     if is_multirun:
         swept = [o for o in written if not o.key_or_group.startswith(("hydra/launcher", "hydra.launcher"))]

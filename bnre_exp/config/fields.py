@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import field, fields, is_dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from bnre_exp.errors import UserError
 
@@ -39,18 +39,50 @@ _COMPARE: dict[str, Callable[[float, float], bool]] = {
 }
 
 
-def check_bounds(section: Any, group: str) -> None:
-    """Raise ``UserError`` for a number outside the bounds of its field."""
+def check_fields(section: Any, group: str) -> None:
+    """Raise ``UserError`` for a value that is not of its field's type, no finite number, or outside its bounds."""
+    hints = get_type_hints(type(section))
     for item in fields(section):
-        value = getattr(section, item.name)
+        value, doc = getattr(section, item.name), item.metadata["doc"]
+        name = f"{group}.{item.name}" if group else item.name
+        if not _is_of(value, hints[item.name]):
+            raise UserError(f"{name}={value!r}: expected {_words(hints[item.name])}; it means: {doc}.")
         bounds = {words: bound for words, bound in item.metadata["bounds"].items() if bound is not None}
+        expected = " and ".join(f"{words} {bound:.10g}" for words, bound in bounds.items())
         for number in value if isinstance(value, list) else [value]:
-            if number is None or not bounds:
-                continue
-            if not (math.isfinite(number) and all(_COMPARE[words](number, bound) for words, bound in bounds.items())):
-                expected = " and ".join(f"{words} {bound:.10g}" for words, bound in bounds.items())
-                name = f"{group}.{item.name}" if group else item.name
-                raise UserError(f"{name}={number}: expected a number {expected}; it means: {item.metadata['doc']}.")
+            is_number = isinstance(number, (int, float))
+            fits = all(_COMPARE[words](number, bound) for words, bound in bounds.items()) if is_number else True
+            if is_number and not (abs(number) < math.inf and fits):  # nor nan
+                kind = f"a number {expected}" if bounds else "a finite number"
+                raise UserError(f"{name}={number}: expected {kind}; it means: {doc}.")
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is of an annotation of this package; a whole number is also a number, true is none."""
+    arguments = get_args(kind)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is_of(entry, arguments[0]) for entry in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(isinstance(key, arguments[0]) for key in value)
+    if arguments:  # X | None
+        return any(_is_of(value, argument) for argument in arguments)
+    if kind in (int, float):
+        return type(value) in ((int,) if kind is int else (int, float))
+    return isinstance(value, kind)
+
+
+def _words(kind: Any) -> str:
+    """A type in words: a list of numbers, or null."""
+    arguments = get_args(kind)
+    if get_origin(kind) is list:
+        return f"a list, each {_words(arguments[0])}"
+    if get_origin(kind) is dict:
+        return "{NAME: VALUE}"
+    if arguments:
+        return " or ".join(_words(argument) for argument in arguments)
+    if issubclass(kind, Enum):
+        return f"one of {', '.join(member.name for member in kind)}"
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(kind, "null")
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bnre_exp.config.fields import check_bounds, opt
+from bnre_exp.config.fields import check_fields, opt
 from bnre_exp.config.running import RuntimeConfig, StoreConfig, TrackingConfig
 from bnre_exp.config.sections import (
     DatasetConfig,
@@ -45,4 +45,4 @@ class Config:
     tracking: TrackingConfig = opt(factory=TrackingConfig, doc="where results are logged")
 
     def __post_init__(self) -> None:
-        check_bounds(self, self.group)
+        check_fields(self, self.group)

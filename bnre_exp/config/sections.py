@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,8 +15,11 @@ from bnre_exp.config.choices import (
     ReestMethod,
     Schedule,
 )
-from bnre_exp.config.fields import check_bounds, opt
+from bnre_exp.config.fields import check_fields, opt
 from bnre_exp.errors import UserError
+
+# Beyond these a number is a slip of the pen, which would be met hours later, or never.
+MOST_EPOCHS, MOST_BATCHES, MOST_IMAGES, MOST_PIXELS, MOST_RATE = 10**5, 10**6, 10**6, 2**14, 1e3
 
 
 @dataclass
@@ -40,8 +42,8 @@ class ModelConfig:
     leaf_modules: list[str] = opt(factory=list, doc="module or class names that tracing does not look into")
 
     def __post_init__(self) -> None:
-        if not self._target_:
-            raise UserError("model._target_ is empty: expected the dotted path of a callable, such as mynet.MyNet.")
+        check_fields(self, self.group)
+        _check_target(self._target_, "model", "mynet.MyNet")
 
 
 @dataclass
@@ -52,24 +54,30 @@ class DatasetConfig:
     _target_: str = opt("bnre_exp.data.digits", "dotted path of the callable that builds one split")
     kwargs: dict[str, Any] = opt(factory=dict, doc="more keyword arguments of the callable")
     root: str | None = opt(None, "folder of the data files; null: the dataset's own default")
-    num_classes: int | None = opt(None, "number of classes; null: as many as the dataset has", ge=2)
-    image_size: int | None = opt(None, "height and width fed to the network [pixels]; null: as the weights", ge=8)
+    num_classes: int | None = opt(None, "number of classes; null: as many as the dataset has", ge=2, le=10**6)
+    image_size: int | None = opt(
+        None, "height and width fed to the network [pixels]; null: as the weights", ge=8, le=MOST_PIXELS
+    )
     mean: list[float] | None = opt(None, "a value per channel, of pixels in [0, 1]; null: as the weights")
     std: list[float] | None = opt(None, "a value per channel, of pixels in [0, 1]; null: as the weights", gt=0)
-    default_image_size: int = opt(32, "image_size where the weights do not say [pixels]", ge=8)
+    default_image_size: int = opt(32, "image_size where the weights do not say [pixels]", ge=8, le=MOST_PIXELS)
     default_mean: list[float] = opt(factory=lambda: [0.5], doc="mean where the weights do not say")
     default_std: list[float] = opt(factory=lambda: [0.5], doc="std where the weights do not say", gt=0)
     in_memory: bool = opt(True, "keep the resized images in memory (8 bits a value) instead of reading them anew")
     augment: bool = opt(False, "random crop and horizontal flip of training images")
-    batch_size: int = opt(128, "images a batch, for training, calibration and re-estimation", ge=2)
-    eval_batch_size: int = opt(256, "images a batch, for validation and test", ge=1)
+    batch_size: int = opt(128, "images a batch, for training, calibration and re-estimation", ge=2, le=MOST_IMAGES)
+    eval_batch_size: int = opt(256, "images a batch, for validation and test", ge=1, le=MOST_IMAGES)
     val_fraction: float = opt(0.1, "part of the training data kept for validation", ge=0, lt=1)
     train_limit: int | None = opt(None, "use at most this many training images; null: all", ge=2)
     test_limit: int | None = opt(None, "use at most this many test images; null: all", ge=1)
-    train_epochs: int = opt(15, "FP32 epochs where train.epochs is null", ge=0)
+    train_epochs: int = opt(15, "FP32 epochs where train.epochs is null", ge=0, le=MOST_EPOCHS)
 
     def __post_init__(self) -> None:
-        check_bounds(self, self.group)
+        check_fields(self, self.group)
+        _check_target(self._target_, "dataset", "mydata.load")
+        for name in ("mean", "std", "default_mean", "default_std"):
+            if getattr(self, name) == []:
+                raise UserError(f"dataset.{name} is empty: expected a number for each channel.")
 
 
 @dataclass
@@ -80,6 +88,10 @@ class TaskConfig:
     _target_: str = opt("bnre_exp.tasks.Classification", "dotted path of the class")
     kwargs: dict[str, Any] = opt(factory=dict, doc="keyword arguments of the class")
 
+    def __post_init__(self) -> None:
+        check_fields(self, self.group)
+        _check_target(self._target_, "task", "mytask.Depth")
+
 
 @dataclass
 class TrainConfig:
@@ -87,17 +99,22 @@ class TrainConfig:
 
     group: ClassVar[str] = "train"
     epochs: int | None = opt(
-        None, "passes over the training data; null: dataset.train_epochs, or 0 where weights are loaded", ge=0
+        None,
+        "passes over the training data; null: dataset.train_epochs, or 0 where weights are loaded",
+        ge=0,
+        le=MOST_EPOCHS,
     )
-    lr: float = opt(0.05, "peak learning rate", gt=0)
+    lr: float = opt(0.05, "peak learning rate", gt=0, le=MOST_RATE)
     optimizer: Optimizer = opt(Optimizer.sgd, "sgd or adamw")
     momentum: float = opt(0.9, "of SGD", ge=0, lt=1)
-    weight_decay: float = opt(5e-4, "L2 penalty on weights; never on BN parameters, biases or scales", ge=0)
+    weight_decay: float = opt(
+        5e-4, "L2 penalty on weights; never on BN parameters, biases or scales", ge=0, le=MOST_RATE
+    )
     schedule: Schedule = opt(Schedule.one_cycle, "one_cycle, cosine or constant")
     label_smoothing: float = opt(0.0, "fraction of the target spread over all classes", ge=0, lt=1)
 
     def __post_init__(self) -> None:
-        check_bounds(self, self.group)
+        check_fields(self, self.group)
 
 
 @dataclass
@@ -109,14 +126,12 @@ class Fp32Config:
     min_top1: float | None = opt(None, "old name of min_headline", is_old=True, ge=0, le=1)
 
     def __post_init__(self) -> None:
-        check_bounds(self, self.group)
+        check_fields(self, self.group)
         if self.min_top1 is not None and self.min_headline not in (None, self.min_top1):
             raise UserError(
                 "fp32.min_top1 is the old name of fp32.min_headline, and they differ; give the new one alone."
             )
         self.min_headline = self.min_top1 if self.min_headline is None else self.min_headline
-        if self.min_headline is not None and not math.isfinite(self.min_headline):
-            raise UserError(f"fp32.min_headline={self.min_headline}: expected a number.")
 
 
 @dataclass
@@ -130,7 +145,7 @@ class LayerOverride:
     off: bool = opt(False, "true: neither weights nor output are quantized")
 
     def __post_init__(self) -> None:
-        check_bounds(self, self.group)
+        check_fields(self, self.group)
         if not self.pattern:
             raise UserError("quant.overrides: an entry has no pattern; write {pattern: 'layer3.*', weight_bits: 8}.")
         if not self.off and self.weight_bits is None and self.act_bits is None:
@@ -155,10 +170,10 @@ class QuantConfig:
     weight_range: RangeEstimator = opt(RangeEstimator.mse, "range estimator of weights: mse, minmax or percentile")
     act_range: RangeEstimator = opt(RangeEstimator.mse, "range estimator of activations: mse, minmax or percentile")
     percentile: float = opt(99.99, "of values, kept by the percentile estimator [percent]", gt=50, le=100)
-    calib_batches: int = opt(8, "batches of training data that activation ranges are fitted on", ge=1)
+    calib_batches: int = opt(8, "batches of training data that activation ranges are fitted on", ge=1, le=MOST_BATCHES)
 
     def __post_init__(self) -> None:
-        check_bounds(self, self.group)
+        check_fields(self, self.group)
         if self.weight_bits is None and self.act_bits is None:
             raise UserError("quant.weight_bits and quant.act_bits are both null: nothing would be quantized.")
 
@@ -168,16 +183,18 @@ class QatConfig:
     """Quantization-aware training."""
 
     group: ClassVar[str] = "qat"
-    epochs: int = opt(2, "passes over the training data; 0: no QAT (PTQ)", ge=0)
-    lr: float = opt(0.01, "peak learning rate", gt=0)
+    epochs: int = opt(2, "passes over the training data; 0: no QAT (PTQ)", ge=0, le=MOST_EPOCHS)
+    lr: float = opt(0.01, "peak learning rate", gt=0, le=MOST_RATE)
     optimizer: Optimizer = opt(Optimizer.sgd, "sgd or adamw")
     momentum: float = opt(0.9, "of SGD", ge=0, lt=1)
-    weight_decay: float = opt(1e-4, "L2 penalty on weights; never on BN parameters, biases or scales", ge=0)
+    weight_decay: float = opt(
+        1e-4, "L2 penalty on weights; never on BN parameters, biases or scales", ge=0, le=MOST_RATE
+    )
     schedule: Schedule = opt(Schedule.cosine, "one_cycle, cosine or constant")
     label_smoothing: float = opt(0.0, "fraction of the target spread over all classes", ge=0, lt=1)
 
     def __post_init__(self) -> None:
-        check_bounds(self, self.group)
+        check_fields(self, self.group)
 
 
 @dataclass
@@ -185,7 +202,7 @@ class ReestConfig:
     """BN re-estimation."""
 
     group: ClassVar[str] = "reest"
-    num_batches: int = opt(100, "batches of training data; 0: no re-estimation", ge=0)
+    num_batches: int = opt(100, "batches of training data; 0: no re-estimation", ge=0, le=MOST_BATCHES)
     method: ReestMethod = opt(ReestMethod.batch_average, "batch_average, pooled or ema")
     momentum: float = opt(0.1, "weight of the newest batch, for ema", gt=0, le=1)
     act_quant: ActQuant = opt(
@@ -196,7 +213,7 @@ class ReestConfig:
     )
 
     def __post_init__(self) -> None:
-        check_bounds(self, self.group)
+        check_fields(self, self.group)
 
 
 @dataclass
@@ -210,7 +227,7 @@ class FoldConfig:
     bias_bits: int | None = opt(32, "bits of biases on the grid s_in*s_w; null: float biases", ge=8, le=32)
 
     def __post_init__(self) -> None:
-        check_bounds(self, self.group)
+        check_fields(self, self.group)
 
 
 @dataclass
@@ -229,6 +246,16 @@ class ExportConfig:
     )
 
     def __post_init__(self) -> None:
-        check_bounds(self, self.group)
+        check_fields(self, self.group)
         if not self.formats:
             raise UserError("export.formats is empty: expected some of checkpoint, onnx, encodings.")
+        if len(set(self.formats)) < len(self.formats):
+            raise UserError("export.formats names a format twice.")
+
+
+def _check_target(target: str, group: str, example: str) -> None:
+    """A dotted path by its form; whether it can be imported is told where it is."""
+    if not target:
+        raise UserError(f"{group}._target_ is empty: expected the dotted path of a callable, such as {example}.")
+    if not all(part.isidentifier() for part in target.replace(":", ".", 1).split(".")):
+        raise UserError(f"{group}._target_={target!r} is no dotted path; expected something like {example}.")

@@ -24,7 +24,8 @@ RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"  #
 @dataclass
 class RunRecord:
     """What a folder is for. identity: of the command and its configuration; label: for people; status: of the last
-    time it ran; error: the message it ended with; started: seconds since 1970, of the first time."""
+    time it ran; error: the message it ended with; started: seconds since 1970, of the first time; best: what a search
+    found."""
 
     identity: str
     label: str
@@ -32,6 +33,7 @@ class RunRecord:
     status: str = RUNNING
     error: str | None = None
     exit_status: int | None = None
+    best: str | None = None
 
 
 def read_record(folder: Path) -> RunRecord | None:

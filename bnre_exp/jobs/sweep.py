@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
 from rich.console import Console
 from rich.text import Text
 
@@ -57,8 +58,9 @@ class SweepPlan:
     runtime: RuntimeConfig
 
 
-def run_sweep(plan: SweepPlan, launch: Callable[[], None], console: Console) -> None:
-    """Call ``launch``, which runs all jobs, inside the sweep's own run; compare them, however it ends.
+def run_sweep(plan: SweepPlan, launch: Callable[[], None], console: Console) -> str | None:
+    """Call ``launch``, which runs all jobs, inside the sweep's own run; compare them, however it ends. Returns what a
+    search found best.
 
     Raises what ``launch`` raises if it was interrupted, :class:`SweepFailed` if jobs failed.
     """
@@ -77,11 +79,35 @@ def run_sweep(plan: SweepPlan, launch: Callable[[], None], console: Console) -> 
             log.connect()
         close_dead_jobs(plan.folder)
         _leave_comparison(plan, log, console)
+        best = best_trial(plan.folder)
+        if best is not None:
+            log.tags({"best": best})
+            console.print(Text(f"best trial: {best}"), soft_wrap=True)
         failed = failed_jobs(plan.folder)
         if error is not None and (not failed or not isinstance(error, Exception)):
             raise error
         if failed:
             raise SweepFailed(f"{len(failed)} of {len(job_folders(plan.folder))} jobs failed", plan.folder) from error
+    return best
+
+
+def best_trial(folder: Path) -> str | None:
+    """The best of a search, as overrides and value, from the file that Optuna's sweeper leaves; None without one."""
+    file, sweep = folder / "optimization_results.yaml", read_record(folder)
+    try:
+        is_old = sweep is not None and file.stat().st_mtime < sweep.started
+        found = yaml.safe_load(file.read_text())
+        overrides, value = [f"{name}={value}" for name, value in found["best_params"].items()], found["best_value"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):  # none, or one of several objectives
+        return None
+    rows = job_rows(folder)
+    if is_old or not rows:  # old: of another search in a folder that the user chose
+        return None
+    labels = {path: f"{record.label} " for path in job_folders(folder) if (record := read_record(path)) is not None}
+    of_it = [path for path, label in labels.items() if all(f" {override} " in label for override in overrides)]
+    objective = rows[0].params.get("objective", "null")
+    objective = f"fold/val_{rows[0].headline.name}" if objective == "null" else objective
+    return f"{' '.join(overrides)}: {objective} {value:.6g}" + (f" ({of_it[0]})" if of_it else "")
 
 
 def job_folders(folder: Path) -> list[Path]:

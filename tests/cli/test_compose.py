@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from omegaconf import OmegaConf
 
 from bnre_exp.cli.compose import compose_config, config_folder
-from bnre_exp.config import FoldMode, LayerOverride, Optimizer
+from bnre_exp.config import Config, FoldMode, LayerOverride, Optimizer
+from bnre_exp.errors import UserError
 
 GROUP_FILES = sorted(config_folder().glob("*/*.yaml"))
 
@@ -61,6 +63,81 @@ def test_values_are_typed() -> None:
     assert config.train.optimizer is Optimizer.adamw
     assert config.model.kwargs == {"width": 2}
     assert config.quant.overrides == [LayerOverride("a.*", act_bits=16)]
+
+
+NONSENSE = [
+    ("quant.per_channel=2", "true or false"),
+    ("quant.overrides=[{pattern: a, off: 2}]", "true or false"),
+    ("train.epochs=1000000000000000000000", "at most"),
+    ("qat.epochs=1000000000000", "at most"),
+    ("reest.num_batches=10000000000000", "at most"),
+    ("quant.calib_batches=10000000000000", "at most"),
+    ("train.lr=1e300", "at most"),
+    ("qat.weight_decay=1e300", "at most"),
+    ("runtime.threads=100000", "at most 4096"),
+    ("runtime.workers=100000", "at most"),
+    ("dataset.batch_size=100000000000", "at most"),
+    ("dataset.image_size=10000000", "at most"),
+    ("dataset.num_classes=10000000000", "at most"),
+    ("store.max_gb=1e300", "at most"),
+    ("store.max_gb=nan", "at most"),
+    ("dataset.mean=[nan]", "finite"),
+    ("dataset.mean=[[1]]", "a list, each a number"),
+    ("dataset.mean=[]", "empty"),
+    ("dataset.default_mean=[inf]", "finite"),
+    ("dataset.default_std=[[1]]", "a list, each a number"),
+    ("export.formats=[[1]]", "each one of checkpoint, onnx, encodings"),
+    ("export.formats=[{a: 1}]", "each one of checkpoint, onnx, encodings"),
+    ("export.formats=[onnx,onnx]", "twice"),
+    ("model.strip_prefixes=[[1]]", "each text"),
+    ("model.leaf_modules=[{a: 1}]", "each text"),
+    ("fp32.min_headline=nan", "finite"),
+    ("fp32.min_headline=-inf", "finite"),
+    ("model._target_=3", "no dotted path"),
+    ("dataset._target_='a b'", "no dotted path"),
+    ("task._target_=''", "is empty"),
+    ("tracking.uri=ftp://x", "no such store"),
+    ("tracking.uri=htp://x", "no such store"),
+    ("tracking.uri=http://", "no host"),
+    ("tracking.uri=''", "no such store"),
+]
+
+
+@pytest.mark.parametrize(("override", "words"), NONSENSE, ids=[override for override, _ in NONSENSE])
+def test_nonsense_is_refused_by_its_name(override: str, words: str) -> None:
+    with pytest.raises(UserError) as raised:
+        compose_config([override])
+    name = override.partition("=")[0]
+    assert str(raised.value).startswith((name, "quant.overrides.off")) and words in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["http://host:5000", "https://h/x", "sqlite:///a.db", "postgresql+psycopg2://u@h/db", "databricks", "file:///a"],
+)  # fmt: skip
+def test_what_mlflow_takes_is_taken(uri: str) -> None:
+    assert compose_config([f"tracking.uri={uri}"]).tracking.uri == uri
+
+
+def test_a_password_is_not_told() -> None:
+    with pytest.raises(UserError) as raised:
+        compose_config(["tracking.uri='htp://alice:SECRET@host'"])
+    assert "SECRET" not in str(raised.value)
+
+
+def test_switches_take_words_and_0_and_1() -> None:
+    for text, value in (("true", True), ("yes", True), ("1", True), ("False", False), ("no", False), ("0", False)):
+        assert compose_config([f"quant.per_channel={text}"]).quant.per_channel is value
+
+
+def test_no_number_is_without_an_end() -> None:
+    free = {"min_headline", "train_limit", "test_limit"}
+    sections = [item.default_factory for item in fields(Config)]
+    for section in [Config, LayerOverride, *(kind for kind in sections if isinstance(kind, type))]:
+        for item in fields(section):
+            if get_type_hints(section)[item.name] in (int, float, int | None, float | None) and item.name not in free:
+                bounds = item.metadata["bounds"]
+                assert bounds["at most"] is not None or bounds["less than"] is not None, item.name
 
 
 def test_a_choice_on_the_command_line_beats_the_experiment() -> None:

@@ -174,6 +174,37 @@ def test_our_own_defect_shows_everything(
     assert "Traceback" in (job.folders[0] / "bnre_exp.log").read_text()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        (["seed=1"], "Repeat the command to go on where it stopped."),
+        (["seed=1", "hydra.run.dir=here"], "Repeat the command to go on where it stopped."),
+        (["seed=1", "store=off"], "With store=off, repeating the command starts from the beginning."),
+        (["seed=1", "store=refresh"], ""),
+        (["-m", "seed=1,2"], "Repeat the command to go on where it stopped."),
+        (["-m", "seed=1,2", "store=off"], "Repeat the command to go on where it stopped."),
+        (["-m", "seed=choice(1,2)", "hydra/sweeper=optuna"], "Repeating the command starts a new search."),
+    ],
+)
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, Terminated])
+def test_who_stops_it_is_told_whether_it_goes_on(
+    stop: type[BaseException],
+    arguments: list[str],
+    advice: str,
+    job: Job,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if "hydra/sweeper=optuna" in arguments:
+        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    job.action = raising(stop())
+    assert call(monkeypatch, *arguments) == (143 if stop is Terminated else 130)
+    how = "Stopped by SIGTERM." if stop is Terminated else "Interrupted (Ctrl-C)."
+    said = capsys.readouterr().err
+    assert f"{how} {advice}".rstrip() + "\n" in said and said.count(how) == 1
+    assert len(job.configs) == 1
+
+
 # --- multirun
 
 

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from bnre_exp.cli import compare_runs
-from bnre_exp.jobs.folders import read_record
+from bnre_exp.jobs.folders import RunRecord, read_record, write_record
+from bnre_exp.jobs.sweep import best_trial
 from bnre_exp.tracking import read_runs
+from bnre_exp.tracking.journal import Journal
 from scripts.bench import kill_sweep
 
 NET = """
@@ -112,16 +114,38 @@ def test_a_sweep_is_nested_compared_and_computes_each_stage_once(folder, launche
     assert compare_runs.main(["--sweep", "nothing", "--to", str(folder / "none")]) == 2
 
 
+def test_the_best_trial_of_a_search_is_told_with_its_value_and_folder(tmp_path):
+    write_record(tmp_path, RunRecord("sweep", "sweep", time.time() - 10))
+    assert best_trial(tmp_path) is None
+    for number, bits in enumerate((2, 3, 33)):
+        job = tmp_path / str(number)
+        job.mkdir()
+        write_record(job, RunRecord("job", f"{number}: quant.weight_bits={bits} qat.lr=1e-05", time.time()))
+        with Journal(job) as journal:
+            journal.add("params", {"objective": "null", "quant.weight_bits": str(bits)})
+    results = tmp_path / "optimization_results.yaml"
+    results.write_text(
+        "name: optuna\nbest_params:\n  quant.weight_bits: 3\n  qat.lr: 1.0e-05\nbest_value: 0.93359375\n"
+    )
+    assert best_trial(tmp_path) == f"quant.weight_bits=3 qat.lr=1e-05: fold/val_top1 0.933594 ({tmp_path / '1'})"
+    os.utime(results, (0, 0))  # left by another search, in a folder that the user chose
+    assert best_trial(tmp_path) is None
+
+
 @pytest.mark.slow
 def test_a_search_optimizes_a_metric_of_validation_data(folder):
-    finish(
+    said = finish(
         "-m", *SMALL, "hydra/sweeper=optuna", "hydra.sweeper.direction=maximize", "hydra.sweeper.n_trials=3",
         "hydra.sweeper.n_jobs=1", "hydra.sweeper.sampler.seed=1", "quant.weight_bits=choice(2,3,4)",
     )  # fmt: skip
-    _, children = check_sweep(folder / "out", 3)
+    parent, children = check_sweep(folder / "out", 3)
     (results,) = folder.glob("out/multirun/*/optimization_results.yaml")
     best = max(run["metrics"]["fold/val_top1"] for run in children)
     assert f"best_value: {best}" in results.read_text()
+    (told,) = [line.removeprefix("best trial: ") for line in said.splitlines() if line.startswith("best trial: ")]
+    assert told.startswith("quant.weight_bits=") and f"fold/val_top1 {best:.6g} (" in told
+    record = read_record(results.parent)
+    assert record is not None and record.best == told == tags_of(folder / "out", parent["id"])["best"]
 
 
 @pytest.mark.slow
