@@ -24,10 +24,13 @@ from bnre_exp.tracking import read_runs
 def as_rows(runs: Sequence[Mapping[str, Any]]) -> list[RunRow]:
     """Runs of MLflow as rows; those of sweeps themselves, which have no params, are left out."""
     return [
-        RunRow(run["name"], run["status"], run["params"], run["metrics"], headline_of(run["tags"]))
+        RunRow(
+            run["name"], run["status"], run["params"], run["metrics"], headline_of(run["tags"]),
+            run["tags"].get("error"), run["tags"].get("overrides", ""),
+        )
         for run in runs
         if run["params"]
-    ]
+    ]  # fmt: skip
 
 
 def choose(sweep: str | None, filter_string: str | None, uri: str, experiment: str) -> tuple[str, list[RunRow]]:
@@ -75,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"Error: {error}\n")
         return 2
     console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(comparison_table(title, rows, HEADINGS))
+    console.print(comparison_table(title, rows, HEADINGS, console.width))
     for path in leave_comparison(title, rows, given.to):
         console.print(Text(str(path), style="cyan"), soft_wrap=True)
     return 0
