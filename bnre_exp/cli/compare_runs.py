@@ -8,30 +8,38 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
 
+from bnre_exp.cli.launch import stops_end
 from bnre_exp.errors import UserError
-from bnre_exp.jobs.reporting import headline_of
-from bnre_exp.jobs.stages.table import HEADINGS
-from bnre_exp.jobs.sweep import job_rows, leave_comparison
-from bnre_exp.report.comparison import RunRow, comparison_table
-from bnre_exp.tracking import read_runs
+
+if TYPE_CHECKING:  # neither --help nor a mistyped option needs to wait for torch
+    from bnre_exp.report.comparison import RunRow
 
 
 def as_rows(runs: Sequence[Mapping[str, Any]]) -> list[RunRow]:
     """Runs of MLflow as rows; those of sweeps themselves, which have no params, are left out."""
+    from bnre_exp.jobs.reporting import headline_of
+    from bnre_exp.report.comparison import RunRow
+
     return [
-        RunRow(run["name"], run["status"], run["params"], run["metrics"], headline_of(run["tags"]))
+        RunRow(
+            run["name"], run["status"], run["params"], run["metrics"], headline_of(run["tags"]),
+            run["tags"].get("error"), run["tags"].get("overrides", ""),
+        )
         for run in runs
         if run["params"]
-    ]
+    ]  # fmt: skip
 
 
 def choose(sweep: str | None, filter_string: str | None, uri: str, experiment: str) -> tuple[str, list[RunRow]]:
     """A title and the rows that the arguments name. Raises ``UserError`` if there are none."""
+    from bnre_exp.jobs.sweep import job_rows
+    from bnre_exp.tracking import read_runs
+
     if sweep and Path(sweep).is_dir():
         title, rows = Path(sweep).name, job_rows(Path(sweep))
     else:
@@ -69,13 +77,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.uri.startswith("sqlite:///") and not database.exists() and not by_folder:
         sys.stderr.write(f"Error: there is no {database.absolute()}. Run this where the runs were, or name --uri.\n")
         return 2
+    with stops_end():  # all of torch
+        from bnre_exp.jobs.stages.table import HEADINGS
+        from bnre_exp.jobs.sweep import leave_comparison
+        from bnre_exp.report.comparison import comparison_table
+
     try:
         title, rows = choose(given.sweep, given.filter, given.uri, given.experiment)
     except UserError as error:
         sys.stderr.write(f"Error: {error}\n")
         return 2
     console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(comparison_table(title, rows, HEADINGS))
+    console.print(comparison_table(title, rows, HEADINGS, console.width))
     for path in leave_comparison(title, rows, given.to):
         console.print(Text(str(path), style="cyan"), soft_wrap=True)
     return 0

@@ -162,7 +162,8 @@ def job_rows(folder: Path) -> list[RunRow]:
         params: dict[str, str] = next((r["params"] for r in records if "params" in r), {})
         name = str(records[0].get("run", {}).get("name", path.name))
         headline = headline_of(all_tags(records))
-        rows.append(RunRow(name, record.status, params, last_metrics(records), headline))
+        overrides = record.label.partition(": ")[2]
+        rows.append(RunRow(name, record.status, params, last_metrics(records), headline, record.error, overrides))
     return rows
 
 
@@ -189,7 +190,7 @@ def _leave_comparison(plan: SweepPlan, log: RunLog, console: Console) -> None:
     finished = sum(row.status == FINISHED for row in rows)
     log.metrics({"sweep/jobs": float(len(rows)), "sweep/finished": float(finished)})
     console.print()
-    console.print(comparison_table(plan.label, rows, HEADINGS))
+    console.print(comparison_table(plan.label, rows, HEADINGS, console.width))
     places = {"comparison": str(plan.folder / "comparison.md")}
     pictures = sorted(path.name for path in files if path.suffix == ".png")
     if pictures:

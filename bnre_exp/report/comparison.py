@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.measure import Measurement
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -24,19 +27,21 @@ INCIDENTAL = re.compile(
 )
 EARLIER = {"task._target_": "bnre_exp.tasks.Classification"}  # params that earlier runs do not have, and what they did
 NOTHING = "–"
-WIDTH = 120  # characters that the console's table should fit
 
 
 @dataclass(frozen=True)
 class RunRow:
     """One run to compare. status: FINISHED, FAILED, KILLED or RUNNING; params: as the user types them, by name;
-    metrics: by MLflow name, accuracies in [0, 1]; headline: the metric by which its stages are compared."""
+    metrics: by MLflow name, accuracies in [0, 1]; headline: the metric by which its stages are compared; error: what it
+    ended with; overrides: as they were typed."""
 
     name: str
     status: str
     params: Mapping[str, str]
     metrics: Mapping[str, float]
     headline: Headline = Classification.headline
+    error: str | None = None
+    overrides: str = ""
 
 
 @dataclass(frozen=True)
@@ -144,18 +149,63 @@ def _best(rows: Sequence[RunRow], stages: Mapping[str, str]) -> dict[str, float]
     return best
 
 
-def comparison_table(title: str, rows: Sequence[RunRow], stages: Mapping[str, str]) -> Table:
-    """The table for the console; the best of each headline metric is bold. Raises ``ValueError`` without runs."""
-    columns, best = comparison_columns(rows, stages), _best(rows, stages)
-    wide = 1 + sum(max(map(len, [heading, *cells])) + 3 for heading, cells in columns.items()) > WIDTH
+def without_results(rows: Sequence[RunRow], stages: Mapping[str, str]) -> list[RunRow]:
+    """Runs that did not finish and have nothing to compare; columns of what they alone set would help nobody."""
+    measured = {column.metric for column in result_columns(rows, stages)}
+    return [row for row in rows if row.status != "FINISHED" and not measured & set(row.metrics)]
+
+
+def comparison_table(title: str, rows: Sequence[RunRow], stages: Mapping[str, str], width: int = 120) -> Group:
+    """The table for a console of ``width`` columns, the best of each headline metric bold, and below it the runs that
+    did not finish, with their errors. Raises ``ValueError`` without runs."""
+    if not rows:
+        raise ValueError("There are no runs to compare.")
+    absent = without_results(rows, stages)
+    shown = [row for row in rows if row not in absent]
+    parts: list[RenderableType] = [] if shown else [Text(title, style="bold")]
+    if shown:
+        parts += _table_that_fits(title, shown, stages, width)
+    ended = [row for row in rows if row in absent or row.error]
+    if ended:
+        parts.append(Text(f"\n{len(ended)} did not finish:"))
+    for row in ended:
+        parts.append(Padding(Text(f"{row.status}  {row.name}  {row.overrides}".rstrip()), (0, 0, 0, 2)))
+        parts += [Padding(Text(row.error), (0, 0, 0, 4))] if row.error else []
+    return Group(*parts)
+
+
+def _table_that_fits(
+    title: str, rows: Sequence[RunRow], stages: Mapping[str, str], width: int
+) -> Sequence[RenderableType]:
+    """A column a setting where no word must break for that; else the runs numbered, and their settings below."""
+    columns, settings = comparison_columns(rows, stages), len(differing_params(rows)) or 1
+    console = Console(width=width)
+    for is_wide in (False, True):
+        table = _table(title, columns, _best(rows, stages), settings, is_wide)
+        size = Measurement.get(console, console.options.update(width=10_000), table)
+        if (size.minimum if is_wide else size.maximum) <= width:
+            return [table]
+    short = {heading: cells for place, (heading, cells) in enumerate(columns.items()) if place >= settings}
+    numbers = [str(number) for number in range(1, len(rows) + 1)]
+    texts = [
+        " ".join(f"{heading}={cells[place]}" for heading, cells in list(columns.items())[:settings])
+        for place in range(len(rows))
+    ]
+    below = [Padding(Text(f"{number}: {text}"), (0, 0, 0, 1)) for number, text in zip(numbers, texts)]
+    return [_table(title, {"run": numbers, **short}, _best(rows, stages), 1, is_wide=True), *below]
+
+
+def _table(
+    title: str, columns: Mapping[str, list[str]], best: Mapping[str, float], settings: int, is_wide: bool
+) -> Table:
+    """settings: how many columns say what a run is. is_wide: headings break at hyphens, and there are no lines."""
     table = Table(
-        title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD if wide else box.HEAVY_HEAD,
-        collapse_padding=wide, pad_edge=not wide,
+        title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD if is_wide else box.HEAVY_HEAD,
+        collapse_padding=is_wide, pad_edge=not is_wide,
     )  # fmt: skip
-    settings = len(differing_params(rows)) or 1
     for place, heading in enumerate(columns):
         # left to itself, the table would break names anywhere
-        text = re.sub(r"([_.-])(?=.)", r"\1\n", heading.replace("recalib", "recali-b")) if wide else heading
+        text = re.sub(r"([_.-])(?=.)", r"\1\n", heading.replace("recalib", "recali-b")) if is_wide else heading
         left = place < settings or heading == "status"
         table.add_column(Text(text), justify="left" if left else "right", overflow="fold", no_wrap=place >= settings)
     for cells in zip(*columns.values()):
@@ -165,18 +215,34 @@ def comparison_table(title: str, rows: Sequence[RunRow], stages: Mapping[str, st
 
 
 def comparison_markdown(title: str, rows: Sequence[RunRow], stages: Mapping[str, str]) -> str:
-    """The table as a page; the best of each headline metric is bold. Raises ``ValueError`` without runs."""
+    """The table as a page; the best of each headline metric is bold; runs that did not finish are listed below, with
+    their errors. Raises ``ValueError`` without runs."""
+    if not rows:
+        raise ValueError("There are no runs to compare.")
+    absent = without_results(rows, stages)
+    shown = [row for row in rows if row not in absent]
+    lines = [f"# {title}", "", *(_markdown_table(shown, stages) if shown else [])]
+    ended = [row for row in rows if row in absent or row.error]
+    if ended:
+        lines += ["", f"{len(ended)} did not finish:", ""]
+    for row in ended:
+        settings = f" `{row.overrides}`" if row.overrides else ""
+        lines.append(f"- {row.status} {row.name}{settings}" + (f": {row.error}" if row.error else ""))
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_table(rows: Sequence[RunRow], stages: Mapping[str, str]) -> list[str]:
     columns, best = comparison_columns(rows, stages), _best(rows, stages)
     settings = len(differing_params(rows)) or 1
     rules = ["---" if n < settings or heading == "status" else "--:" for n, heading in enumerate(columns)]
-    lines = [f"# {title}", "", f"| {' | '.join(columns)} |", f"|{'|'.join(rules)}|"]
+    lines = [f"| {' | '.join(columns)} |", f"|{'|'.join(rules)}|"]
     for cells in zip(*columns.values()):
         texts = [
             f"**{cell}**" if heading in best and cell == f"{best[heading]:.4f}" else cell.replace("|", "\\|")
             for heading, cell in zip(columns, cells)
         ]
         lines.append(f"| {' | '.join(texts)} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def comparison_csv(rows: Sequence[RunRow]) -> str:

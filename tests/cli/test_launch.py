@@ -31,13 +31,19 @@ def start(code: str, *search: Path, cwd: Path) -> subprocess.CompletedProcess[st
 def test_neither_help_nor_a_mistake_imports_torch(tmp_path: Path) -> None:
     code = f"""
 import sys
-from bnre_exp.cli.launch import main
+from bnre_exp.cli.launch import compare, main, sync
 for arguments in {LIGHT!r}:
     sys.argv = ["bnre-exp", *arguments]
     status = main()
     heavy = {{"torch", "torchvision", "mlflow", "onnx", "matplotlib", "numpy"}} & set(sys.modules)
     if heavy or status != (0 if arguments[0].startswith("-") else 2):
         sys.exit(f"{{arguments}}: {{status}}, {{heavy}}")
+for command in (compare, sync):
+    sys.argv = ["command", "--help"]
+    try:
+        command()
+    except SystemExit:
+        assert "torch" not in sys.modules, command
 """
     done = start(code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

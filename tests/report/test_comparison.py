@@ -136,3 +136,55 @@ def test_a_wide_table_keeps_every_number_in_120_columns():
     shown = console.export_text()
     assert shown.count("0.1234") == 12 and shown.count("+0.5678") == 2 and shown.count("12.34") == 2
     assert "FINISHED" in shown and "quantized" in shown and "estimated" in shown  # only params may break
+
+
+METRICS = {
+    "fp32/top1": 0.98, "ptq/top1": 0.91, "qat/top1": 0.95, "reest/top1": 0.96, "reest/delta_top1": 0.01,
+    "fold/top1": 0.97, "fold/megabytes": 5.6,
+}  # fmt: skip
+MANY = {
+    "seed": "0", "model.name": "resnet18", "model._target_": "bnre_exp.models.torchvision_model",
+    "dataset._target_": "bnre_exp.data.digits", "dataset.batch_size": "128", "dataset.train_limit": "null",
+    "train.epochs": "null", "quant.weight_bits": "4", "quant.act_bits": "8", "qat.epochs": "2", "qat.lr": "0.01",
+    "reest.num_batches": "100", "export.formats": "['checkpoint', 'onnx']",
+}  # fmt: skip
+
+
+def shown(rows: list[RunRow], width: int) -> str:
+    console = Console(record=True, width=width, file=io.StringIO())
+    console.print(comparison_table("title", rows, HEADINGS, width))
+    return console.export_text()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_runs_without_results_are_listed_with_their_errors_and_add_no_columns(width: int) -> None:
+    good = [RunRow(bits, "FINISHED", {**MANY, "quant.weight_bits": bits}, METRICS) for bits in ("3", "4")]
+    params = {name: f"other-{name}" for name in MANY}
+    failed = RunRow("badly", "FAILED", params, {}, error="Error: there is [no] data.", overrides="seed=7 [x]")
+    text = shown([*good, failed], width)
+    assert text.startswith(shown(good, width))
+    lines = [line.strip() for line in text.splitlines()[-3:]]
+    assert lines == ["1 did not finish:", "FAILED  badly  seed=7 [x]", "Error: there is [no] data."]
+    page = comparison_markdown("t", [*good, failed], HEADINGS)
+    assert "- FAILED badly `seed=7 [x]`: Error: there is [no] data." in page and "other-" not in page
+    only = shown([failed], width)
+    assert "Error: there is [no] data." in only and "FP32" not in only
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_no_word_breaks_where_many_settings_differ(width: int) -> None:
+    rows = [
+        RunRow(str(n), "FINISHED", {name: value if n else f"other-{value}" for name, value in MANY.items()}, METRICS)
+        for n in range(2)
+    ]
+    text = shown(rows, width)
+    for part in ("num_batches=100", "weight_bits=other-4", "torchvision_model", "train_limit=null", "quantized"):
+        assert part in text, text
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= width
+    assert text.count("0.9500") == 2 and " 1: " in text and " 2: " in text
+
+
+def test_no_heading_breaks_within_a_word_at_80_columns() -> None:
+    text = shown([RunRow(bits, "FINISHED", {"quant.weight_bits": bits}, METRICS) for bits in ("3", "4")], 80)
+    words = text.split()
+    assert {"weight_", "bits", "quantized", "re-", "estimated", "folded"} <= set(words)
