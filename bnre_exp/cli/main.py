@@ -5,9 +5,11 @@ Exit status: 0, or 2 for a user's mistake, 130 for Ctrl-C, 143 for SIGTERM, else
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,12 @@ from rich.console import Console
 
 from bnre_exp.cli.compose import as_mistake, config_folder, refuse_removals, register
 from bnre_exp.cli.help import help_text, version_text
-from bnre_exp.cli.job import JOBS_AT_ONCE, job, open_console, sigterm_raises, tell
+from bnre_exp.cli.job import JOBS_AT_ONCE, SWEPT, job, open_console, sigterm_raises, tell
 from bnre_exp.cli.mistakes import exit_status, explain_failure
 from bnre_exp.cli.resume import Ahead, is_folder_chosen, look_ahead
 from bnre_exp.errors import SweepFailed
 from bnre_exp.jobs import folders
+from bnre_exp.tracking.credentials import arguments_without_credentials, redact
 
 INFORMATION = ("hydra_help", "cfg", "info", "shell_completion", "experimental_rerun")  # flags that run no job
 
@@ -29,6 +32,7 @@ INFORMATION = ("hydra_help", "cfg", "info", "shell_completion", "experimental_re
 def _launch(arguments: Any) -> None:
     """Hand over to Hydra, with the folder chosen: a job, or a sweep inside its own run."""
     ahead = look_ahead(arguments)
+    sys.argv += ahead.added if ahead is not None else []
     if ahead is None or (ahead.folder is None and not ahead.is_multirun):
         job()
         return
@@ -56,7 +60,9 @@ def _sweep(ahead: Ahead, folder: Path, console: Console) -> None:
     swept = [o for o in ahead.overrides if OverridesParser.create().parse_override(o).is_sweep_override()]
     label = ahead.tracking.run_name or " ".join([str(experiment) if experiment else "sweep", *swept])
     os.environ[JOBS_AT_ONCE] = str(ahead.jobs_at_once)
-    plan = SweepPlan(folder, ahead.identity, label[:250], ahead.overrides, ahead.tracking, ahead.runtime)
+    names = [OverridesParser.create().parse_override(o).key_or_group for o in swept]
+    os.environ[SWEPT] = " ".join([*names, *(ahead.composed.hydra.sweeper.get("params") or {})])
+    plan = SweepPlan(folder, ahead.identity, label, ahead.overrides, ahead.tracking, ahead.runtime)
     with folders.claim(folder):
         before = folders.read_record(folder)
         if before is not None and (
@@ -80,6 +86,16 @@ def _tell_failed_jobs(folder: Path) -> int:
     lines = [f"  {record.label}\n    {record.error}" for record in failed]
     sys.stderr.write("\n".join([f"{len(lines)} job(s) of this multirun failed:", *lines]) + "\n")
     return max((record.exit_status or 1 for record in failed), key=lambda status: status == 1)
+
+
+def _inform() -> None:
+    """What Hydra prints of the configuration, without credentials."""
+    written = io.StringIO()
+    try:
+        with redirect_stdout(written):
+            job()
+    finally:
+        sys.stdout.write(redact(written.getvalue()))
 
 
 def _print(text: str) -> int:
@@ -109,11 +125,12 @@ def main() -> int:
     logging.raiseExceptions = False  # a full disk must not add a traceback of the log file's own
     register()
     try:
+        sys.argv[1:] = arguments = arguments_without_credentials(arguments)
         refuse_removals(arguments)
         parsed = get_args(arguments)
         with sigterm_raises():
             if any(getattr(parsed, name) for name in INFORMATION):
-                job()
+                _inform()
             else:
                 _launch(parsed)
     except SweepFailed as error:

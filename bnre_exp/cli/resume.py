@@ -20,12 +20,13 @@ from bnre_exp.cli.job import cores, is_grid
 from bnre_exp.config import RuntimeConfig, TrackingConfig
 from bnre_exp.digests import digest
 from bnre_exp.jobs import folders
+from bnre_exp.tracking.credentials import take_credentials
 
 
 @dataclass(frozen=True)
 class Ahead:
     """What Hydra is about to do. composed: the configuration without what is swept; folder: an interrupted one to go
-    on with, None for a new one."""
+    on with, None for a new one; added: overrides that take credentials out of what config files say."""
 
     composed: DictConfig
     overrides: Sequence[str]
@@ -35,6 +36,7 @@ class Ahead:
     runtime: RuntimeConfig
     folder: Path | None
     jobs_at_once: int
+    added: Sequence[str]
 
 
 def look_ahead(arguments: Any) -> Ahead | None:
@@ -56,6 +58,7 @@ def look_ahead(arguments: Any) -> Ahead | None:
     if not is_multirun and len(fixed) != len(written):
         return None
     tracking, runtime = section_of(composed, "tracking", TrackingConfig), section_of(composed, "runtime", RuntimeConfig)
+    added = _take_credentials(tracking)
     identity, output = identity_of(composed), Path(runtime.output_dir)
     if is_multirun:
         swept = [o for o in written if not o.key_or_group.startswith(("hydra/launcher", "hydra.launcher"))]
@@ -66,7 +69,15 @@ def look_ahead(arguments: Any) -> Ahead | None:
     folder = folders.find_unfinished(parent, identity) if may_go_on else None
     _close_dead(output, folder)
     at_once = _jobs_at_once(composed.hydra, written) if is_multirun else 1
-    return Ahead(composed, list(arguments.overrides), is_multirun, identity, tracking, runtime, folder, at_once)
+    return Ahead(composed, list(arguments.overrides), is_multirun, identity, tracking, runtime, folder, at_once, added)
+
+
+def _take_credentials(tracking: TrackingConfig) -> list[str]:
+    """Credentials that tracking.uri has from a config file or the environment go where MLflow looks for them; the
+    override after which Hydra does not write them down."""
+    before = tracking.uri
+    tracking.uri = take_credentials(before) if before else before
+    return [f"tracking.uri='{tracking.uri}'"] if tracking.uri != before else []
 
 
 def _jobs_at_once(info: DictConfig, written: Sequence[Any]) -> int:

@@ -28,15 +28,6 @@ PARAMS = {
 }
 
 
-@pytest.fixture(scope="session")
-def migrated(tmp_path_factory):
-    """A database with all tables, made once: migrations take seconds."""
-    folder = tmp_path_factory.mktemp("migrated")
-    with open_run(folder / "run", params={}, tags={}, output_dir=folder, experiment="other", run_name="first"):
-        pass
-    return folder / "mlflow.db"
-
-
 @pytest.fixture
 def output_dir(tmp_path, migrated):
     shutil.copy(migrated, tmp_path / "mlflow.db")
