@@ -45,6 +45,7 @@ def look_ahead(arguments: Any) -> Ahead | None:
     with hydra.initialize_config_dir(version_base="1.3", config_dir=main_folder):
         written = OverridesParser.create().parse_overrides(list(arguments.overrides))
         fixed = [override.input_line for override in written if not override.is_sweep_override()]
+        is_swept = len(fixed) != len(written)
         if arguments.config_dir:
             fixed.append(f"hydra.searchpath=['file://{os.path.abspath(arguments.config_dir)}']")
         name = arguments.config_name or "config"
@@ -55,7 +56,7 @@ def look_ahead(arguments: Any) -> Ahead | None:
                 return None
             raise
     is_multirun = bool(arguments.multirun) or composed.hydra.mode is RunMode.MULTIRUN
-    if not is_multirun and len(fixed) != len(written):
+    if not is_multirun and is_swept:
         return None
     tracking, runtime = section_of(composed, "tracking", TrackingConfig), section_of(composed, "runtime", RuntimeConfig)
     added = _take_credentials(tracking)

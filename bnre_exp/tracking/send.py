@@ -25,17 +25,17 @@ def send_together(client: Any, note: Mapping[str, Any], records: Sequence[Mappin
     from mlflow.entities import Param, RunTag
 
     metrics: list[Any] = []
-    params: dict[str, str] = {}
+    params: dict[tuple[str, str], None] = {}  # one given two values is MLflow's to refuse
     tags: dict[str, str] = {}
     for record in records:
-        params.update(record.get("params", {}))
+        params.update(dict.fromkeys(record.get("params", {}).items()))
         if "metrics" in record:
             numbers, others = _measured(record["metrics"], int(record["step"]))
             metrics += _metrics(numbers, record)
             tags.update(others)
         tags.update(record.get("tags", {}))
     client.log_batch(
-        note["run_id"], metrics, [Param(*item) for item in params.items()], [RunTag(*item) for item in tags.items()]
+        note["run_id"], metrics, [Param(*item) for item in params], [RunTag(*item) for item in tags.items()]
     )
     datasets = [_dataset(record["dataset"]) for record in records if "dataset" in record]
     if datasets:

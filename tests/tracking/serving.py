@@ -1,26 +1,28 @@
-"""MLflow's own server in a thread, slow or behind a password."""
+"""MLflow's own server in a thread, as slow as a test wants, or behind a password."""
 
 from __future__ import annotations
 
 import base64
 import threading
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
 
 class Served:
-    """uri: without credentials; calls: paths that were asked for, with their method."""
+    """uri: without credentials; calls: paths that were asked for, with their method; gate: closed, no call is answered;
+    password: user:password, None for everyone."""
 
     def __init__(self, port: int) -> None:
         self.uri, self.calls = f"http://127.0.0.1:{port}", []
-        self.delay, self.password = 0.0, None
+        self.password: str | None = None
+        self.gate = threading.Event()
+        self.gate.set()
 
     def __call__(self, environ, start_response):
         from mlflow.server import app
 
         self.calls.append(f"{environ['REQUEST_METHOD']} {environ['PATH_INFO'].rpartition('/mlflow/')[2]}")
-        time.sleep(self.delay)
+        self.gate.wait()
         wanted = self.password and "Basic " + base64.b64encode(self.password.encode()).decode()
         if wanted and environ.get("HTTP_AUTHORIZATION") != wanted:
             start_response("401 Unauthorized", [("Content-Type", "text/plain")])
@@ -44,5 +46,6 @@ def served(folder: Path, monkeypatch):
     try:
         yield served
     finally:
+        served.gate.set()
         server.shutdown()
         thread.join()
