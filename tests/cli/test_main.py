@@ -260,7 +260,7 @@ def test_a_job_of_a_sweep_is_told_by_what_it_differs(job: Job, monkeypatch: pyte
     assert given == ["quant=w3 a=1", "quant=w3 a=2", "quant=w4 a=1", "quant=w4 a=2"]
     given.clear()
     assert call(monkeypatch, "experiment=per_channel") == 0  # what is swept stands in its file
-    assert given[:2] == ["weight_bits=3 per_channel=true", "weight_bits=3 per_channel=false"]
+    assert given[:2] == ["weight_bits=3 per_channel=True", "weight_bits=3 per_channel=False"]
     given.clear()
     assert call(monkeypatch, "seed=7") == 0 and given == [""]
 
