@@ -84,6 +84,7 @@ def test_a_server_that_dies_and_comes_back_has_everything_once(tmp_path, caplog)
     with server(store, port) as process:
         with start(tmp_path, uri, "cut") as log:
             work(log, range(2))
+            log.settle()
             assert log.undelivered == 0 and log.run_id is not None
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
