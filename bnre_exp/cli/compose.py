@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -19,6 +20,7 @@ from bnre_exp.cli.mistakes import explain_choice, explain_configuration, is_full
 from bnre_exp.config import Config
 from bnre_exp.digests import digest
 from bnre_exp.errors import UserError
+from bnre_exp.tracking.credentials import without_credentials
 
 
 def config_folder() -> Path:
@@ -131,7 +133,16 @@ def identity_of(composed: DictConfig) -> str:
         code = code_identity(typed(own))
     except UserError:  # a mistake, which is told where it matters
         code = ""
-    return digest([container_of(own), code])
+    return digest([_without_credentials(own), code])
+
+
+def _without_credentials(own: DictConfig) -> dict[str, Any]:
+    """A run stays itself with another password, and whether its URI was written with one or not."""
+    plain = container_of(own)
+    with suppress(OmegaConfBaseException, UserError):  # told where it matters
+        uri = OmegaConf.select(own, "tracking.uri")
+        plain["tracking"] |= {"uri": without_credentials(uri)} if uri else {}
+    return plain
 
 
 def container_of(composed: DictConfig) -> dict[str, Any]:

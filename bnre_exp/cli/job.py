@@ -23,14 +23,17 @@ from bnre_exp.cli.launch import stops_raise
 from bnre_exp.cli.mistakes import exit_status, explain_failure
 from bnre_exp.config import Config, StoreMode
 from bnre_exp.errors import JobFailed, UserError
+from bnre_exp.files import replacing
 from bnre_exp.jobs import folders
 from bnre_exp.report.console import PrefixedLines
+from bnre_exp.tracking.credentials import lent_credentials, redact
 
 PLAIN_WIDTH = 120  # columns of a console that is a file or a pipe
 
 logger = logging.getLogger(__name__)
 
-JOBS_AT_ONCE = "BNRE_JOBS_AT_ONCE"  # how a sweep tells its jobs, whatever the launcher, how many run on this machine
+# How a sweep tells its jobs, whatever the launcher, how many run on this machine, and by what names they differ.
+JOBS_AT_ONCE, SWEPT = "BNRE_JOBS_AT_ONCE", "BNRE_SWEPT"
 
 
 @hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")
@@ -39,7 +42,8 @@ def job(composed: DictConfig) -> float | None:
     register()  # this may be another process than the command's
     info: Any = HydraConfig.get()
     run_dir = Path(info.runtime.output_dir)
-    overrides = [str(text) for text in OmegaConf.to_container(info.overrides.task, resolve=False) or []]
+    overrides = [redact(str(text)) for text in OmegaConf.to_container(info.overrides.task, resolve=False) or []]
+    _conceal(run_dir / str(info.output_subdir))
     is_multirun = info.mode is RunMode.MULTIRUN
     console = open_console()
     if is_multirun and _is_apart(info):  # jobs share a terminal: whose line is it?
@@ -97,7 +101,8 @@ def _claimed(
                     refuse_unchosen(info.runtime.choices)
                     config = typed(composed)
                     config.runtime.threads = config.runtime.threads or _threads()
-                    _run(config, run_dir, overrides, console, sweep)
+                    with lent_credentials(config.tracking.uri) as config.tracking.uri:
+                        _run(config, run_dir, overrides, console, sweep)
                     objective = _objective(run_dir, info, config.objective)
                 record.status = folders.FINISHED
                 return objective
@@ -108,14 +113,47 @@ def _claimed(
 
 
 def _run(config: Config, run_dir: Path, overrides: Sequence[str], console: Console, sweep: Path | None) -> None:
-    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    (run_dir / "config.yaml").write_text(redact(OmegaConf.to_yaml(OmegaConf.structured(config))))
     from bnre_exp.jobs.run import run  # late: neither --help nor a mistyped option needs to wait for it
 
     record = folders.read_record(sweep) if sweep is not None else None
     run(
         config, run_dir=run_dir, overrides=overrides, console=console, parent=sweep if record else None,
-        since=record.started if record else None,
+        since=record.started if record else None, differing=_differing(overrides) if record else "",
     )  # fmt: skip
+
+
+def _differing(overrides: Sequence[str]) -> str:
+    """What a job of a sweep has that others have not: quant=w3a8 num_batches=0."""
+    from bnre_exp.report.comparison import short_names  # late: it imports torch
+
+    given = dict(override.lstrip("+").split("=", 1) for override in overrides if "=" in override)
+    swept = {name: given[name] for name in os.environ.get(SWEPT, "").split() if name in given}
+    short = short_names(list(swept))
+    return " ".join(f"{short[name]}={value}" for name, value in swept.items())
+
+
+def _conceal(written: Path) -> None:
+    """Take credentials out of Hydra's own files, and out of what is logged from now on: where a group is swept, they
+    are known no earlier."""
+    for path in written.glob("*.yaml"):
+        text = path.read_text()
+        if redact(text) != text:
+            with replacing(path) as new:
+                new.write_text(redact(text))
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Redacting(handler.formatter or logging.Formatter()))
+
+
+class _Redacting(logging.Formatter):
+    """Another formatter's text, tracebacks included, without credentials."""
+
+    def __init__(self, of: logging.Formatter) -> None:
+        super().__init__()
+        self._of = of
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(self._of.format(record))
 
 
 def _objective(run_dir: Path, info: DictConfig, name: str | None) -> float | None:

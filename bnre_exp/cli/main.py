@@ -5,9 +5,11 @@ Exit status: 0, or 2 for a user's mistake, 130 for Ctrl-C, 143 for SIGTERM, else
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
+from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,13 @@ from bnre_exp.cli.completion import complete
 from bnre_exp.cli.compose import as_mistake, config_folder, refuse_removals, register
 from bnre_exp.cli.config_files import mistake_in_files, own_folder
 from bnre_exp.cli.help import help_text, version_text
-from bnre_exp.cli.job import JOBS_AT_ONCE, job, open_console, tell, way_on
+from bnre_exp.cli.job import JOBS_AT_ONCE, SWEPT, job, open_console, tell, way_on
 from bnre_exp.cli.launch import stops_raise
 from bnre_exp.cli.mistakes import exit_status, explain_failure
 from bnre_exp.cli.resume import Ahead, is_folder_chosen, look_ahead
 from bnre_exp.errors import SweepFailed
 from bnre_exp.jobs import folders
+from bnre_exp.tracking.credentials import arguments_without_credentials, redact
 
 INFORMATION = ("hydra_help", "cfg", "info", "experimental_rerun")  # flags that run no job
 
@@ -36,6 +39,7 @@ def _launch(arguments: Any) -> None:
     if ahead is None:
         job()
         return
+    sys.argv += ahead.added
     import_module("bnre_exp.jobs.run")  # all of torch, while nothing needs to be closed when Ctrl-C ends the process
     if ahead.folder is None and not ahead.is_multirun:
         job()
@@ -64,7 +68,9 @@ def _sweep(ahead: Ahead, folder: Path, console: Console) -> None:
     swept = [o for o in ahead.overrides if OverridesParser.create().parse_override(o).is_sweep_override()]
     label = ahead.tracking.run_name or " ".join([str(experiment) if experiment else "sweep", *swept])
     os.environ[JOBS_AT_ONCE] = str(ahead.jobs_at_once)
-    plan = SweepPlan(folder, ahead.identity, label[:250], ahead.overrides, ahead.tracking, ahead.runtime)
+    names = [OverridesParser.create().parse_override(o).key_or_group for o in swept]
+    os.environ[SWEPT] = " ".join([*names, *(ahead.composed.hydra.sweeper.get("params") or {})])
+    plan = SweepPlan(folder, ahead.identity, label, ahead.overrides, ahead.tracking, ahead.runtime)
     with folders.claim(folder):
         before = folders.read_record(folder)
         if before is not None and (
@@ -92,6 +98,16 @@ def _tell_failed_jobs(folder: Path) -> int:
     lines = [f"  {record.label}\n    {record.error}" for record in failed]
     sys.stderr.write("\n".join([f"{len(lines)} job(s) of this multirun failed:", *lines]) + "\n")
     return max((record.exit_status or 1 for record in failed), key=lambda status: status == 1)
+
+
+def _inform() -> None:
+    """What Hydra prints of the configuration, without credentials."""
+    written = io.StringIO()
+    try:
+        with redirect_stdout(written):
+            job()
+    finally:
+        sys.stdout.write(redact(written.getvalue()))
 
 
 def _print(text: str) -> int:
@@ -125,12 +141,13 @@ def main() -> int:
         config_folders += [own] if own is not None else []
         if {"--help", "-h"} & set(arguments):
             return _print(help_text(*config_folders))
+        sys.argv[1:] = arguments = arguments_without_credentials(arguments)
         refuse_removals(arguments)
         parsed = get_args(arguments)
         if parsed.shell_completion:
             return complete(parsed.overrides, job)
         if any(getattr(parsed, name) for name in INFORMATION):
-            job()
+            _inform()
         else:
             _launch(parsed)
     except SweepFailed as error:

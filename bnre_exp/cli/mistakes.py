@@ -16,6 +16,7 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 from bnre_exp.cli.launch import how_stopped, stop_status
 from bnre_exp.config import Config, LayerOverride
 from bnre_exp.errors import UserError
+from bnre_exp.tracking.credentials import redact
 
 SEE_HELP = "python -m bnre_exp --help lists all fields."
 _FULL_DISK = ("no space left on device", "database or disk is full", "disk quota exceeded")
@@ -31,7 +32,12 @@ def exit_status(error: BaseException) -> int:
 
 
 def explain_failure(error: BaseException, log_file: Path | None) -> str:
-    """The message for an error that ended a job; with the traceback only where the defect is ours."""
+    """The message for an error that ended a job; with the traceback only where the defect is ours. What is a credential
+    in a URL is left out."""
+    return redact(_explanation(error, log_file))
+
+
+def _explanation(error: BaseException, log_file: Path | None) -> str:
     if isinstance(error, UserError):
         return f"Error: {error}"
     if isinstance(error, KeyboardInterrupt):

@@ -21,12 +21,13 @@ from bnre_exp.cli.job import cores, is_grid
 from bnre_exp.config import RuntimeConfig, TrackingConfig
 from bnre_exp.digests import digest
 from bnre_exp.jobs import folders
+from bnre_exp.tracking.credentials import take_credentials
 
 
 @dataclass(frozen=True)
 class Ahead:
     """What Hydra is about to do. composed: the configuration without what is swept; folder: an interrupted one to go
-    on with, None for a new one."""
+    on with, None for a new one; added: overrides that take credentials out of what config files say."""
 
     composed: DictConfig
     overrides: Sequence[str]
@@ -36,6 +37,7 @@ class Ahead:
     runtime: RuntimeConfig
     folder: Path | None
     jobs_at_once: int
+    added: Sequence[str]
 
 
 def look_ahead(arguments: Any) -> Ahead | None:
@@ -44,6 +46,7 @@ def look_ahead(arguments: Any) -> Ahead | None:
     with hydra.initialize_config_dir(version_base="1.3", config_dir=main_folder):
         written = OverridesParser.create().parse_overrides(list(arguments.overrides))
         fixed = [override.input_line for override in written if not override.is_sweep_override()]
+        is_swept = len(fixed) != len(written)
         if arguments.config_dir:
             fixed.append(f"hydra.searchpath=['file://{os.path.abspath(arguments.config_dir)}']")
         name = arguments.config_name or "config"
@@ -55,11 +58,12 @@ def look_ahead(arguments: Any) -> Ahead | None:
             raise
     refuse_unchosen(composed.hydra.runtime.choices)
     is_multirun = bool(arguments.multirun) or composed.hydra.mode is RunMode.MULTIRUN
-    if not is_multirun and len(fixed) != len(written):
+    if not is_multirun and is_swept:
         return None
     tracking, runtime = section_of(composed, "tracking", TrackingConfig), section_of(composed, "runtime", RuntimeConfig)
     if not is_multirun:  # a mistake is told before torch is imported; in a multirun, what is swept may mend it
         typed(own_part(composed))
+    added = _take_credentials(tracking)
     identity, output = identity_of(composed), Path(runtime.output_dir)
     if is_multirun:
         swept = [o for o in written if not o.key_or_group.startswith(("hydra/launcher", "hydra.launcher"))]
@@ -70,7 +74,15 @@ def look_ahead(arguments: Any) -> Ahead | None:
     folder = folders.find_unfinished(parent, identity) if may_go_on else None
     _close_dead(output, folder)
     at_once = _jobs_at_once(composed.hydra, written) if is_multirun else 1
-    return Ahead(composed, list(arguments.overrides), is_multirun, identity, tracking, runtime, folder, at_once)
+    return Ahead(composed, list(arguments.overrides), is_multirun, identity, tracking, runtime, folder, at_once, added)
+
+
+def _take_credentials(tracking: TrackingConfig) -> list[str]:
+    """Credentials that tracking.uri has from a config file or the environment go where MLflow looks for them; the
+    override after which Hydra does not write them down."""
+    before = tracking.uri
+    tracking.uri = take_credentials(before) if before else before
+    return [f"tracking.uri='{tracking.uri}'"] if tracking.uri != before else []
 
 
 def _jobs_at_once(info: DictConfig, written: Sequence[Any]) -> int:

@@ -1,5 +1,6 @@
-"""Bring to MLflow what runs could not deliver while it was out of reach: bnre-exp-sync [OUTPUT_DIR]. What is there
-already is not sent again."""
+"""Bring to MLflow what runs could not deliver while it was slow or out of reach: bnre-exp-sync [OUTPUT_DIR or RUN].
+What is there already is not sent again. Credentials are taken from MLFLOW_TRACKING_USERNAME and
+MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."""
 
 from __future__ import annotations
 
@@ -15,19 +16,28 @@ from rich.progress import track
 from bnre_exp.errors import UserError
 from bnre_exp.jobs.folders import held_if_dead
 from bnre_exp.tracking import sync, undelivered
-from bnre_exp.tracking.journal import NAME
+from bnre_exp.tracking.journal import NAME, read_records
 
 
 def waiting(output: Path) -> list[Path]:
     """Folders of runs that MLflow does not have whole, sweeps before their jobs."""
-    return [path.parent for path in sorted(output.rglob(NAME)) if undelivered(path.parent)]
+    return [folder for folder in sorted(path.parent for path in output.rglob(NAME)) if undelivered(folder)]
+
+
+def _around(folders: Sequence[Path]) -> list[Path]:
+    """The folders of the sweeps that runs are part of."""
+    parents = [folder / (read_records(folder)[0]["run"].get("parent") or ".") for folder in folders]
+    return list(dict.fromkeys(path.resolve() for path in parents))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status. arguments: None means those of the process."""
     parser = argparse.ArgumentParser(prog="bnre-exp-sync", description=__doc__)
     default = Path(os.environ.get("BNRE_OUTPUT_DIR", "outputs"))
-    parser.add_argument("output", nargs="?", type=Path, default=default, help="of the runs; default: %(default)s")
+    parser.add_argument(
+        "output", nargs="?", type=Path, default=default, help="of the runs; or one run; default: %(default)s"
+    )
+    parser.add_argument("--uri", help="where to, instead of the store that a run was begun with, which may be gone")
     given = parser.parse_args(arguments)
     if not given.output.is_dir():
         parser.error(f"there is no folder {given.output.absolute()}")
@@ -40,13 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"MLflow has everything of the runs in {given.output}.")
         return 0
     sent = failed = 0
+    if given.uri:  # elsewhere, a job's sweep has to be there too, also one that was delivered whole
+        folders += [folder for folder in _around(folders) if folder not in folders]
     for folder in track(folders, "delivering", console=console, disable=not console.is_terminal):
         with held_if_dead(folder) as is_held:
             if not is_held:
                 console.print(f"{folder}: still running, and delivers by itself", soft_wrap=True)
                 continue
             try:
-                records, left = sync(folder)
+                records, left = sync(folder, given.uri)
             except UserError as error:
                 console.print(f"{folder}: {undelivered(folder)} records are not delivered: {error}", soft_wrap=True)
                 failed += 1

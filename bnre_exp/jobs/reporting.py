@@ -16,7 +16,7 @@ from bnre_exp.jobs.stages.outcome import Outcome
 from bnre_exp.jobs.stages.setting import Setting
 from bnre_exp.jobs.store import Store
 from bnre_exp.report.layers import layers_markdown
-from bnre_exp.report.summary import RUN_FOLDER, StageResult, Summary, markdown
+from bnre_exp.report.summary import RUN_FOLDER, StageResult, Summary, markdown, without_places
 from bnre_exp.tasks.classification import Classification
 from bnre_exp.tasks.task import Headline
 from bnre_exp.tracking import RunLog
@@ -124,6 +124,8 @@ def log_inputs(job: Job) -> None:
 def leave_report(job: Job) -> None:
     """The report of a whole run, or of what is finished when a stage fails."""
     summary, log = job.results.summary, job.log
+    log.settle()
+    log.note(without_places(summary))
     summary.places[RUN_FOLDER] = str(job.run_dir)
     if log.uri is not None and log.experiment_id is not None:
         summary.places["MLflow"] = ui_command(log.uri)

@@ -36,17 +36,19 @@ def run(
     console: Console,
     parent: Path | None = None,
     since: float | None = None,
+    differing: str = "",
 ) -> Results:
     """Run all stages of one job; everything it leaves is below ``run_dir``, in the store and in MLflow.
 
     parent: folder of the sweep that the job is part of. since: when the command began (seconds since 1970), for
-    ``store.mode=refresh``; None: now.
+    ``store.mode=refresh``; None: now. differing: what the run of a sweep has that the others have not.
 
     Raises ``UserError`` for a user's mistake, before training wherever it can be told before. What is finished by then
     stays: metrics in ``metrics.jsonl`` and MLflow, results in the store, the trained network in ``fp32.safetensors``.
     """
     sweep_work(Path(tempfile.gettempdir()))  # what killed jobs left
-    name, tracking = config.tracking.run_name or run_name(config), config.tracking
+    tracking = config.tracking
+    name = tracking.run_name or f"{differing} {run_name(config)}".strip()  # what differs first: lists cut names short
     code = git_tags(Path.cwd()) or git_tags(Path(__file__).parent)  # the user's project, else this package's checkout
     log_to = open_run(
         run_dir, params=flatten(config), tags={**code, "overrides": " ".join(overrides)},
@@ -56,6 +58,7 @@ def run(
     with log_to as log, open_store(config, time.time() if since is None else since) as store:
         console.print(name, style="bold", highlight=False, markup=False)
         job, stages = prepare(config, run_dir, log, console, store, name)
+        log.begin()
         try:
             _run_stages(job, stages)
         finally:

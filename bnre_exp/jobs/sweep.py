@@ -148,7 +148,7 @@ def close_if_dead(folder: Path) -> None:
 def make_room(folder: Path) -> None:
     """Set aside what another run left in a folder; what MLflow lacks of it is delivered first, or by bnre-exp-sync."""
     with suppress(UserError):
-        sync(folder)
+        sync(folder, is_bounded=True)
     set_aside(folder)
 
 
@@ -176,6 +176,14 @@ def leave_comparison(title: str, rows: Sequence[RunRow], folder: Path) -> list[P
     return [table, values, *save_plots(rows, folder, HEADINGS)]
 
 
+def _shared(rows: Sequence[RunRow], params: Sequence[str], metrics: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Of params and metrics, those that all finished runs have: parallel coordinates leave out a run that lacks one, as
+    that without re-estimation lacks the metric of that stage."""
+    whole = [row for row in rows if row.status == FINISHED] or rows
+    axes = [name for name in params if all(name in row.params for row in whole)]
+    return axes, [name for name in metrics if all(name in row.metrics for row in whole)]
+
+
 def _leave_comparison(plan: SweepPlan, log: RunLog, console: Console) -> None:
     rows = job_rows(plan.folder)
     if not rows:
@@ -189,6 +197,8 @@ def _leave_comparison(plan: SweepPlan, log: RunLog, console: Console) -> None:
         log.artifact(path)
     finished = sum(row.status == FINISHED for row in rows)
     log.metrics({"sweep/jobs": float(len(rows)), "sweep/finished": float(finished)})
+    log.note(files[0].read_text())
+    log.settle()
     console.print()
     console.print(comparison_table(plan.label, rows, HEADINGS, console.width))
     places = {"comparison": str(plan.folder / "comparison.md")}
@@ -199,7 +209,8 @@ def _leave_comparison(plan: SweepPlan, log: RunLog, console: Console) -> None:
         places["MLflow"] = ui_command(log.uri)
         shown = [column.metric for column in result_columns(rows, HEADINGS) if not column.metric.startswith("fp32/")]
         metric, is_ascending = f"fold/{rows[0].headline.name}", not rows[0].headline.higher_is_better
-        view = log.view(differing_params(rows), shown, is_ascending)
+        view = log.view(*_shared(rows, differing_params(rows), shown), shown, is_ascending)
+        log.settle()
         places["  then open"] = compare_link(log.experiment_id, metric, is_ascending, ui_address(log.uri), view)
     if log.undelivered:
         places["not in MLflow yet"] = f"{log.undelivered} records of the sweep's own run: bnre-exp-sync"

@@ -90,11 +90,16 @@ def _by_reason(rows: Iterable[tuple[str, str]]) -> list[str]:
 
 def markdown(summary: Summary) -> str:
     """The whole summary as Markdown, every exception on a line of its own."""
+    places = [f"- {what}: `{place}`" for what, place in summary.places.items()]
+    return "\n".join([without_places(summary), "## Files and commands", "", *places]) + "\n"
+
+
+def without_places(summary: Summary) -> str:
+    """What the summary says of the network, as Markdown: the table first."""
     headings = _headings(summary)
     lines = [f"# {summary.title}", "", f"| stage | {' | '.join(headings)} | |", f"|---|{'--:|' * len(headings)}---|"]
     lines += [f"| {row.stage} | {' | '.join(_cells(row, _has_loss(summary)))} | {row.note} |" for row in summary.stages]
     for heading, rows in summary.exceptions.items():
         lines += ["", f"## {heading}", ""]
         lines += [f"- `{name}`: {reason}" for name, reason in rows] or ["- none"]
-    lines += ["", "## Files and commands", ""] + [f"- {what}: `{place}`" for what, place in summary.places.items()]
     return "\n".join(lines) + "\n"

@@ -9,16 +9,24 @@ MOST_RUNS = 50  # in a chart
 SIZE = "fold/megabytes"
 
 
-def charts(parent: str, params: Sequence[str], metrics: Sequence[str], is_ascending: bool = False) -> dict[str, Any]:
-    """The state of a view of the runs nested in the run ``parent``: parallel coordinates of ``params`` and ``metrics``,
-    the folded network's headline metric against size, and a bar chart for each metric.
+def charts(
+    parent: str,
+    params: Sequence[str],
+    metrics: Sequence[str],
+    is_ascending: bool = False,
+    ends: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """The state of a view of the runs nested in the run ``parent``: parallel coordinates of ``params`` and of the last
+    stages' ``ends``, the folded network's headline metric against size, and a bar chart for each metric.
 
+    ends: metrics that all runs have, since the UI leaves out of parallel coordinates whatever lacks one; None: metrics;
     metrics: each stage's headline metric, in the order of the stages, and what else is to be drawn;
     is_ascending: whether the lowest comes first."""
     sections = [("all", "What differs, and what it does"), ("each", "Metrics")]
     folded = next((name for name in metrics if name.startswith("fold/") and name != SIZE), None)
     headline = "" if folded is None else folded.removeprefix("fold/")
-    ends = [name for name in metrics if name in (f"reest/{headline}", folded)] or list(metrics)  # more is not legible
+    ends = list(metrics if ends is None else ends)
+    ends = [name for name in ends if name in (f"reest/{headline}", folded)] or ends  # more is not legible
     drawn = [_chart("PARALLEL", "parallel", "all", selectedParams=list(params), selectedMetrics=ends)]
     if folded is not None and SIZE in metrics:
         x, y = ({"key": key, "type": "METRIC"} for key in (SIZE, folded))

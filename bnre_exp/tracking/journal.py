@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from bnre_exp.tracking.credentials import concealed
+
 logger = logging.getLogger(__name__)
 
 NAME = "metrics.jsonl"
@@ -52,8 +54,8 @@ class Journal:
 
     def add(self, kind: str, value: Any, **more: Any) -> bool:
         """Append a record; False if nothing was added because the same is there. Raises ``OSError`` if the disk does
-        not take it; the file is then as before."""
-        record = {"time": time.time(), **more, kind: value}
+        not take it; the file is then as before. What is a credential in a URL is not kept."""
+        record = {"time": time.time(), **concealed(more), kind: concealed(value)}
         if kind in LOGGED_ONCE and _content(record) in self._known:
             return False
         line, start = _line(record), self._file.seek(0, os.SEEK_END)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import uuid
@@ -14,12 +15,18 @@ from typing import Any
 import numpy as np
 
 from bnre_exp.errors import UserError
-from bnre_exp.tracking.delivery import LONGEST_TAG, Delivery, goes_to_mlflow, missing, read_note
+from bnre_exp.tracking.credentials import redact, take_credentials
+from bnre_exp.tracking.delivery import LONGEST_TAG, Delivery
 from bnre_exp.tracking.journal import Journal, json_numbers, read_records
 from bnre_exp.tracking.links import user_name
+from bnre_exp.tracking.notes import goes_to_mlflow, missing, read_note
 from bnre_exp.tracking.packaging import package_onnx
 from bnre_exp.tracking.stores import absolute_uri
-from bnre_exp.tracking.typed_text import as_params
+from bnre_exp.tracking.typed_text import CUT, LONGEST_PARAM, as_params, shortened
+
+REST = "\n\n… The rest is among the artifacts.\n"
+
+logger = logging.getLogger(__name__)
 
 
 class RunLog:
@@ -30,6 +37,7 @@ class RunLog:
 
     def __init__(self, journal: Journal, delivery: Delivery | None) -> None:
         self.run_dir, self._journal, self._delivery = journal.folder, journal, delivery
+        self._told: set[str] = set()
 
     @property
     def uri(self) -> str | None:
@@ -48,19 +56,34 @@ class RunLog:
         """Records that MLflow does not have yet."""
         return self._delivery.pending if self._delivery else 0
 
+    def begin(self) -> None:
+        """Have a server, which may be slow, open MLflow meanwhile; nothing for a local store."""
+        if self._delivery is not None:
+            self._delivery.begin()
+
     def connect(self) -> None:
         """Open MLflow and bring there what the journal holds. Raises ``UserError`` if the store is no server and does
         not work, which is a mistake that should be told before any work; a server may come back."""
         if self._delivery is not None:
             self._delivery.open()
 
+    def settle(self) -> None:
+        """Wait until MLflow has what the journal holds, seconds at most for a server that is slow."""
+        if self._delivery is not None:
+            self._delivery.settle()
+
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Log metrics by name; ``step``: epoch of a curve. Raises ``OSError`` if the journal cannot be written."""
-        self._add("metrics", json_numbers(values), step=step)
+        numbers = json_numbers(values)
+        self._add("metrics", numbers, step=step)
+        infinite = {name for name, value in numbers.items() if isinstance(value, str)} - self._told
+        if infinite:
+            self._told |= infinite
+            logger.info("Not finite, in MLflow as tags: %s", ", ".join(f"{k}={numbers[k]}" for k in sorted(infinite)))
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags."""
-        self._add("tags", {key: str(value)[:LONGEST_TAG] for key, value in values.items()})
+        self._add("tags", {key: shortened(str(value), LONGEST_TAG) for key, value in values.items()})
 
     def tag_once(self, key: str, value: str) -> None:
         """Set a tag, unless this run, continued, has it already."""
@@ -86,7 +109,7 @@ class RunLog:
         self, folder: Path, name: str, kind: str, params: Mapping[str, Any], metrics: Mapping[str, float]
     ) -> None:
         """List a folder below the run's as a model of this run, with its metrics."""
-        short = {key: value[:250] for key, value in as_params(params).items()}
+        short = {key: shortened(value, 250) for key, value in as_params(params).items()}
         known = {"name": name, "kind": kind, "params": short, "metrics": json_numbers(metrics)}
         self._add("model", {"folder": str(folder.relative_to(self.run_dir)), **known})
 
@@ -100,15 +123,24 @@ class RunLog:
             package_onnx(path, folder, example)
             self.model(folder, name, "onnx", params, metrics)
 
-    def view(self, params: Sequence[str], metrics: Sequence[str], is_ascending: bool = False) -> str | None:
-        """Save a view of the runs nested in this one: ``params`` against ``metrics``, and a chart of each metric.
-        Returns its key for a link, None if MLflow is out of reach."""
-        self._add("view", {"params": list(params), "metrics": list(metrics), "is_ascending": is_ascending})
+    def note(self, text: str) -> None:
+        """Set what MLflow shows as the description of the run, in Markdown; one that is cut says so."""
+        if len(text) > LONGEST_TAG:
+            text = text[: LONGEST_TAG - len(REST)].rpartition("\n")[0] + REST
+        self.tags({"mlflow.note.content": text})
+
+    def view(
+        self, params: Sequence[str], ends: Sequence[str], metrics: Sequence[str], is_ascending: bool = False
+    ) -> str | None:
+        """Save a view of the runs nested in this one: ``params`` against ``ends``, metrics that all runs have, and a
+        chart of each of ``metrics``. Returns its key for a link, None if MLflow is out of reach."""
+        drawn = {"params": list(params), "ends": list(ends), "metrics": list(metrics), "is_ascending": is_ascending}
+        self._add("view", drawn)
         return None if self.run_id is None else self.run_id[:12]
 
     def _add(self, kind: str, value: Any, **more: Any) -> None:
         if self._journal.add(kind, value, **more) and self._delivery is not None:
-            self._delivery.flush()
+            self._delivery.notify()
 
     def _end(self, status: str, error: BaseException | None) -> None:
         described = _describe(error) if error else None
@@ -121,7 +153,7 @@ class RunLog:
             if error is None:
                 raise
         if self._delivery is not None:
-            self._delivery.flush(again=True)
+            self._delivery.settle(is_last=True)
 
 
 @contextmanager
@@ -151,7 +183,7 @@ def open_run(
         delivery = None
         about: dict[str, Any] = {"name": run_name, "uid": uuid.uuid4().hex, "tags": _all_tags(run_dir, tags)}
         if enabled:
-            store = absolute_uri(uri or f"sqlite:///{output_dir / 'mlflow.db'}")
+            store = absolute_uri(take_credentials(uri) if uri else f"sqlite:///{output_dir / 'mlflow.db'}")
             output_dir.mkdir(parents=True, exist_ok=True)
             artifacts = (output_dir.absolute() / "mlartifacts").as_uri()
             about.update({"uri": store, "experiment": experiment, "artifacts": artifacts})
@@ -164,7 +196,7 @@ def open_run(
         if connect:
             log.connect()
         try:
-            log._add("params", as_params(params))
+            log._add("params", _told(as_params(params)))
             yield log
         except BaseException as error:
             interrupted = isinstance(error, (KeyboardInterrupt, GeneratorExit))
@@ -180,20 +212,24 @@ def end_run(run_dir: Path, status: str) -> None:
             return
         journal.add("status", status, error="its process ended without a word")
         if goes_to_mlflow(journal.records):
-            Delivery(journal).flush(again=True)
+            Delivery(journal).settle(is_last=True)
 
 
-def sync(run_dir: Path) -> tuple[int, int]:
+def sync(run_dir: Path, uri: str | None = None, *, is_bounded: bool = False) -> tuple[int, int]:
     """Deliver what MLflow does not have of a run; returns how many records went there, and how many are left.
 
-    Raises ``UserError`` with the reason if the first of those left could not be delivered.
+    uri: another store than the run's, which is the run's from now on; None: its own. is_bounded: a slow server is given
+    up after seconds. Raises ``UserError`` with the reason if the first of those left could not be delivered.
     """
     with Journal(run_dir) as journal:
         if not goes_to_mlflow(journal.records):
             return 0, 0
-        delivery = Delivery(journal)
+        delivery = Delivery(journal, absolute_uri(uri) if uri else None)
         before = delivery.pending
-        delivery.flush(again=True)
+        if is_bounded:
+            delivery.settle(is_last=True)
+        else:
+            delivery.flush(again=True)
         if delivery.pending and delivery.problem:
             raise UserError(delivery.problem)
         return before - delivery.pending, delivery.pending
@@ -210,8 +246,16 @@ def _all_tags(run_dir: Path, tags: Mapping[str, str]) -> dict[str, str]:
         "host": socket.gethostname(), "run_dir": str(run_dir), "mlflow.user": user_name(),
         "mlflow.source.name": "python -m bnre_exp", "mlflow.source.type": "LOCAL",
     }  # fmt: skip
-    return {key: str(value)[:LONGEST_TAG] for key, value in {**own, **tags}.items() if value}
+    return {key: shortened(str(value), LONGEST_TAG) for key, value in {**own, **tags}.items() if value}
 
 
 def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"[:LONGEST_TAG]
+    return shortened(redact(f"{type(error).__name__}: {error}"), LONGEST_TAG)
+
+
+def _told(params: dict[str, str]) -> dict[str, str]:
+    """The params, after a word about those that are cut."""
+    cut = [name for name, text in params.items() if text.endswith(CUT)]
+    if cut:
+        logger.warning("%s: MLflow takes %d characters; config.yaml has the whole.", ", ".join(cut), LONGEST_PARAM)
+    return params

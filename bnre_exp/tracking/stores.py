@@ -17,15 +17,18 @@ from filelock import FileLock, Timeout
 
 from bnre_exp.errors import UserError
 from bnre_exp.files import replacing
+from bnre_exp.tracking.credentials import PASSWORD, TOKEN, USERNAME, connectable, redact, take_credentials
 from bnre_exp.tracking.filesystems import is_on_network
 
 PATIENCE = 3.0  # seconds that a call waits for a locked or silent store; MLflow itself waits 20, or minutes
+LONGEST_ANSWER = 30.0  # seconds that a server has for one answer, which no job waits for
 
 
 def read_runs(uri: str, experiment: str, filter_string: str = "") -> list[Mapping[str, Any]]:
     """Runs of an experiment as ``{id, parent, name, status, params, metrics, tags}``, the oldest first, without
     deleted ones. filter_string: in MLflow's language, as ``params.model.name = 'resnet18'``. Raises ``UserError``."""
     try:
+        uri = take_credentials(uri)
         client = client_of(absolute_uri(uri))
         found = client.get_experiment_by_name(experiment)
         if found is None:
@@ -72,7 +75,7 @@ def check_reachable(uri: str, is_open: bool) -> None:
         try:
             with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=PATIENCE):
                 pass
-        except urllib.error.HTTPError:  # it answers
+        except urllib.error.HTTPError:  # it answers, be it that it asks for credentials, which MLflow's client has
             pass
 
 
@@ -86,25 +89,31 @@ def turn(uri: str) -> Iterator[None]:
         yield
 
 
-def client_of(uri: str) -> Any:
-    """MLflow's client of a store; a database is made if there is none."""
+def import_client() -> Any:
+    """MLflow's class of clients; importing it takes a second or two."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    if uri.startswith("http"):  # the defaults keep a run waiting for minutes
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(int(PATIENCE)))
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     with _signals_wait():
         from mlflow import MlflowClient
 
     for noisy in ("mlflow", "alembic"):  # what matters of their errors is in ours, without stack traces
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
-    database = database_of(uri)
+    return MlflowClient
+
+
+def client_of(uri: str) -> Any:
+    """MLflow's client of a store; a database is made if there is none."""
+    if uri.startswith("http"):  # by default MLflow tries again for minutes
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(int(LONGEST_ANSWER)))
+    client_class, database = import_client(), database_of(uri)
     if database is None:
-        return MlflowClient(uri)
+        return client_class(connectable(uri))
     database.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{database}.lock"):  # migrations race otherwise
         if not database.exists():
-            _make_database(database, MlflowClient)
-        client = MlflowClient(uri)
+            _make_database(database, client_class)
+        client = client_class(uri)
         if not is_on_network(database.parent):  # write-ahead needs memory that processes share
             with closing(sqlite3.connect(database, timeout=30)) as connection:
                 connection.execute("PRAGMA journal_mode=WAL")
@@ -178,4 +187,6 @@ def code_of(error: Exception) -> str | None:
 
 def first_line(error: Exception) -> str:
     """What an error says, in a line."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    line = redact(str(error).splitlines()[0]) if str(error) else type(error).__name__
+    wanted = f"; credentials are taken from {USERNAME} and {PASSWORD}, or {TOKEN}"
+    return line + wanted if code_of(error) in ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED") else line

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 LONGEST_PARAM = 6000  # characters that MLflow takes
+CUT = "… (cut)"
 
 
 def typed(value: Any, nested: bool = False) -> str:
@@ -30,8 +31,13 @@ def as_params(params: Mapping[str, Any]) -> dict[str, str]:
         name = metric_key(key)
         while name in named:  # MLflow refuses the whole batch for one key given twice
             name += "_"
-        named[name] = typed(value)[:LONGEST_PARAM]
+        named[name] = shortened(typed(value), LONGEST_PARAM)
     return named
+
+
+def shortened(text: str, longest: int) -> str:
+    """The text in at most ``longest`` characters; one that is cut says so."""
+    return text if len(text) <= longest else text[: longest - len(CUT)] + CUT
 
 
 def metric_key(name: str) -> str:

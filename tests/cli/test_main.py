@@ -284,6 +284,18 @@ def test_brackets_in_what_is_typed_are_no_markup(
     assert "[/x] [bold]" in capsys.readouterr().out
 
 
+def test_a_job_of_a_sweep_is_told_by_what_it_differs(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+    monkeypatch.setattr(pipeline, "run", lambda *a, differing, **k: given.append(differing))
+    assert call(monkeypatch, "-m", "quant=w3,w4", "seed=7", "+model.kwargs.a=1,2", "store=off") == 0
+    assert given == ["quant=w3 a=1", "quant=w3 a=2", "quant=w4 a=1", "quant=w4 a=2"]
+    given.clear()
+    assert call(monkeypatch, "experiment=per_channel") == 0  # what is swept stands in its file
+    assert given[:2] == ["weight_bits=3 per_channel=True", "weight_bits=3 per_channel=False"]
+    given.clear()
+    assert call(monkeypatch, "seed=7") == 0 and given == [""]
+
+
 # --- Hydra's own flags
 
 

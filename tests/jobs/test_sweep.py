@@ -15,9 +15,10 @@ import pytest
 
 from bnre_exp.cli import compare_runs
 from bnre_exp.jobs.folders import RunRecord, read_record, write_record
-from bnre_exp.jobs.sweep import best_trial
+from bnre_exp.jobs.sweep import _shared, best_trial
+from bnre_exp.report.comparison import RunRow
 from bnre_exp.tracking import read_runs
-from bnre_exp.tracking.journal import Journal
+from bnre_exp.tracking.journal import Journal, read_records
 from scripts.bench import kill_sweep
 
 NET = """
@@ -89,6 +90,15 @@ def check_sweep(output: Path, jobs: int) -> tuple[dict, list[dict]]:
     return parents[0], children
 
 
+def test_the_picture_of_a_sweep_leaves_out_no_finished_run():
+    with_it = RunRow("a", "FINISHED", {"n": "2", "wide": "1"}, {"ptq/top1": 0.5, "reest/top1": 0.6, "fold/top1": 0.6})
+    without = RunRow("b", "FINISHED", {"n": "0"}, {"ptq/top1": 0.5, "fold/top1": 0.5})
+    failed = RunRow("c", "FAILED", {"n": "9"}, {"ptq/top1": 0.1})
+    metrics = ["ptq/top1", "reest/top1", "fold/top1"]
+    assert _shared([with_it, without, failed], ["n", "wide"], metrics) == (["n"], ["ptq/top1", "fold/top1"])
+    assert _shared([with_it, failed], ["n", "wide"], metrics) == (["n", "wide"], metrics)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])
 def test_a_sweep_is_nested_compared_and_computes_each_stage_once(folder, launcher):
@@ -100,6 +110,15 @@ def test_a_sweep_is_nested_compared_and_computes_each_stage_once(folder, launche
     assert (
         "weight_bits" in said and "num_batches" in said and parent["id"][:12] in said
     )  # the table, and the link to it
+    assert {run["name"].split(" resnet")[0].split(" Net-")[0] for run in children} == {
+        f"weight_bits={bits} num_batches={batches}" for bits in "34" for batches in "02"
+    }
+    assert all("| stage |" in t["mlflow.note.content"] and "| fold |" in t["mlflow.note.content"] for t in tags)
+    assert "| weight_bits | num_batches |" in tags_of(folder / "out", parent["id"])["mlflow.note.content"]
+    (view,) = [r["view"] for r in read_records(next(folder.glob("out/multirun/*"))) if "view" in r]
+    assert (
+        view["ends"] == ["ptq/top1", "qat/top1", "fold/top1", "fold/megabytes"] and "reest/top1" in view["metrics"]
+    )  # in each of 4 runs
     threads = {run["params"]["runtime.threads"] for run in children}
     assert threads == {"null" if launcher == "basic" else str(max(1, len(os.sched_getaffinity(0)) // 4))} or (
         launcher == "joblib" and threads == {"1"}

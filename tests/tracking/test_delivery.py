@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from contextlib import contextmanager
@@ -19,6 +21,7 @@ from bnre_exp.cli import sync_mlflow
 from bnre_exp.errors import UserError
 from bnre_exp.tracking import delivery, end_run, open_run, read_runs, stores, sync, undelivered
 from bnre_exp.tracking.journal import Journal, last_metrics, read_records
+from tests.tracking.serving import served
 
 
 def free_port() -> int:
@@ -81,6 +84,7 @@ def test_a_server_that_dies_and_comes_back_has_everything_once(tmp_path, caplog)
     with server(store, port) as process:
         with start(tmp_path, uri, "cut") as log:
             work(log, range(2))
+            log.settle()
             assert log.undelivered == 0 and log.run_id is not None
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -256,3 +260,76 @@ def test_without_mlflow_there_is_nothing_to_deliver(tmp_path):
     ):
         pass
     assert undelivered(tmp_path / "runs" / "a") == 0 and sync(tmp_path / "runs" / "a") == (0, 0)
+
+
+def calls(server) -> list[str]:
+    return [call for call in server.calls if "health" not in call]
+
+
+def test_a_slow_server_gets_few_calls_and_keeps_nobody_waiting(tmp_path, migrated, monkeypatch, caplog):
+    shutil.copy(migrated, tmp_path / "mlflow.db")
+    monkeypatch.setattr(delivery, "FIRST_WAIT", 0.0)
+    with served(tmp_path, monkeypatch) as server:
+        held = server.gate = threading.Event()
+        with start(tmp_path, server.uri) as log:
+            work(log, range(30))
+            log.tags({"a": "b"})
+            log.dataset("digits", "0123", "scikit-learn", "train", {"images": 1})
+            assert log.undelivered == 34  # it has not answered once
+            held.set()
+            log.settle()
+            assert log.undelivered == 0
+            # the run, its params, and all of it in one call of each kind
+            batches = [call for call in calls(server) if "log-batch" in call or "log-inputs" in call]
+            assert batches == ["POST runs/log-batch", "POST runs/log-inputs"]
+            held.clear()
+            monkeypatch.setattr(log._delivery, "_waiting_left", 0.3)
+            work(log, range(30, 60))
+        assert log.undelivered == 31 and "is slow: 31 records" in caplog.text and "bnre-exp-sync" in caplog.text
+        held.set()
+        wait_for(lambda: not log._delivery._is_running())
+        assert sync_mlflow.main([str(tmp_path)]) == 0
+        (run,) = read_runs(server.uri, "tests")
+        assert history(server.uri, run["id"]) == [(n, 1 / (n + 1)) for n in range(60)]
+        assert run["status"] == "FINISHED" and run["tags"]["a"] == "b"
+
+
+def wait_for(condition) -> None:
+    for _ in range(300):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it does not happen")
+
+
+def test_a_refused_record_costs_those_beside_it_nothing(tmp_path, migrated, monkeypatch, caplog):
+    shutil.copy(migrated, tmp_path / "mlflow.db")
+    with served(tmp_path, monkeypatch) as server:
+        server.gate = threading.Event()
+        monkeypatch.setattr(delivery, "FIRST_WAIT", 0.0)
+        with start(tmp_path, server.uri) as log:
+            work(log, range(3))
+            log._add("params", {"seed": "1"})  # MLflow does not let a param change
+            work(log, range(3, 6))
+            server.gate.set()
+        (run,) = read_runs(server.uri, "tests")
+        assert log.undelivered == 0 and run["params"] == {"seed": "0"}
+        assert history(server.uri, run["id"]) == [(n, 1 / (n + 1)) for n in range(6)]
+    assert caplog.text.count("MLflow refuses a record") == 1
+
+
+def test_a_mistake_that_a_slow_server_tells_late_is_told(tmp_path, migrated, monkeypatch, caplog):
+    from mlflow import MlflowClient
+
+    shutil.copy(migrated, tmp_path / "mlflow.db")
+    client = MlflowClient(sqlite(tmp_path))
+    client.delete_experiment(client.create_experiment("tests"))
+    with served(tmp_path, monkeypatch) as server:
+        with pytest.raises(UserError, match="experiment 'tests' is deleted"), start(tmp_path, server.uri, "a"):
+            raise AssertionError("the run must not start")
+        monkeypatch.setattr(delivery, "FIRST_WAIT", 0.0)
+        server.gate = threading.Event()
+        with start(tmp_path, server.uri, "b") as log:
+            server.gate.set()
+            work(log, range(2))
+    assert log.undelivered == 5 and "experiment 'tests' is deleted" in caplog.text

@@ -15,6 +15,7 @@ import pytest
 from bnre_exp.errors import Terminated, UserError
 from bnre_exp.jobs.provenance import git_tags
 from bnre_exp.tracking import open_run
+from bnre_exp.tracking.charts import charts
 from bnre_exp.tracking.links import compare_link, ui_command
 from bnre_exp.tracking.typed_text import typed
 
@@ -26,15 +27,6 @@ PARAMS = {
     "model.name": "resnet18",
     "quant.overrides[0].pattern": "layer3.*",
 }
-
-
-@pytest.fixture(scope="session")
-def migrated(tmp_path_factory):
-    """A database with all tables, made once: migrations take seconds."""
-    folder = tmp_path_factory.mktemp("migrated")
-    with open_run(folder / "run", params={}, tags={}, output_dir=folder, experiment="other", run_name="first"):
-        pass
-    return folder / "mlflow.db"
 
 
 @pytest.fixture
@@ -290,3 +282,54 @@ def test_a_user_without_a_name(output_dir, monkeypatch):
     with start(output_dir) as log:
         pass
     assert client(output_dir).get_run(log.run_id).data.tags["mlflow.user"] == str(2**31 - 7)
+
+
+def test_what_is_not_finite_is_a_tag_and_no_number(output_dir, caplog):
+    caplog.set_level("INFO")
+    values = {"loss": float("inf"), "best": float("-inf"), "fp32/nan": float("nan"), "fp32/top1": 0.5}
+    folder = output_dir / "run" / "folded"
+    folder.mkdir(parents=True)
+    (folder / "weights.safetensors").write_bytes(b"12345")
+    with start(output_dir) as log:
+        log.metrics(values, step=3)
+        log.model(folder, "net", "a checkpoint", {}, values)
+    run = client(output_dir).get_run(log.run_id)
+    assert run.data.metrics == {"fp32/top1": 0.5} and log.undelivered == 0
+    tags = {name: text for name, text in run.data.tags.items() if name.startswith("not_finite.")}
+    assert tags == {
+        "not_finite.loss": "inf (step 3)", "not_finite.best": "-inf (step 3)", "not_finite.fp32/nan": "nan (step 3)",
+    }  # fmt: skip
+    assert lines(output_dir)[0]["metrics"] == {"loss": "inf", "best": "-inf", "fp32/nan": "nan", "fp32/top1": 0.5}
+    (model,) = client(output_dir).search_logged_models([log.experiment_id])
+    assert [(m.key, m.value) for m in model.metrics] == [("fp32/top1", 0.5)]
+    assert "loss=inf" in caplog.text
+
+
+def test_what_is_too_long_for_mlflow_says_that_it_is_cut(output_dir, caplog):
+    with start(output_dir, params={"long": "x" * 6001, "fits": "y" * 6000}, run_name="n" * 300) as log:
+        log.tags({"t": "z" * 9000})
+        log.note("| a |\n" * 2000)
+    run = client(output_dir).get_run(log.run_id)
+    assert run.data.params["long"] == "x" * 5993 + "… (cut)" and run.data.params["fits"] == "y" * 6000
+    assert run.data.tags["t"].endswith("z… (cut)") and run.info.run_name == "n" * 243 + "… (cut)"
+    note = run.data.tags["mlflow.note.content"]
+    assert (
+        len(note) <= 5000
+        and note.startswith("| a |\n| a |")
+        and note.endswith("| a |\n\n… The rest is among the artifacts.\n")
+    )
+    (told,) = [record.getMessage() for record in caplog.records if "config.yaml" in record.getMessage()]
+    assert told == "long: MLflow takes 6000 characters; config.yaml has the whole." and log.undelivered == 0
+
+
+def test_parallel_coordinates_have_what_all_runs_have():
+    (chart,) = [
+        chart
+        for chart in charts("p", ["reest.num_batches"], ["reest/top1", "fold/top1"], False, ["fold/top1"])[
+            "compareRunCharts"
+        ]
+        if chart["type"] == "PARALLEL"
+    ]
+    assert chart["selectedMetrics"] == ["fold/top1"] and chart["selectedParams"] == ["reest.num_batches"]
+    earlier = charts("p", [], ["reest/top1", "fold/top1"])["compareRunCharts"][0]  # as earlier journals say it
+    assert earlier["selectedMetrics"] == ["reest/top1", "fold/top1"]
