@@ -18,9 +18,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bnre_exp.cli.mistakes import explain_choice, explain_configuration, is_full_disk
 from bnre_exp.config import Config
+from bnre_exp.credentials import without_credentials
 from bnre_exp.digests import digest
 from bnre_exp.errors import UserError
-from bnre_exp.tracking.credentials import without_credentials
 
 
 def config_folder() -> Path:

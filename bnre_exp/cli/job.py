@@ -22,11 +22,11 @@ from bnre_exp.cli.config_files import refuse_unchosen
 from bnre_exp.cli.launch import stops_raise
 from bnre_exp.cli.mistakes import exit_status, explain_failure
 from bnre_exp.config import Config, StoreMode
+from bnre_exp.credentials import lent_credentials, redact
 from bnre_exp.errors import JobFailed, UserError
 from bnre_exp.files import replacing
 from bnre_exp.jobs import folders
 from bnre_exp.report.console import PrefixedLines
-from bnre_exp.tracking.credentials import lent_credentials, redact
 
 PLAIN_WIDTH = 120  # columns of a console that is a file or a pipe
 

@@ -26,9 +26,9 @@ from bnre_exp.cli.job import JOBS_AT_ONCE, SWEPT, job, open_console, tell, way_o
 from bnre_exp.cli.launch import stops_raise
 from bnre_exp.cli.mistakes import exit_status, explain_failure
 from bnre_exp.cli.resume import Ahead, is_folder_chosen, look_ahead
+from bnre_exp.credentials import arguments_without_credentials, redact
 from bnre_exp.errors import SweepFailed
 from bnre_exp.jobs import folders
-from bnre_exp.tracking.credentials import arguments_without_credentials, redact
 
 INFORMATION = ("hydra_help", "cfg", "info", "experimental_rerun")  # flags that run no job
 

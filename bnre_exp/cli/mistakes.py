@@ -15,8 +15,8 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 
 from bnre_exp.cli.launch import how_stopped, stop_status
 from bnre_exp.config import Config, LayerOverride
+from bnre_exp.credentials import redact
 from bnre_exp.errors import UserError
-from bnre_exp.tracking.credentials import redact
 
 SEE_HELP = "python -m bnre_exp --help lists all fields."
 _FULL_DISK = ("no space left on device", "database or disk is full", "disk quota exceeded")

@@ -19,9 +19,9 @@ from bnre_exp.cli.compose import config_folder, container_of, identity_of, own_p
 from bnre_exp.cli.config_files import refuse_unchosen
 from bnre_exp.cli.job import cores, is_grid
 from bnre_exp.config import RuntimeConfig, TrackingConfig
+from bnre_exp.credentials import take_credentials
 from bnre_exp.digests import digest
 from bnre_exp.jobs import folders
-from bnre_exp.tracking.credentials import take_credentials
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from bnre_exp.credentials import connectable, redact, take_credentials
 from bnre_exp.errors import UserError
-from bnre_exp.tracking.credentials import connectable, redact, take_credentials
 from bnre_exp.tracking.journal import NAME, all_tags, read_records
 from bnre_exp.tracking.links import compare_link, ui_address
 from bnre_exp.tracking.notes import goes_to_mlflow, read_note

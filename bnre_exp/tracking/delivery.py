@@ -12,9 +12,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from bnre_exp.credentials import take_credentials
 from bnre_exp.errors import UserError
 from bnre_exp.tracking import stores
-from bnre_exp.tracking.credentials import take_credentials
 from bnre_exp.tracking.journal import Journal
 from bnre_exp.tracking.notes import ensure_run, forget_if_gone, missing, read_note, write_note
 from bnre_exp.tracking.send import goes_together, send, send_together

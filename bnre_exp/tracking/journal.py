@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from bnre_exp.tracking.credentials import concealed
+from bnre_exp.credentials import concealed
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from bnre_exp.credentials import redact, take_credentials
 from bnre_exp.errors import UserError
-from bnre_exp.tracking.credentials import redact, take_credentials
 from bnre_exp.tracking.delivery import LONGEST_TAG, Delivery
 from bnre_exp.tracking.journal import Journal, json_numbers, read_records
 from bnre_exp.tracking.links import user_name

@@ -15,9 +15,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from bnre_exp.credentials import PASSWORD, TOKEN, USERNAME, connectable, redact, take_credentials
 from bnre_exp.errors import UserError
 from bnre_exp.files import replacing
-from bnre_exp.tracking.credentials import PASSWORD, TOKEN, USERNAME, connectable, redact, take_credentials
 from bnre_exp.tracking.filesystems import is_on_network
 
 PATIENCE = 3.0  # seconds that a call waits for a locked or silent store; MLflow itself waits 20, or minutes

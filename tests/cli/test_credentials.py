@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bnre_exp.tracking.credentials import PASSWORD, TOKEN, USERNAME
+from bnre_exp.credentials import PASSWORD, TOKEN, USERNAME
 from tests.cli.test_main import Job, call, job  # noqa: F401
 
 URI = "http://alice:SECRET@127.0.0.1:9"

@@ -9,9 +9,7 @@ import shutil
 import pytest
 
 from bnre_exp.cli import sync_mlflow
-from bnre_exp.errors import UserError
-from bnre_exp.tracking import open_run, read_runs, undelivered
-from bnre_exp.tracking.credentials import (
+from bnre_exp.credentials import (
     PASSWORD,
     TOKEN,
     USERNAME,
@@ -21,6 +19,8 @@ from bnre_exp.tracking.credentials import (
     redact,
     take_credentials,
 )
+from bnre_exp.errors import UserError
+from bnre_exp.tracking import open_run, read_runs, undelivered
 from bnre_exp.tracking.stores import first_line
 from tests.tracking.serving import served
 
