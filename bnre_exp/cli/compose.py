@@ -16,11 +16,11 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from bnre_exp.cli.mistakes import explain_choice, explain_configuration, is_full_disk
+from bnre_exp.cli.mistakes import SEE_HELP, explain_choice, explain_configuration, is_full_disk
 from bnre_exp.config import Config
 from bnre_exp.credentials import without_credentials
 from bnre_exp.digests import digest
-from bnre_exp.errors import UserError
+from bnre_exp.errors import UserError, first_line
 
 
 def config_folder() -> Path:
@@ -100,8 +100,14 @@ def as_mistake(error: BaseException) -> BaseException:
     """Hydra's and OmegaConf's complaints about the configuration as a ``UserError``; any other error as it is."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return UserError(explain_choice(error.missing_cfg_file, error.options or []))
-    if isinstance(error, (HydraException, OmegaConfBaseException)) or _is_hydras_value_error(error):
+    is_plain = _is_plain_error_of_a_library(error)
+    if isinstance(error, (HydraException, OmegaConfBaseException)) or (is_plain and isinstance(error, ValueError)):
         return UserError(explain_configuration(error))
+    if is_plain:
+        return UserError(
+            f"an override does not fit the configuration ({first_line(error)}): write GROUP=CHOICE or FIELD=VALUE, and "
+            f"for a list the whole of it, dataset.mean=[0.5]. {SEE_HELP}"
+        )
     # Hydra makes the run folder before the job starts
     if isinstance(error, OSError) and error.filename and not is_full_disk(error):
         return UserError(
@@ -111,12 +117,13 @@ def as_mistake(error: BaseException) -> BaseException:
     return error
 
 
-def _is_hydras_value_error(error: BaseException) -> bool:
-    """Hydra refuses quant=3, where quant is a group, by a plain ValueError."""
-    if type(error) is not ValueError:
+def _is_plain_error_of_a_library(error: BaseException) -> bool:
+    """Whether Hydra or OmegaConf raised it and meant an override: quant=3, where quant is a group, is a ValueError,
+    model=[1,2] a TypeError, dataset.mean.a=1 one of int()."""
+    if type(error) not in (ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError):
         return False
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return str(frame.f_globals.get("__name__")).startswith("hydra._internal.")
+    return str(frame.f_globals.get("__name__")).startswith(("hydra._internal.", "hydra.core.", "omegaconf."))
 
 
 def own_part(composed: DictConfig) -> DictConfig:

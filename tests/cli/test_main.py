@@ -94,6 +94,8 @@ BAD = [
     ("model=custom", ["model._target_ is empty"]),
     ("resnet18", ["'resnet18' is not understood", "GROUP=CHOICE"]),
     ("quant=3", ["string"]),
+    ("dataset.default_std.a=-1", ["invalid literal for int", "'a'"]),
+    ("model=[1,2,3]", ["GROUP=CHOICE", "dataset.mean=[0.5]"]),
     ("quant=w4a8,w3a8", ["add -m"]),
     ("+quant.weight_bits=3", ["without the +"]),
     ("~model.kwargs", ["cannot be removed"]),

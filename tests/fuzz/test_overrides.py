@@ -84,8 +84,14 @@ names = st.one_of(
     st.text(max_size=6),
 )
 prefixes = st.sampled_from([*[""] * 12, "+", "++", "~"])
+likely = st.builds(
+    "{}={}".format, st.sampled_from(FIELDS), st.sampled_from(["0", "1", "2", "16", "0.5", "true", "null", "text"])
+)
 overrides = st.one_of(
-    st.builds("{}{}={}".format, prefixes, names, values), st.sampled_from(CHOICES), st.text(max_size=12), names
+    st.builds("{}{}={}".format, prefixes, names, values),
+    st.sampled_from(CHOICES),
+    st.text(max_size=12),
+    names,
 )
 # What would end, or begin something else: a flag is no override, and a folder of Hydra's own is the user's to choose.
 allowed = overrides.filter(lambda text: not text.startswith("-") and "hydra" not in text and "\0" not in text)
@@ -140,7 +146,7 @@ def test_a_job_begins_or_a_message_says_what_is_wrong(
     monkeypatch.setattr(pipeline, "run", begin)
 
     @settings(max_examples=300, phases=PHASES, **SETTINGS)
-    @given(st.lists(allowed, min_size=1, max_size=2))
+    @given(st.one_of(st.lists(allowed, min_size=1, max_size=2), st.lists(likely, min_size=1, max_size=1)))
     def holds(given: list[str]) -> None:
         before = len(begun)
         bounded = [*given, f"runtime.output_dir={folder}/outputs"]

@@ -129,7 +129,11 @@ def told(reason: str) -> str:
 
 
 def test_why_a_file_cannot_be_loaded_is_told_and_the_next_is_tried(tmp_path, user_code):
-    failures = {None: ".*nowhere.*", "raises": ".* raised Odd: such words .*user_nets.py, line .*", "exits": "SystemExit: enough"}
+    failures = {
+        None: ".*nowhere.*",
+        "raises": ".* raised Odd: such words .*user_nets.py, line .*",
+        "exits": "SystemExit: enough",
+    }
     with Verifier(SETTING) as verifier:
         for builder, reason in failures.items():
             with pytest.raises(UserError, match=told(reason)):
