@@ -145,7 +145,7 @@ def test_a_job_begins_or_a_message_says_what_is_wrong(
 
     monkeypatch.setattr(pipeline, "run", begin)
 
-    @settings(max_examples=300, phases=PHASES, **SETTINGS)
+    @settings(max_examples=200, phases=PHASES, **SETTINGS)
     @given(st.one_of(st.lists(allowed, min_size=1, max_size=2), st.lists(likely, min_size=1, max_size=1)))
     def holds(given: list[str]) -> None:
         before = len(begun)
@@ -157,7 +157,7 @@ def test_a_job_begins_or_a_message_says_what_is_wrong(
             assert all(math.isfinite(number) for number in numbers_in(asdict(config))), (given, kwargs)
 
     holds()
-    assert len(begun) > 30, "hardly any override was taken"
+    assert len(begun) > 20, "hardly any override was taken"
 
 
 SMALL = (
@@ -190,7 +190,7 @@ def test_a_small_job_ends_well_or_says_what_is_wrong(folder: Path, capsys: pytes
     changeable = [name for name in FIELDS if not any(part in name for part in LEFT)]
     changes = st.builds("{}={}".format, st.sampled_from(changeable), st.sampled_from([*NUMBERS, *WORDS[:14]]))
 
-    @settings(max_examples=40, phases=PHASES, **SETTINGS)
+    @settings(max_examples=25, phases=PHASES, **SETTINGS)
     @given(st.lists(changes, min_size=1, max_size=2))
     def holds(given: list[str]) -> None:
         limits = [f"runtime.output_dir={folder}/outputs", "dataset.train_limit=48", "dataset.test_limit=24"]
