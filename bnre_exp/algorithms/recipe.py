@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from bnre_exp.algorithms.feeding import is_whole
 from bnre_exp.errors import UserError
@@ -59,6 +60,11 @@ class Recipe:
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """The optimizer of what is to be trained. Raises ``UserError`` if that is nothing, or cannot be trained."""
+    for name, tensor in model.named_parameters():
+        if is_lazy(tensor):
+            raise UserError(
+                f"train: {name} has no shape yet: a lazy module gets it from its first batch; run the network once."
+            )
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise UserError("train: no parameter of the network requires a gradient; call requires_grad_() on some.")
