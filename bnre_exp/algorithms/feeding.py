@@ -92,9 +92,14 @@ def is_whole(value: Any) -> bool:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first parameter or buffer lives."""
+    """Where the model's first parameter or buffer lives. Raises ``UserError`` for one without values."""
     tensors = itertools.chain(model.parameters(), model.buffers())
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+    if device.type == "meta":
+        raise UserError(
+            "The network is on the meta device and has no values; load the weights first (to_empty, assign)."
+        )
+    return device
 
 
 def length_of(dataloader: Iterable[Any]) -> int | None:

@@ -162,9 +162,8 @@ def _start(model: nn.Module, recipe: Recipe, batches_an_epoch: int | None, loade
 
 def _name_frozen(model: nn.Module, description: str) -> None:
     """Warn of batch norms that stay frozen: a network may be in evaluation mode without its user having meant that."""
-    train_mode(model)
-    bns = {name: module.training for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
-    frozen = [name for name, is_trained in bns.items() if not is_trained]
+    bns = {module: name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    frozen = [bns[module] for module in train_mode(model) if module in bns]
     if frozen:
         logger.warning(
             "%s: %d of %d batch norms stay frozen, since they are in evaluation mode within a network in training mode "

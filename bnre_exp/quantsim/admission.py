@@ -119,7 +119,9 @@ def _refuse_ours(model: nn.Module) -> None:
 
 def _refuse_half(model: nn.Module) -> None:
     """Raise ``UserError`` for a network in half precision, whose own rounding is as coarse as that to 8 bits."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    bns = [(name, module) for name, module in model.named_modules() if isinstance(module, BATCH_NORMS)]
+    statistics = [pair for name, bn in bns for pair in bn.named_buffers(name)]  # another buffer may be half: a table
+    for name, tensor in (*model.named_parameters(), *statistics):
         if tensor.dtype in HALF:
             raise UserError(
                 f"The network is in half precision ({name} is {str(tensor.dtype).removeprefix('torch.')}), in which "

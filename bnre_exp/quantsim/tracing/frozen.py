@@ -40,10 +40,10 @@ def frozen_modules(model: nn.Module) -> frozenset[str]:
     return frozenset(names)
 
 
-def train_mode(model: nn.Module) -> None:
+def train_mode(model: nn.Module) -> list[nn.Module]:
     """Put a network into training mode, in place, but for modules that are in evaluation mode while the network is not
     (they are remembered, as training ends in evaluation mode). The network is what is in its wrappers, which are in
-    training mode whenever they are new."""
+    training mode whenever they are new. Returns these modules."""
     root = unwrapped(model)
     held = [m for m in root.modules() if not m.training and (root.training or vars(m).get(MARK)) and m is not root]
     for module in root.modules():
@@ -52,6 +52,7 @@ def train_mode(model: nn.Module) -> None:
     for module in held:
         module.training = False
         vars(module)[MARK] = True
+    return held
 
 
 def set_mode(model: nn.Module, training: bool, frozen: Iterable[str]) -> None:
