@@ -464,7 +464,7 @@ def test_what_nothing_can_be_computed_with_is_not_folded_and_named(tensor, value
 
 @pytest.mark.parametrize("tensor", ["scale", "zero_point"])
 def test_a_quantizer_with_a_range_that_is_not_finite_is_not_folded_and_named(tensor):
-    sim = quantize(randomize(flat_cnn()), image(2, 3), W4)
+    sim = quantize(randomize(flat_cnn()), image(2, 3), QuantScheme())
     fold_batch_norms(sim)  # without ranges, as for weights alone
     calibrate(sim, [image(2, 3)], 1)
     name, quantizer = next(iter(activation_quantizers(sim).items()))
