@@ -176,4 +176,7 @@ def test_a_part_that_is_in_evaluation_mode_is_named_when_it_stays_so(caplog):
     assert "3 of 3 batch norms stay frozen" in caplog.text and "model.train()" in caplog.text
     caplog.clear()
     train(model.train(), DATA, 1, lr=1e-4)
+    quantize(model.eval(), X)
     assert not caplog.text
+    quantize(nn.Sequential(randomize(flat_cnn()).eval(), nn.Identity()), X)
+    assert "3 batch norms stay frozen" in caplog.text
