@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import numbers
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from bnre_exp.algorithms.feeding import is_whole
 from bnre_exp.errors import UserError
 
 MAX_EPOCHS = 1_000_000
+LARGEST = sys.float_info.max
 WARM_UP = 0.25  # part of the steps of one_cycle
 CHOICES = {
     "optimizer": ("sgd", "adamw"),
@@ -53,7 +54,11 @@ class Recipe:
 
     def _number(self, name: str, expected: str, fits: Any) -> None:
         value = getattr(self, name)
-        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not (math.isfinite(value) and fits(value)):
+        if (
+            not isinstance(value, numbers.Real)
+            or isinstance(value, bool)
+            or not (abs(value) <= LARGEST and fits(value))
+        ):
             raise UserError(f"{name}={value!r}: expected a number, {expected}.")
         object.__setattr__(self, name, float(value))
 

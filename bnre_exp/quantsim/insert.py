@@ -42,8 +42,8 @@ def quantize(
     leaf_modules: names or class names of modules that are kept whole (their weights stay in floating point).
     A network that is wrapped (data parallel, compiled, averaged) is taken out of its wrapper, and the report says so.
     Modules in evaluation mode within a network in training mode (a BN that is frozen, above all), and those that the
-    network's own ``train`` keeps in it, stay in it whenever the simulation is trained; the report and a warning name such BNs.
-    Re-estimation, being asked for, gives them new statistics as it does all others.
+    network's own ``train`` keeps in it, stay in it whenever the simulation is trained; the report and a warning name
+    such BNs. Re-estimation, being asked for, gives them new statistics as it does all others.
 
     Raises ``UserError`` if ``model`` is nothing that can be quantized (a simulation, TorchScript, an exported program,
     tensors that are pruned, lazy, without values or in half precision), if the network cannot be traced, if its traced

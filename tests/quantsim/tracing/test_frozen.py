@@ -178,5 +178,8 @@ def test_a_part_that_is_in_evaluation_mode_is_named_when_it_stays_so(caplog):
     train(model.train(), DATA, 1, lr=1e-4)
     quantize(model.eval(), X)
     assert not caplog.text
-    quantize(nn.Sequential(randomize(flat_cnn()).eval(), nn.Identity()), X)
+    sim = quantize(nn.Sequential(randomize(flat_cnn()).eval(), nn.Identity()), X, FLOAT)
     assert "3 batch norms stay frozen" in caplog.text
+    caplog.clear()
+    train(sim.train(), DATA, 1, lr=1e-4)
+    assert not caplog.text, "the simulation's own train() keeps them frozen"
