@@ -187,3 +187,8 @@ def test_a_network_without_values_is_told_so(use):
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.BatchNorm1d(4)).to("meta")
     with pytest.raises(UserError, match="on the meta device"):
         use(model, [(torch.randn(3, 4), torch.arange(3))])
+
+
+def test_what_is_no_network_is_told_so():
+    with pytest.raises(UserError, match="got function"):
+        evaluate(lambda x: x, labelled())
