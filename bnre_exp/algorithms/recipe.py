@@ -54,11 +54,8 @@ class Recipe:
 
     def _number(self, name: str, expected: str, fits: Any) -> None:
         value = getattr(self, name)
-        if (
-            not isinstance(value, numbers.Real)
-            or isinstance(value, bool)
-            or not (abs(value) <= LARGEST and fits(value))
-        ):
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not (is_number and abs(value) <= LARGEST and fits(value)):
             raise UserError(f"{name}={value!r}: expected a number, {expected}.")
         object.__setattr__(self, name, float(value))
 
