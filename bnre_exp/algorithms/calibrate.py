@@ -69,7 +69,10 @@ def _refuse_not_finite(sim: nn.Module, number: int) -> None:
         cause = "they come from the data loader as they are"
     else:
         damaged = "; ".join(unusable_tensors(sim)[:3])
-        cause = damaged or "look for exploding weights or corrupted BN statistics in the network before it is quantized"
+        cause = damaged or (
+            "look for exploding weights or corrupted BN statistics in the network before it is quantized, or a mask of "
+            "-inf, which no grid holds (a finite number, such as -100, masks as well)"
+        )
     raise UserError(
         f"The activations of {label} are not finite during calibration, in batch {number} (counted from 1): {cause}. "
         "The ranges are as before."

@@ -92,9 +92,17 @@ def is_whole(value: Any) -> bool:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first parameter or buffer lives."""
+    """Where the model's first parameter or buffer lives. Raises ``UserError`` for one without values, and for what is
+    no network."""
+    if not isinstance(model, nn.Module):
+        raise UserError(f"Expected a network, a torch.nn.Module, got {type(model).__name__}.")
     tensors = itertools.chain(model.parameters(), model.buffers())
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+    if device.type == "meta":
+        raise UserError(
+            "The network is on the meta device and has no values; load the weights first (to_empty, assign)."
+        )
+    return device
 
 
 def length_of(dataloader: Iterable[Any]) -> int | None:

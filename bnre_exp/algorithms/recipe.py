@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import numbers
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from bnre_exp.algorithms.feeding import is_whole
 from bnre_exp.errors import UserError
 
 MAX_EPOCHS = 1_000_000
+LARGEST = sys.float_info.max
 WARM_UP = 0.25  # part of the steps of one_cycle
 CHOICES = {
     "optimizer": ("sgd", "adamw"),
@@ -52,13 +54,19 @@ class Recipe:
 
     def _number(self, name: str, expected: str, fits: Any) -> None:
         value = getattr(self, name)
-        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not (math.isfinite(value) and fits(value)):
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not (is_number and abs(value) <= LARGEST and fits(value)):
             raise UserError(f"{name}={value!r}: expected a number, {expected}.")
         object.__setattr__(self, name, float(value))
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """The optimizer of what is to be trained. Raises ``UserError`` if that is nothing, or cannot be trained."""
+    for name, tensor in model.named_parameters():
+        if is_lazy(tensor):
+            raise UserError(
+                f"train: {name} has no shape yet: a lazy module gets it from its first batch; run the network once."
+            )
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise UserError("train: no parameter of the network requires a gradient; call requires_grad_() on some.")

@@ -83,10 +83,10 @@ def reestimate_bn_stats(
     }
     frozen = tuple(name for name, module in model.named_modules() if isinstance(module, FrozenBatchNorm2d))
     _check_any(model, bns, frozen)
+    device, count = device_of(model), Passes()
     estimators = {bn: Estimator(method, momentum, bn.running_mean, bn.running_var) for bn in bns}
     named = {name: estimators[bn] for bn, name in bns.items()}
     check_finite(named, 0)
-    device, count = device_of(model), Passes()
 
     def observe(batch: Any) -> None:
         with evaluation_mode(model), recording(bns, estimators):

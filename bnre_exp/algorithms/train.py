@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnre_exp.algorithms.evaluate import evaluate
 from bnre_exp.algorithms.feeding import (
@@ -31,6 +33,7 @@ from bnre_exp.quantsim.tracing.frozen import train_mode
 from bnre_exp.tasks.classification import Classification, task_for
 from bnre_exp.tasks.task import TargetFn, Task, labels_of
 
+logger = logging.getLogger(__name__)
 LossFn = Callable[[Any, Tensor], Tensor]
 LossOfBatch = Callable[[Any, str], tuple[Tensor, int]]
 
@@ -98,6 +101,8 @@ def train(
     batches_an_epoch = _count(dataloader, recipe, steps_per_epoch)
     training = _start(model, recipe, batches_an_epoch, {"training": dataloader, "validation": validation})
     history = _resume(training, snapshots, on_epoch) if snapshots is not None else []
+    unused = frozenset(not_finite(model))  # as scales of quantizers that are bypassed, or the first loss will tell
+    _name_frozen(model, description)
 
     def validate() -> Mapping[str, float] | None:
         what = f"{description}: validation"
@@ -109,7 +114,7 @@ def train(
         started = time.perf_counter()
         batches = _epoch_batches(dataloader, recipe, steps_per_epoch)
         batches = progress(batches, f"{description} {epoch}/{epochs}", batches_an_epoch)
-        loss = _train_epoch(training, batches, loss_of, f"epoch {epoch}", description)
+        loss = _train_epoch(training, batches, loss_of, unused, f"epoch {epoch}", description)
         rate, seconds = training.optimizer.param_groups[0]["lr"], time.perf_counter() - started
         history.append(Epoch(epoch, loss, rate, seconds, validate()))
         if snapshots is not None:
@@ -155,6 +160,18 @@ def _start(model: nn.Module, recipe: Recipe, batches_an_epoch: int | None, loade
     return Training(model, optimizer, build_scheduler(optimizer, recipe, steps), loaders, settings)
 
 
+def _name_frozen(model: nn.Module, description: str) -> None:
+    """Warn of batch norms that stay frozen: a network may be in evaluation mode without its user having meant that."""
+    bns = {module: name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    frozen = [bns[module] for module in train_mode(model) if module in bns]
+    if frozen:
+        logger.warning(
+            "%s: %d of %d batch norms stay frozen, since they are in evaluation mode within a network in training mode "
+            "(%s%s); model.train() before would train them as well",
+            description, len(frozen), len(bns), ", ".join(frozen[:3]), ", ..." if len(frozen) > 3 else "",
+        )  # fmt: skip
+
+
 def _resume(training: Training, snapshots: Snapshots, on_epoch: Callable[[Epoch], None] | None) -> list[Epoch]:
     """Put the snapshot back, if there is one, and report its epochs, which are returned."""
     snapshot = snapshots.load()
@@ -173,9 +190,9 @@ def _resume(training: Training, snapshots: Snapshots, on_epoch: Callable[[Epoch]
 
 
 def _train_epoch(
-    training: Training, batches: Iterable[Any], loss_of: LossOfBatch, epoch: str, description: str
+    training: Training, batches: Iterable[Any], loss_of: LossOfBatch, unused: Set[str], epoch: str, description: str
 ) -> float:
-    """One pass over ``batches``; the mean loss of its samples."""
+    """One pass over ``batches``; the mean loss of its samples. unused: what was not finite before."""
     train_mode(training.model)
     total, samples = torch.zeros((), dtype=torch.float64, device=device_of(training.model)), 0
     peak = f"it was {training.settings['lr']:g} at its peak"
@@ -196,7 +213,7 @@ def _train_epoch(
         raise UserError(
             f"{description}: the data loader yields no batches in {epoch}; give one that can be iterated again."
         )
-    if names := not_finite(training.model):
+    if names := [name for name in not_finite(training.model) if name not in unused]:
         raise TrainingDivergedError(
             f"After {epoch} of {description} {', '.join(names[:5])}{' and others' if len(names) > 5 else ''} hold NaN "
             f"or infinity, though the loss was finite: its gradient was not. Try a lower learning rate ({peak}), or "

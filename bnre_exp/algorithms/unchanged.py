@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from bnre_exp.errors import UserError
 
@@ -53,7 +54,7 @@ def _remember(model: nn.Module) -> list[_Kept]:
         places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for place in places:
             for name, tensor in place.items():
-                if tensor is not None and not tensor.is_meta:
+                if tensor is not None and not is_lazy(tensor) and not tensor.is_meta:
                     values = copies.setdefault(id(tensor), tensor.detach().clone())
                     kept.append(_Kept(path, place, name, tensor, values))
     return kept

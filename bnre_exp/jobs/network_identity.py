@@ -27,7 +27,8 @@ TENSORS = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 
 
 def network_identity(module: nn.Module, example: Tensor, leaf_modules: Sequence[str]) -> tuple[str, list[str]]:
-    """Digest of what a network computes apart from its parameters and buffers, and what of it cannot be told.
+    """Digest of what a network computes apart from the values of its parameters and buffers, and what of it cannot be
+    told.
 
     example: ``[N, ...]``, to trace it with. leaf_modules: those that are not looked into, where the network can be
     traced in no other way. What cannot be told are objects without content, as a lock or an open file; where the graph
@@ -35,6 +36,7 @@ def network_identity(module: nn.Module, example: Tensor, leaf_modules: Sequence[
     """
     describe = _Describer(module)
     parts: list[Any] = [[name, describe.module(part)] for name, part in module.named_modules(remove_duplicate=False)]
+    parts.append(["not trained", [name for name, x in module.named_parameters() if not x.requires_grad]])
     graph = _graph(module, example, leaf_modules)
     if graph is None:
         return digest(parts), describe.unknown

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -11,14 +10,13 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
-from torch.optim.swa_utils import AveragedModel
 
 from bnre_exp.errors import UserError
 from bnre_exp.quantsim.quantizers.layout import BATCH_NORMS, LAYERS
 from bnre_exp.quantsim.quantizers.quantizer import ActivationQuantizer, Dequantize, WeightQuantizer
 from bnre_exp.quantsim.quantizers.state import HALF
+from bnre_exp.quantsim.wrappers import copied, unwrapped, wrapped
 
-WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 OURS = (ActivationQuantizer, WeightQuantizer, Dequantize)
 NORM_HOOKS = {"WeightNorm": "weight_norm", "SpectralNorm": "spectral_norm"}
@@ -32,11 +30,11 @@ def admitted(model: Any, leaf_modules: Collection[str] = ()) -> tuple[nn.Module,
     the module whose tensors are pruned, parametrized, computed by hooks, lazy or not to be copied.
     """
     notes = []
-    while (inner := _wrapped(model)) is not None:
+    while (inner := wrapped(model)) is not None:
         notes.append(_note("the network", model))
         model = inner
     refuse_kind(model, "quantize")
-    within = {name: module for name, module in model.named_modules() if _wrapped(module) is not None}
+    within = {name: module for name, module in model.named_modules() if wrapped(module) is not None}
     if within:
         notes += [_note(name, module) for name, module in within.items()]
         model = _unwrapped_within(copied(model))
@@ -51,14 +49,6 @@ def admitted(model: Any, leaf_modules: Collection[str] = ()) -> tuple[nn.Module,
     return model, tuple(notes)
 
 
-def copied(model: nn.Module) -> nn.Module:
-    """A deep copy. Raises ``UserError`` if the network holds something that cannot be copied."""
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise UserError(f"The network cannot be copied (copy.deepcopy): {type(error).__name__}: {error}") from error
-
-
 def inputs_of(example_input: Any) -> tuple[Tensor, ...]:
     """The example as a tuple of ordinary tensors. Raises ``UserError`` if it is anything else than tensors."""
     given = (example_input,) if isinstance(example_input, Tensor) else example_input
@@ -70,18 +60,6 @@ def inputs_of(example_input: Any) -> tuple[Tensor, ...]:
     return tuple(x.clone() if x.is_inference() else x for x in inputs)
 
 
-def _wrapped(model: Any) -> nn.Module | None:
-    """What a wrapper runs, None for anything else."""
-    kind = type(model)
-    if isinstance(model, WRAPPERS):
-        return model.module  # type: ignore[no-any-return]
-    if kind.__name__ == "OptimizedModule" and kind.__module__.startswith("torch."):
-        return model._orig_mod  # type: ignore[no-any-return]
-    if kind.__module__.startswith("timm.utils.model_ema"):
-        return getattr(model, "module", None) or getattr(model, "ema", None)
-    return None
-
-
 def _note(name: str, wrapper: Any) -> str:
     return f"{name} is taken out of {type(wrapper).__name__}"
 
@@ -89,10 +67,8 @@ def _note(name: str, wrapper: Any) -> str:
 def _unwrapped_within(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            while (inner := _wrapped(child)) is not None:
-                child = inner
-            module._modules[name] = child
-    return model if all(_wrapped(m) is None for m in model.modules()) else _unwrapped_within(model)
+            module._modules[name] = unwrapped(child)
+    return model if all(wrapped(m) is None for m in model.modules()) else _unwrapped_within(model)
 
 
 def refuse_kind(model: Any, what_for: str) -> None:
@@ -143,7 +119,9 @@ def _refuse_ours(model: nn.Module) -> None:
 
 def _refuse_half(model: nn.Module) -> None:
     """Raise ``UserError`` for a network in half precision, whose own rounding is as coarse as that to 8 bits."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    bns = [(name, module) for name, module in model.named_modules() if isinstance(module, BATCH_NORMS)]
+    statistics = [pair for name, bn in bns for pair in bn.named_buffers(name)]  # another buffer may be half: a table
+    for name, tensor in (*model.named_parameters(), *statistics):
         if tensor.dtype in HALF:
             raise UserError(
                 f"The network is in half precision ({name} is {str(tensor.dtype).removeprefix('torch.')}), in which "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,6 +26,8 @@ from bnre_exp.quantsim.tracing.frozen import META
 from bnre_exp.quantsim.tracing.same_behaviour import check_same_behaviour
 from bnre_exp.quantsim.tracing.trace import trace
 
+logger = logging.getLogger(__name__)
+
 
 def quantize(
     model: nn.Module,
@@ -39,15 +42,22 @@ def quantize(
     leaf_modules: names or class names of modules that are kept whole (their weights stay in floating point).
     A network that is wrapped (data parallel, compiled, averaged) is taken out of its wrapper, and the report says so.
     Modules in evaluation mode within a network in training mode (a BN that is frozen, above all), and those that the
-    network's own ``train`` keeps in it, stay in it whenever the simulation is trained; the report names such BNs.
-    Re-estimation, being asked for, gives them new statistics as it does all others.
+    network's own ``train`` keeps in it, stay in it whenever the simulation is trained; the report and a warning name
+    such BNs. Re-estimation, being asked for, gives them new statistics as it does all others.
 
     Raises ``UserError`` if ``model`` is nothing that can be quantized (a simulation, TorchScript, an exported program,
     tensors that are pruned, lazy, without values or in half precision), if the network cannot be traced, if its traced
     form behaves differently in evaluation or training mode at either of two batch sizes, or if an override matches
     nothing.
     """
-    return _build(model, example_input, scheme or QuantScheme(), leaf_modules, is_checked=True)
+    sim = _build(model, example_input, scheme or QuantScheme(), leaf_modules, is_checked=True)
+    frozen = sim_report(sim).frozen_bns
+    if frozen:
+        logger.warning(
+            "quantize: %d batch norms stay frozen when the simulation is trained, as they are in the network (%s%s)",
+            len(frozen), ", ".join(frozen[:3]), ", ..." if len(frozen) > 3 else "",
+        )  # fmt: skip
+    return sim
 
 
 def quantize_again(

@@ -9,16 +9,19 @@ from torch import nn
 
 from bnre_exp.errors import UserError
 from bnre_exp.quantsim.quantizers.layout import BATCH_NORMS, LAYERS
+from bnre_exp.quantsim.quantizers.quantizer import ActivationQuantizer
 
 SHOWN = 3
 
 
 @torch.no_grad()
 def unusable_tensors(network: nn.Module) -> list[str]:
-    """Weights, biases, scales and statistics of layers and batch norms that hold such values, with what is wrong."""
+    """Weights, biases, scales and statistics of layers, batch norms and quantizers that hold such values, with what is
+    wrong. Activation quantizers without a range have none to hold."""
     found = []
     for name, module in network.named_modules():
-        if not isinstance(module, (*LAYERS, *BATCH_NORMS)):
+        has_range = isinstance(module, ActivationQuantizer) and module.has_range
+        if not (has_range or isinstance(module, (*LAYERS, *BATCH_NORMS))):
             continue
         for key, tensor in itertools.chain(module.named_parameters(name), module.named_buffers(name)):
             if not tensor.is_floating_point():

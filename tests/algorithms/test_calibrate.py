@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bnre_exp import QuantScheme, UserError, activation_quantizers, calibrate, quantize
-from tests.networks import flat_cnn, randomize
+from tests.networks import Net, flat_cnn, randomize
 
 X = torch.randn(4, 3, 16, 16)
 
@@ -62,3 +62,12 @@ def test_what_made_an_activation_not_finite_is_named(tensor, value, cause):
 def test_num_batches_is_a_whole_number(number):
     with pytest.raises(UserError, match="num_batches=.*expected at least 1"):
         calibrate(quantize(flat_cnn(), X), [X], number)
+
+
+def test_a_mask_of_infinity_is_given_as_a_cause():
+    mask = torch.tensor([False, True])
+    sim = quantize(
+        Net(lambda m, x: m.fc(x).masked_fill(mask, -torch.inf).softmax(1), fc=nn.Linear(3, 2)), X[:, :, 0, 0]
+    )
+    with pytest.raises(UserError, match="a mask of -inf"):
+        calibrate(sim, [X[:, :, 0, 0]], 1)

@@ -173,3 +173,22 @@ def test_what_is_not_finite_in_a_network_is_named():
     with torch.no_grad():
         model[1].running_var[0], model[11].bias[2], model[0].weight[0] = torch.nan, torch.inf, -torch.inf
     assert not_finite(model) == ["0.weight", "11.bias", "1.running_var"]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model, data: evaluate(model, data),
+        lambda model, data: train(model, data, 1),
+        lambda model, data: reestimate_bn_stats(model, data, 1),
+    ],
+)
+def test_a_network_without_values_is_told_so(use):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.BatchNorm1d(4)).to("meta")
+    with pytest.raises(UserError, match="on the meta device"):
+        use(model, [(torch.randn(3, 4), torch.arange(3))])
+
+
+def test_what_is_no_network_is_told_so():
+    with pytest.raises(UserError, match="got function"):
+        evaluate(lambda x: x, labelled())

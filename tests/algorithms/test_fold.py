@@ -11,6 +11,7 @@ from bnre_exp import (
     LayerRule,
     QuantScheme,
     UserError,
+    activation_quantizers,
     bypassed,
     calibrate,
     fold_batch_norms,
@@ -458,4 +459,15 @@ def test_what_nothing_can_be_computed_with_is_not_folded_and_named(tensor, value
     with torch.no_grad():
         tensors[tensor].view(-1)[0] = value
     with pytest.raises(UserError, match=f"fold_batch_norms: {message}"):
+        fold_batch_norms(sim)
+
+
+@pytest.mark.parametrize("tensor", ["scale", "zero_point"])
+def test_a_quantizer_with_a_range_that_is_not_finite_is_not_folded_and_named(tensor):
+    sim = quantize(randomize(flat_cnn()), image(2, 3), QuantScheme())
+    fold_batch_norms(sim)  # without ranges, as for weights alone
+    calibrate(sim, [image(2, 3)], 1)
+    name, quantizer = next(iter(activation_quantizers(sim).items()))
+    getattr(quantizer, tensor).data.fill_(float("nan"))
+    with pytest.raises(UserError, match=f"{name}.{tensor} is not finite"):
         fold_batch_norms(sim)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from bnre_exp import UserError, train
+from bnre_exp import UserError, bypassed, quantize, train
 from bnre_exp.algorithms.recipe import Recipe, build_optimizer, build_scheduler
 from tests.algorithms.test_train_evaluate import labelled
 from tests.networks import flat_cnn
@@ -67,7 +67,7 @@ def test_any_number_of_steps_has_a_schedule():
     ("name", "values"),
     [
         ("epochs", [0, -1, 1e21, 10**21, 1.5, 2.0, "2", True, None, math.nan]),
-        ("lr", [-0.1, math.nan, math.inf, "0.1", None, True, torch.tensor(0.1)]),
+        ("lr", [-0.1, math.nan, math.inf, 10**400, "0.1", None, True, torch.tensor(0.1)]),
         ("momentum", [-0.1, 1.0, 2.0, math.nan, None]),
         ("weight_decay", [-1e-4, math.nan, math.inf, "1"]),
         ("label_smoothing", [-0.1, 1.0, 2.0, math.nan]),
@@ -89,3 +89,15 @@ def test_settings_that_make_no_sense_are_refused_by_name(name, values):
 def test_numbers_of_numpy_are_numbers():
     recipe = Recipe(**{**PLAIN, "epochs": np.int64(3), "lr": np.float32(0.5), "momentum": 0})
     assert (type(recipe.epochs), type(recipe.lr), recipe.lr, recipe.momentum) == (int, float, 0.5, 0.0)
+
+
+def test_a_lazy_network_is_told_to_be_run_first():
+    with pytest.raises(UserError, match="0.weight has no shape yet"):
+        train(nn.Sequential(nn.LazyLinear(4)), [(torch.randn(4, 3), torch.arange(4))], 1)
+
+
+def test_scales_of_quantizers_that_are_bypassed_do_not_stop_training():
+    data = [(torch.randn(4, 3, 16, 16), torch.arange(4))]
+    sim = quantize(flat_cnn(), data[0][0])
+    with bypassed(sim):
+        assert len(train(sim, data, 2, lr=1e-3)) == 2

@@ -125,3 +125,9 @@ def test_caches_are_left_and_an_error_puts_back_too():
 def test_nothing_is_said_of_a_network_that_stays_as_it_is(caplog):
     reestimate_bn_stats(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), BATCHES, 3)
     assert not caplog.records
+
+
+def test_lazy_layers_are_no_obstacle():
+    """They get their shape from the first batch, as in any forward pass."""
+    model = nn.Sequential(nn.LazyConv2d(4, 1), nn.BatchNorm2d(4))
+    assert reestimate_bn_stats(model, [torch.randn(4, 3, 5, 5)], 1).num_batches == 1

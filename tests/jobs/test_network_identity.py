@@ -193,3 +193,9 @@ def test_the_same_in_every_process():
         )
         outputs.add(program.stdout)
     assert len(outputs) == 1
+
+
+def test_which_parameters_are_trained_tells_networks_apart():
+    frozen = Holds(None)
+    frozen.conv.weight.requires_grad_(False)
+    assert network_identity(frozen, EXAMPLE, ())[0] != network_identity(Holds(None), EXAMPLE, ())[0]

@@ -18,7 +18,13 @@ MEASURING = (
     "tasks", "algorithms.evaluate", "algorithms.feeding", "jobs.stages.setting", "jobs.stages.network",
     "jobs.stages.outcome", "algorithms.snapshot",
 )  # fmt: skip
-TRAINING = ("jobs.stages.training", "algorithms.train", "algorithms.recipe", "quantsim.tracing.frozen")
+TRAINING = (
+    "jobs.stages.training",
+    "algorithms.train",
+    "algorithms.recipe",
+    "quantsim.tracing.frozen",
+    "quantsim.wrappers",
+)
 SIMULATION = ("quantsim", "jobs.stages.simulation")
 CALIBRATION = ("jobs.stages.calibration", "algorithms.calibrate")
 RE_ESTIMATION = ("algorithms.reestimate", "algorithms.bn_statistics", "algorithms.unchanged")

@@ -55,16 +55,18 @@ class Quantizer(nn.Module):
         if saved == [int(value) for value in own]:
             return
         layer = prefix.partition(".parametrizations.")[0].rstrip(".") or type(self).__name__
-        fits = len(saved) == len(own)
-        given = [type(value)(number) for value, number in zip(own, saved)] if fits else saved
+        if len(saved) != len(own):
+            raise UserError(
+                f"The state dict is of another kind of network, as {layer} shows: that of a simulation and that of a "
+                "folded network do not fit each other. Load it into what it was taken from."
+            )
+        given = [type(value)(number) for value, number in zip(own, saved)]
         raise UserError(
             f"The state dict is of another quantization scheme: {layer} was saved with {self._scheme_text(given)}, and "
             f"has {self._scheme_text(own)} here. Load it into a network that was quantized with the scheme of then."
         )
 
     def _scheme_text(self, values: list[Any]) -> str:
-        if len(values) != len(self.SCHEME):
-            return f"{values}"
         return ", ".join(f"{name}={value}" for name, value in zip(self.SCHEME, values))
 
 

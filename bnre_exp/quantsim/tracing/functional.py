@@ -13,9 +13,12 @@ from torch import Tensor, fx, nn
 from bnre_exp.quantsim.quantizers.layout import BATCH_NORMS
 from bnre_exp.quantsim.tracing.tracer import mentions, reads_training
 
+_OF_TORCH = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
 _ARGUMENTS: dict[Any, tuple[str, ...]] = {
     F.batch_norm: tuple(inspect.signature(F.batch_norm).parameters),
-    torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"),
+    torch.batch_norm: _OF_TORCH,
+    torch.ops.aten.batch_norm: _OF_TORCH,
+    torch.ops.aten.batch_norm.default: _OF_TORCH,
 }
 _DEFAULTS = {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5}
 _TENSORS = ("running_mean", "running_var", "weight", "bias")

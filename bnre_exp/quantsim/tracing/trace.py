@@ -15,12 +15,12 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnre_exp.errors import UserError
-from bnre_exp.quantsim.admission import copied
 from bnre_exp.quantsim.quantizers.layout import BATCH_NORMS, LAYERS
 from bnre_exp.quantsim.tracing.frozen import META, TracedNetwork, frozen_modules
 from bnre_exp.quantsim.tracing.functional import replace_calls
 from bnre_exp.quantsim.tracing.subclasses import make_plain
 from bnre_exp.quantsim.tracing.tracer import Tracer, check_decision, explain_failure, mentions, reads_training
+from bnre_exp.quantsim.wrappers import copied
 
 
 class FollowTraining(nn.Module):
@@ -64,7 +64,8 @@ def trace(
     """
     frozen = frozen_modules(model)
     known = {name for name, _ in model.named_modules()} | {type(m).__name__ for m in model.modules()}
-    model = copied(model).eval()
+    model = copied(model)
+    model.eval()
     for name, module in model.named_modules():
         if type(module) is nn.SyncBatchNorm:  # the simulation runs in one process
             module.__class__ = BatchNormNd  # type: ignore[assignment]
@@ -102,7 +103,9 @@ def _trained_graph(
     """The network traced in training mode, None where that fails."""
     try:
         tracer = Tracer(leaf_modules, examples, _is_kept_whole)
-        return tracer.trace(copied(model).train(), concrete_args=defaults or None)
+        trained = copied(model)
+        trained.train()
+        return tracer.trace(trained, concrete_args=defaults or None)
     except Exception:  # a forward of someone else's can fail in any way
         return None
 

@@ -133,3 +133,9 @@ def test_scales_are_in_float32_whatever_the_default_type_is():
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(quantizer.scale.dtype == torch.float32 for quantizer in activation_quantizers(sim).values())
+
+
+def test_a_table_in_half_precision_is_no_network_in_half_precision():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    model.register_buffer("table", torch.zeros(3, dtype=torch.bfloat16))
+    quantize(model, torch.randn(2, 3, 4, 4))

@@ -159,3 +159,12 @@ def test_schemes_are_tensors_on_the_cpu_under_names_of_their_own():
     assert sim.state_dict()["0.parametrizations.weight.0._extra_state"].tolist() == [4, 1, 1]
     with torch.device("meta"):
         assert not sim.state_dict()["act_quantizers._2._extra_state"].is_meta
+
+
+def test_a_simulations_state_does_not_fit_into_a_folded_network_nor_the_other_way_round():
+    sim = quantize(randomize(flat_cnn()), X)
+    calibrate(sim, [X], 1)
+    folded, _ = fold_batch_norms(sim)
+    for network, state in ((folded, sim.state_dict()), (sim, folded.state_dict())):
+        with pytest.raises(UserError, match="of another kind of network"):
+            network.load_state_dict(state)

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bnre_exp import QuantScheme, calibrate, fold_batch_norms, quantize, reestimate_bn_stats, sim_report, train
+from bnre_exp import (
+    QuantScheme,
+    UserError,
+    calibrate,
+    fold_batch_norms,
+    quantize,
+    reestimate_bn_stats,
+    sim_report,
+    train,
+)
 from bnre_exp.quantsim.tracing.frozen import frozen_modules, train_mode
 from tests.networks import Net, flat_cnn, randomize
 
@@ -29,6 +39,14 @@ class NormEval(nn.Sequential):
         return self
 
 
+class NormEvalAlone(nn.Sequential):
+    """As NormEval; its ``train`` returns nothing, as many do."""
+
+    def train(self, mode: bool = True) -> None:
+        super().train(mode)
+        self[1].eval()
+
+
 def one_frozen() -> tuple[nn.Module, set[str]]:
     model = randomize(flat_cnn()).train()
     model[4].eval()
@@ -43,6 +61,12 @@ def norm_eval_in_evaluation() -> tuple[nn.Module, set[str]]:
     return NormEval(*randomize(flat_cnn())).eval(), {"1", "4", "7"}
 
 
+def norm_eval_that_returns_nothing() -> tuple[nn.Module, set[str]]:
+    model = NormEvalAlone(*randomize(flat_cnn()))
+    model.train()
+    return model, {"1"}
+
+
 def trained_before() -> tuple[nn.Module, set[str]]:
     model, frozen = one_frozen()
     train(model, DATA, 1, lr=1e-4)
@@ -54,7 +78,7 @@ def nothing_frozen() -> tuple[nn.Module, set[str]]:
     return randomize(flat_cnn()).eval(), set()
 
 
-CASES = [one_frozen, norm_eval, norm_eval_in_evaluation, trained_before, nothing_frozen]
+CASES = [one_frozen, norm_eval, norm_eval_in_evaluation, norm_eval_that_returns_nothing, trained_before, nothing_frozen]
 
 
 def statistics(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -122,7 +146,40 @@ def test_unfreezing_is_the_users_to_do():
     assert frozen_modules(model) == frozenset()
     train_mode(model)
     assert model[4].training
+    model.eval()
+    train_mode(model)
+    assert model[4].training, "it was unfrozen before"
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.optim.swa_utils.AveragedModel])
+def test_a_wrapper_that_is_new_freezes_nothing(wrap):
+    model = wrap(randomize(flat_cnn()).eval())
+    before = statistics(model.module)
+    train(model, DATA, 1, lr=1e-4)
+    assert moved(before, model.module) == {"1", "4", "7"}
+
+
+def test_a_network_with_a_mode_of_its_own_that_cannot_be_copied_is_told_plainly():
+    model, _ = norm_eval()
+    model.lock = threading.Lock()
+    with pytest.raises(UserError, match="cannot be copied"):
+        quantize(model, X)
 
 
 def test_a_network_in_evaluation_mode_freezes_nothing():
     assert sim_report(quantize(randomize(flat_cnn()).eval(), X)).frozen_bns == ()
+
+
+def test_a_part_that_is_in_evaluation_mode_is_named_when_it_stays_so(caplog):
+    model = nn.Sequential(randomize(flat_cnn()).eval(), nn.Identity())
+    train(model, DATA, 1, lr=1e-4)
+    assert "3 of 3 batch norms stay frozen" in caplog.text and "model.train()" in caplog.text
+    caplog.clear()
+    train(model.train(), DATA, 1, lr=1e-4)
+    quantize(model.eval(), X)
+    assert not caplog.text
+    sim = quantize(nn.Sequential(randomize(flat_cnn()).eval(), nn.Identity()), X, FLOAT)
+    assert "3 batch norms stay frozen" in caplog.text
+    caplog.clear()
+    train(sim.train(), DATA, 1, lr=1e-4)
+    assert not caplog.text, "the simulation's own train() keeps them frozen"

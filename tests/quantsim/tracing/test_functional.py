@@ -68,6 +68,7 @@ FORMS = {
     "F": lambda m, y: F.batch_norm(y, m.mean, m.var, m.weight, m.bias, False),
     "keywords": lambda m, y: F.batch_norm(y, running_mean=m.mean, running_var=m.var, weight=m.weight, bias=m.bias),
     "torch": lambda m, y: torch.batch_norm(y, m.weight, m.bias, m.mean, m.var, False, 0.1, 1e-5, False),
+    "aten": lambda m, y: torch.ops.aten.batch_norm(y, m.weight, m.bias, m.mean, m.var, False, 0.1, 1e-5, False),
     "no affine": lambda m, y: F.batch_norm(y, m.mean, m.var),
     "gain alone": lambda m, y: F.batch_norm(y, m.mean, m.var, m.weight, eps=1e-2),
 }
