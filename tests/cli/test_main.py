@@ -93,6 +93,7 @@ BAD = [
     ("model._target_=???", ["model._target_ has no value"]),
     ("model=custom", ["model._target_ is empty"]),
     ("resnet18", ["'resnet18' is not understood", "GROUP=CHOICE"]),
+    ("sync", ["the command is bnre-exp-sync"]),
     ("quant=3", ["string"]),
     ("quant=w4a8,w3a8", ["add -m"]),
     ("+quant.weight_bits=3", ["without the +"]),
