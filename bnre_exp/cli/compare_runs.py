@@ -89,7 +89,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(comparison_table(title, rows, HEADINGS, console.width))
-    for path in leave_comparison(title, rows, given.to):
+    try:
+        paths = leave_comparison(title, rows, given.to)
+    except OSError as error:
+        sys.stderr.write(f"Error: cannot write to {given.to}: {error.strerror}. Name another folder with --to.\n")
+        return 2
+    for path in paths:
         console.print(Text(str(path), style="cyan"), soft_wrap=True)
     return 0
 

@@ -31,12 +31,21 @@ def refuse_unchosen(choices: Any) -> None:
             raise UserError(f'{group}=null: expected a choice; "off" (in a file in quotes) is one of some groups.')
 
 
-def mistake_in_files(error: BaseException, folders: Sequence[Path]) -> UserError | None:
-    """What a config file has that Hydra stumbled over; None if it was not that."""
-    is_of_defaults = not isinstance(error, UserError) and ("defaults" in str(error) or "override " in str(error))
-    if not is_of_defaults and not isinstance(error, (yaml.YAMLError, UnicodeDecodeError)):
+def mistake_in_files(error: BaseException, folders: Sequence[Path], words: Sequence[str]) -> UserError | None:
+    """What a config file has that Hydra stumbled over; None if it was not that.
+
+    words: the command's, which name the files that are looked at first: any others may have mistakes of their own."""
+    words_of_files = ("defaults", "override ", "raised while composing")
+    is_of_files = not isinstance(error, UserError) and any(text in str(error) for text in words_of_files)
+    if not is_of_files and not isinstance(error, (yaml.YAMLError, UnicodeDecodeError)):
         return None
-    files = (file for folder in folders for file in sorted(folder.rglob("*.yaml")))
+    choices = {choice for word in words for choice in word.partition("=")[2].split(",")}
+
+    def is_other(folder: Path, file: Path) -> bool:
+        return not any(file.relative_to(folder).with_suffix("").as_posix().endswith(f"/{name}") for name in choices)
+
+    found = [(folder, file) for folder in folders for file in sorted(folder.rglob("*.yaml"))]
+    files = (file for folder, file in sorted(found, key=lambda pair: is_other(*pair)))
     text = next((f"{file}: {reason}" for file in files for reason in _reasons(file)), None)
     return UserError(text) if text is not None else None
 
@@ -53,7 +62,10 @@ def _reasons(file: Path) -> Iterator[str]:
         place = f"line {mark.line + 1}: " if mark is not None else ""
         yield f"{place}it is not YAML: {getattr(error, 'problem', None) or first_line(error)}."
         return
-    defaults = read.get("defaults", []) if isinstance(read, dict) else []
+    if not isinstance(read, (dict, type(None))):
+        yield "it must name groups and fields, as in seed: 3."
+        return
+    defaults = read.get("defaults", []) if read else []
     if not isinstance(defaults, list):
         yield "defaults must be a list: a line of its own for each, beginning with -, as in - override /qat: default."
         return

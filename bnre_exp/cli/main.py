@@ -157,7 +157,7 @@ def main() -> int:
     except (Exception, KeyboardInterrupt) as error:
         if isinstance(error, BrokenPipeError):  # --cfg job | head
             return _stop_output()
-        mistake = mistake_in_files(error, config_folders) or as_mistake(error)
+        mistake = mistake_in_files(error, config_folders, sys.argv[1:]) or as_mistake(error)
         if not error.__dict__.get("is_told"):
             tell(mistake, None)
         return exit_status(mistake)

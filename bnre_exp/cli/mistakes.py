@@ -121,6 +121,8 @@ def _unknown_name(texts: Sequence[str], name: str, override: str) -> str | None:
 
 def _explain_override(error: BaseException, text: str) -> str:
     written = getattr(error, "override", None)
+    if written in ("onnx", "store", "sync", "compare"):
+        return f"{written!r} is not understood: the command is bnre-exp-{written}."
     if written is not None:
         return f"{written!r} is not understood: write GROUP=CHOICE or FIELD=VALUE. {SEE_HELP}"
     if text.startswith("Ambiguous value"):

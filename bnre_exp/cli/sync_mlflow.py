@@ -25,9 +25,10 @@ def waiting(output: Path) -> list[Path]:
 
 
 def _around(folders: Sequence[Path]) -> list[Path]:
-    """The folders of the sweeps that runs are part of."""
+    """The folders of the sweeps that runs are part of, without those that are among the runs."""
     parents = [folder / (read_records(folder)[0]["run"].get("parent") or ".") for folder in folders]
-    return list(dict.fromkeys(path.resolve() for path in parents))
+    known = {folder.resolve() for folder in folders}
+    return [path for path in dict.fromkeys(path.resolve() for path in parents) if path not in known]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     sent = failed = 0
     if given.uri:  # elsewhere, a job's sweep has to be there too, also one that was delivered whole
-        folders += [folder for folder in _around(folders) if folder not in folders]
+        folders += _around(folders)
     for folder in track(folders, "delivering", console=console, disable=not console.is_terminal):
         with held_if_dead(folder) as is_held:
             if not is_held:

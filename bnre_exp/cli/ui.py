@@ -33,23 +33,28 @@ LONGEST_START = 120.0  # seconds that MLflow's server has to answer
 
 @dataclass(frozen=True)
 class Page:
-    """A page of MLflow. uri: of the store; experiment: its id, None if it is not known; view: key of a saved one."""
+    """A page of MLflow. uri: of the store; experiment: its id, None if it is not known; view: key of a saved one; run:
+    id of the run whose own page it is."""
 
     uri: str
     experiment: str | None = None
     metric: str = ""
     is_ascending: bool = False
     view: str | None = None
+    run: str | None = None
 
     def address(self, server: str) -> str:
         if self.experiment is None:
             return server
+        if self.run is not None:
+            return f"{server}/#/experiments/{self.experiment}/runs/{self.run}"
         return compare_link(self.experiment, self.metric, self.is_ascending, server, self.view)
 
 
 def page_of(place: Path) -> Page:
     """The page of a run's, a sweep's or an output folder. Raises ``UserError`` if nothing there goes to MLflow."""
-    journals = [place / NAME] if (place / NAME).is_file() else list(place.rglob(NAME))
+    is_run = (place / NAME).is_file()
+    journals = [place / NAME] if is_run else list(place.rglob(NAME))
     for path in sorted(journals, key=lambda path: path.stat().st_mtime, reverse=True):
         folder, records = path.parent, read_records(path.parent)
         if not goes_to_mlflow(records):
@@ -59,7 +64,8 @@ def page_of(place: Path) -> Page:
         view = any("view" in record for record in read_records(sweep)) and read_note(sweep).get("run_id")
         metric, is_ascending = _order(all_tags(records))
         uri = take_credentials(note.get("uri") or about["uri"])
-        return Page(uri, note.get("experiment_id"), metric, is_ascending, view[:12] if view else None)
+        own = note.get("run_id") if is_run and not (view and sweep == folder) else None
+        return Page(uri, note.get("experiment_id"), metric, is_ascending, view[:12] if view else None, own)
     if (place / "mlflow.db").is_file():
         return Page(absolute_uri(f"sqlite:///{place / 'mlflow.db'}"))
     raise UserError(f"{place.absolute()}: there is no run that goes to MLflow. Name the folder of a run or its output.")

@@ -128,12 +128,14 @@ def leave_report(job: Job) -> None:
     log.note(without_places(summary))
     summary.places[RUN_FOLDER] = str(job.run_dir)
     if log.uri is not None and log.experiment_id is not None:
-        summary.places["MLflow"] = ui_command(log.uri)
+        summary.places["MLflow"] = ui_command(log.uri, job.run_dir)
         headline = job.setting.task.headline
         order = f"fold/{headline.name}", not headline.higher_is_better
-        summary.places["  then open"] = compare_link(log.experiment_id, *order, ui_address(log.uri))
+        summary.places["  charts"] = compare_link(log.experiment_id, *order, ui_address(log.uri))
     if log.undelivered:
-        job.exceptions("note", [("MLflow", f"{log.undelivered} records are not there yet: bnre-exp-sync")])
+        job.exceptions(
+            "note", [("MLflow", f"{log.undelivered} records are not there yet: bnre-exp-sync {job.run_dir}")]
+        )
     path = job.run_dir / "report.md"
     path.write_text(markdown(summary))
     log.artifact(path)

@@ -206,13 +206,13 @@ def _leave_comparison(plan: SweepPlan, log: RunLog, console: Console) -> None:
     if pictures:
         places["pictures"] = f"{plan.folder}{'/' if len(pictures) == 1 else ': '}{', '.join(pictures)}"
     if log.uri is not None and log.experiment_id is not None:
-        places["MLflow"] = ui_command(log.uri)
+        places["MLflow"] = ui_command(log.uri, plan.folder)
         shown = [column.metric for column in result_columns(rows, HEADINGS) if not column.metric.startswith("fp32/")]
         metric, is_ascending = f"fold/{rows[0].headline.name}", not rows[0].headline.higher_is_better
         view = log.view(*_shared(rows, differing_params(rows), shown), shown, is_ascending)
         log.settle()
-        places["  then open"] = compare_link(log.experiment_id, metric, is_ascending, ui_address(log.uri), view)
+        places["  charts"] = compare_link(log.experiment_id, metric, is_ascending, ui_address(log.uri), view)
     if log.undelivered:
-        places["not in MLflow yet"] = f"{log.undelivered} records of the sweep's own run: bnre-exp-sync"
+        places["not in MLflow yet"] = f"{log.undelivered} records of the sweep's own run: bnre-exp-sync {plan.folder}"
     for what, place in places.items():
         console.print(Text(f"{what}: "), Text(place, style="cyan"), sep="", soft_wrap=True)

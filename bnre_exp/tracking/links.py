@@ -5,7 +5,9 @@ from __future__ import annotations
 import getpass
 import os
 import shlex
+import shutil
 import sys
+from pathlib import Path
 from urllib.parse import quote
 
 UI_ADDRESS = "http://127.0.0.1:5000"
@@ -24,12 +26,16 @@ def ui_address(uri: str) -> str:
     return uri.rstrip("/") if uri.startswith("http") else UI_ADDRESS
 
 
-def ui_command(uri: str) -> str:
-    """The command that opens MLflow on a store, or says where a server is."""
+def ui_command(uri: str, folder: Path) -> str:
+    """The command that opens MLflow's page of a run's or a sweep's folder, or says where a server is."""
     if uri.startswith("http"):
         return f"open {uri} in a browser"
-    program = f"{shlex.quote(sys.executable)} -m mlflow ui --workers 1 --backend-store-uri {shlex.quote(uri)}"
-    return f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {program}"  # job execution would take 2 GB and 20 s
+    script = Path(sys.executable).with_name("bnre-exp")
+    if not script.exists():  # run from a checkout that is not installed
+        command = f"{shlex.quote(sys.executable)} -m bnre_exp"
+    else:
+        command = "bnre-exp" if shutil.which("bnre-exp") == str(script) else shlex.quote(str(script))
+    return f"{command} ui {shlex.quote(str(folder))}"
 
 
 def compare_link(

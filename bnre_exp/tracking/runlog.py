@@ -229,6 +229,7 @@ def sync(run_dir: Path, uri: str | None = None, *, is_bounded: bool = False) -> 
         if is_bounded:
             delivery.settle(is_last=True)
         else:
+            delivery.problem = ""  # no news: it is raised here, and no run goes on
             delivery.flush(again=True)
         if delivery.pending and delivery.problem:
             raise UserError(delivery.problem)

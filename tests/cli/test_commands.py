@@ -7,8 +7,10 @@ import time
 
 import pytest
 
+from bnre_exp.cli import compare_runs
 from bnre_exp.cli import store_command as command
 from bnre_exp.jobs.store import ENTRY, Store
+from bnre_exp.report.comparison import RunRow
 
 
 @pytest.fixture
@@ -56,3 +58,13 @@ def test_prune_takes_what_it_is_told_to(folder, capsys):
 )
 def test_ages(seconds, text):
     assert command.age(seconds) == text
+
+
+def test_a_comparison_that_cannot_be_written_says_where_else(tmp_path, monkeypatch, capsys):
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "file").touch()
+    row = RunRow("a", "FINISHED", {"seed": "0"}, {"fold/top1": 0.5})
+    monkeypatch.setattr("bnre_exp.jobs.sweep.job_rows", lambda folder: [row])
+    assert compare_runs.main(["--sweep", str(tmp_path / "sweep"), "--to", str(tmp_path / "file")]) == 2
+    said = f"Error: cannot write to {tmp_path}/file: File exists. Name another folder with --to.\n"
+    assert capsys.readouterr().err == said

@@ -18,6 +18,7 @@ MISTAKES = {
     "one in a list": (GLOBAL + "defaults:\n  - override /qat: [off]\n", ["in quotes"]),
     "no colon": (GLOBAL + "defaults:\n  - override /qat off\n", ["lacks the colon"]),
     "no list": (GLOBAL + 'defaults:\n  override /qat: "off"\n', ["must be a list"]),
+    "a list": (GLOBAL + "- a\n", ["mine.yaml", "must name groups and fields"]),
     "no YAML": (GLOBAL + "seed: [1\n", ["line 3", "not YAML"]),
     "no text": (b"\xff\xfe", ["UTF-8"]),
     "no package": ("qat:\n  epochs: 3\n", ["# @package _global_"]),
@@ -56,6 +57,16 @@ def test_a_mistake_in_a_file_gives_one_message_that_says_what_to_write(
     assert said.out == "" and said.err.startswith("Error: ") and len(said.err.splitlines()) == 1
     assert all(word in said.err for word in words), said.err
     assert not (tmp_path / "outputs" / "runs").exists()
+
+
+def test_the_file_that_was_chosen_is_named_and_not_another_with_a_mistake(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "a_draft.yaml").write_text("seed: [1\n")
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(GLOBAL + "defaults:\n  - override /qat: off\n")
+    assert call(monkeypatch, "--config-dir", "conf", "experiment=mine") == 2
+    assert "mine.yaml: override /qat: off" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_not_there_is_no_empty_one(

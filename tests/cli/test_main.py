@@ -93,6 +93,7 @@ BAD = [
     ("model._target_=???", ["model._target_ has no value"]),
     ("model=custom", ["model._target_ is empty"]),
     ("resnet18", ["'resnet18' is not understood", "GROUP=CHOICE"]),
+    ("sync", ["the command is bnre-exp-sync"]),
     ("quant=3", ["string"]),
     ("dataset.default_std.a=-1", ["invalid literal for int", "'a'"]),
     ("model=[1,2,3]", ["GROUP=CHOICE", "dataset.mean=[0.5]"]),

@@ -34,10 +34,13 @@ def test_the_page_of_a_run_a_sweep_and_an_output_folder(tmp_path):
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     page = ui.page_of(alone)
     assert (page.uri, page.metric, page.is_ascending, page.view) == (uri, "fold/top1", False, None)
-    assert page.experiment and f"#/experiments/{page.experiment}/runs?" in page.address("http://h")
+    assert page.run and f"#/experiments/{page.experiment}/runs/{page.run}" in page.address("http://h")
+    of_output = ui.page_of(tmp_path / "runs")
+    assert f"#/experiments/{page.experiment}/runs?" in of_output.address("http://h")
     of_sweep = ui.page_of(sweep).view
     assert len(of_sweep) == 12 and f"viewStateShareKey={of_sweep}" in ui.page_of(sweep).address("http://h")
-    assert ui.page_of(job).view == of_sweep == ui.page_of(tmp_path).view  # the newest
+    assert ui.page_of(tmp_path).view == of_sweep  # the newest
+    assert ui.page_of(job).run not in (None, page.run)
     for path in tmp_path.rglob("metrics.jsonl"):
         path.unlink()
     assert ui.page_of(tmp_path) == ui.Page(uri)

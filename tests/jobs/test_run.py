@@ -77,7 +77,7 @@ def test_all_stages_with_qat_leave_what_the_readme_promises(tmp_path):
     folded = load_folded(results.folded)
     assert not any("BatchNorm" in type(m).__name__ for m in folded.modules())
     text = console.export_text()
-    for words in ("FP32", "quantize + calibrate", "QAT", "re-estimate BN", "fold", "checkpoint", "mlflow ui", "folded"):
+    for words in ("FP32", "quantize + calibrate", "QAT", "re-estimate BN", "fold", "checkpoint", " ui ", "folded"):
         assert words in text
     assert (tmp_path / "run" / "report.md").read_text().count("| ") > 6
     assert {"layers.md", "layers.json", "report.md"} <= {f.path for f in client.list_artifacts(record.info.run_id)}

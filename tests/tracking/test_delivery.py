@@ -266,6 +266,18 @@ def calls(server) -> list[str]:
     return [call for call in server.calls if "health" not in call]
 
 
+def test_what_cannot_be_synced_is_told_once_and_runs_are_counted_once(tmp_path, capsys, caplog, monkeypatch):
+    about = {"params": {}, "tags": {}, "output_dir": tmp_path, "experiment": "e", "run_name": "a"}
+    with open_run(tmp_path / "a", uri="http://127.0.0.1:9", connect=False, **about) as log:
+        log.metrics({"fp32/top1": 0.5})
+    caplog.clear()
+    assert sync_mlflow.main([str(tmp_path)]) == 1 and "Connection refused" in capsys.readouterr().out
+    assert "does not take records" not in caplog.text  # nor does "the run go on"
+    monkeypatch.chdir(tmp_path)
+    assert sync_mlflow.main([".", "--uri", "sqlite:///mlflow.db"]) == 0
+    assert "records of 1 runs delivered" in capsys.readouterr().out
+
+
 def test_a_slow_server_gets_few_calls_and_keeps_nobody_waiting(tmp_path, migrated, monkeypatch, caplog):
     shutil.copy(migrated, tmp_path / "mlflow.db")
     monkeypatch.setattr(delivery, "FIRST_WAIT", 0.0)

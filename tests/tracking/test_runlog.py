@@ -210,10 +210,15 @@ def test_git_tags(tmp_path):
     assert git_tags(tmp_path)["git.dirty"] == "true"
 
 
-def test_commands_for_people():
-    assert "mlflow ui --workers 1 --backend-store-uri 'sqlite:////a b/mlflow.db'" in ui_command(
-        "sqlite:////a b/mlflow.db"
-    )
+def test_commands_for_people(tmp_path, monkeypatch):
+    folder, program = Path("/a b/runs/1"), tmp_path / "python"
+    monkeypatch.setattr("sys.executable", str(program))
+    assert ui_command("sqlite:////a b/mlflow.db", folder) == f"{program} -m bnre_exp ui '/a b/runs/1'"
+    (tmp_path / "bnre-exp").touch(0o755)
+    assert ui_command("sqlite:////a b/mlflow.db", folder) == f"{tmp_path}/bnre-exp ui '/a b/runs/1'"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert ui_command("sqlite:////a b/mlflow.db", folder) == "bnre-exp ui '/a b/runs/1'"
+    assert ui_command("http://host:5000", folder) == "open http://host:5000 in a browser"
     assert compare_link("7", "fold/top1", False).startswith("http://127.0.0.1:5000/#/experiments/7/runs?")
     assert compare_link("7", "fold/top1", False, view="abc").endswith("compareRunsMode=CHART&viewStateShareKey=abc")
 
