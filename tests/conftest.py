@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import signal
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,9 @@ if os.environ.get("BNRE_TESTS_WITHOUT_DATA") == "1":
     HAS_FASHION_MNIST = False
     runpy.run_path(str(HIDING / "sitecustomize.py"))
     os.environ["PYTHONPATH"] = os.pathsep.join([str(HIDING), os.environ.get("PYTHONPATH", "")])
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell's & and nohup have what they start ignore Ctrl-C, and all that this starts; tests press it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
