@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -188,13 +187,17 @@ LEFT = (
 @pytest.mark.slow
 def test_a_small_job_ends_well_or_says_what_is_wrong(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changeable = [name for name in FIELDS if not any(part in name for part in LEFT)]
-    changes = st.builds("{}={}".format, st.sampled_from(changeable), st.sampled_from([*NUMBERS, *WORDS[:14]]))
+    meant = st.sampled_from(["0", "1", "2", "3", "16", "0.5", "true", "false", "null"])
+    changes = st.builds("{}={}".format, st.sampled_from(changeable), st.one_of(meant, meant, st.sampled_from(NUMBERS)))
+    ended_well = []
 
     @settings(max_examples=25, phases=PHASES, **SETTINGS)
-    @given(st.lists(changes, min_size=1, max_size=2))
+    @given(st.lists(changes, min_size=1, max_size=1))
     def holds(given: list[str]) -> None:
         limits = [f"runtime.output_dir={folder}/outputs", "dataset.train_limit=48", "dataset.test_limit=24"]
-        check(given, *call([*SMALL, *given, *limits], capsys))
+        status, said = call([*SMALL, *given, *limits], capsys)
+        check(given, status, said)
+        ended_well.extend([given] if status == 0 else [])
 
     holds()
-    assert os.listdir(folder / "outputs")
+    assert len(ended_well) > 4, "hardly any job ran"
