@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -9,6 +10,11 @@ def first_line(error: BaseException) -> str:
     """The first line that an exception of a library says, or the name of its class."""
     lines = str(error).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__
+
+
+def few(names: Sequence[str]) -> str:
+    """The first five of many names, for a message."""
+    return ", ".join(names[:5]) + (" and others" if len(names) > 5 else "")
 
 
 class UserError(ValueError):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnre_exp.algorithms.feeding import Passes, check_num_batches, take_batches
-from bnre_exp.errors import UserError
+from bnre_exp.errors import UserError, few
 from bnre_exp.progress import Progress
 
 METHODS = ("batch_average", "pooled", "ema")
@@ -97,18 +97,14 @@ def check_finite(estimators: Mapping[str, Estimator], batch: int) -> None:
     bad = [name for name, is_finite in zip(estimators, finite) if not is_finite]
     if bad and batch == 0:
         raise UserError(
-            f"method=ema starts from the present statistics, and those of {_few(bad)} are not finite; use "
+            f"method=ema starts from the present statistics, and those of {few(bad)} are not finite; use "
             "batch_average or pooled."
         )
     if bad:
         raise UserError(
-            f"Re-estimation gave statistics that are not finite for {_few(bad)}, in batch {batch} (from 1); the old "
+            f"Re-estimation gave statistics that are not finite for {few(bad)}, in batch {batch} (from 1); the old "
             "ones are kept. Look for NaN in that batch or the weights, and for values that its type does not hold."
         )
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (" and others" if len(names) > 5 else "")
 
 
 def check_count(name: str, count: int) -> None:
@@ -145,7 +141,7 @@ def commit(
     bad = [names[bn] for bn, statistics in results.items() if not all(bool(x.isfinite().all()) for x in statistics)]
     if bad:
         raise UserError(
-            f"Re-estimation gave statistics that are not finite for {_few(bad)}; the old ones are kept. Look for NaN "
+            f"Re-estimation gave statistics that are not finite for {few(bad)}; the old ones are kept. Look for NaN "
             "in the data or weights, and for values that its type does not hold."
         )
     with ExitStack() as undo:

@@ -18,7 +18,7 @@ from bnre_exp.algorithms.feeding import (
     not_finite,
     to_device,
 )
-from bnre_exp.errors import UserError
+from bnre_exp.errors import UserError, few
 from bnre_exp.progress import Progress, no_progress
 from bnre_exp.tasks.classification import task_for
 from bnre_exp.tasks.task import Evaluation, TargetFn, Task, first_tensor
@@ -63,7 +63,7 @@ def _check_finite(compared: Tensor, model: nn.Module, batch: Any, where: str) ->
         return
     names, given = not_finite(model), first_tensor(batch)
     if names:
-        cause = f"{', '.join(names[:5])}{' and others' if len(names) > 5 else ''} hold NaN or infinity"
+        cause = f"{few(names)} hold NaN or infinity"
     elif given is not None and not bool(given.isfinite().all()):
         cause = "the batch holds NaN or infinity: look at the data"
     else:

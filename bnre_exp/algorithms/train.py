@@ -27,7 +27,7 @@ from bnre_exp.algorithms.feeding import (
 )
 from bnre_exp.algorithms.recipe import Recipe, build_optimizer, build_scheduler
 from bnre_exp.algorithms.snapshot import Snapshots, Training, capture, restore, restore_random
-from bnre_exp.errors import TrainingDivergedError, UserError
+from bnre_exp.errors import TrainingDivergedError, UserError, few
 from bnre_exp.progress import Progress, no_progress
 from bnre_exp.quantsim.tracing.frozen import train_mode
 from bnre_exp.tasks.classification import Classification, task_for
@@ -215,9 +215,8 @@ def _train_epoch(
         )
     if names := [name for name in not_finite(training.model) if name not in unused]:
         raise TrainingDivergedError(
-            f"After {epoch} of {description} {', '.join(names[:5])}{' and others' if len(names) > 5 else ''} hold NaN "
-            f"or infinity, though the loss was finite: its gradient was not. Try a lower learning rate ({peak}), or "
-            "look for a square root or a division at zero."
+            f"After {epoch} of {description} {few(names)} hold NaN or infinity, though the loss was finite: its "
+            f"gradient was not. Try a lower learning rate ({peak}), or look for a square root or a division at zero."
         )
     return float(total) / samples
 

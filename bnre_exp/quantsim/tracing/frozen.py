@@ -43,8 +43,7 @@ def frozen_modules(model: nn.Module) -> frozenset[str]:
 def train_mode(model: nn.Module) -> list[nn.Module]:
     """Put a network into training mode, in place, but for modules that are in evaluation mode while the network is not
     (they are remembered, as training ends in evaluation mode). The network is what is in its wrappers, which are in
-    training mode whenever they are new. Returns the modules that
-    the network's own ``train`` would have changed."""
+    training mode whenever they are new. Returns the modules that the network's own ``train`` would have changed."""
     root = unwrapped(model)
     held = [m for m in root.modules() if not m.training and (root.training or vars(m).get(MARK)) and m is not root]
     for module in root.modules():
