@@ -10,74 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from bnre_exp.errors import UserError
+from bnre_exp.quantsim.quantizers.fake_quantize import MIN_SCALE, fake_quantize, positive
 from bnre_exp.quantsim.quantizers.layout import WeightLayout
 from bnre_exp.quantsim.quantizers.observer import RangeObserver
 from bnre_exp.quantsim.quantizers.ranges import affine_grid
 from bnre_exp.quantsim.quantizers.state import Quantizer, precise
 
-MIN_SCALE = 1e-10  # far below any range that training reaches; keeps a learned scale off zero
-
-
-class _FakeQuantize(torch.autograd.Function):
-    """(clamp(round(x / s) + z, lo, hi) - z) * s with straight-through gradients.
-
-    The zero point is added after rounding, as ONNX's QuantizeLinear does: ties, of which images that were 8-bit
-    integers are full, then fall alike.
-
-    The gradient of s is eq. 3 of Esser et al., "Learned step size quantization", ICLR 2020; that of z, which is
-    non-zero for clipped values only, follows Bhalgat et al., "LSQ+", CVPR workshops 2020.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int, gradient_scale: float
-    ) -> Tensor:
-        ctx.save_for_backward(x, scale, zero_point)
-        ctx.low, ctx.high, ctx.gradient_scale = low, high, gradient_scale
-        codes = x / scale
-        if zero_point is None:
-            return codes.round_().clamp_(low, high).mul_(scale)
-        return codes.round_().add_(zero_point).clamp_(low, high).sub_(zero_point).mul_(scale)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (grad,) = gradients
-        x, scale, zero_point = ctx.saved_tensors
-        position = x / scale
-        if zero_point is not None:
-            position += zero_point
-        inside = (position >= ctx.low) & (position <= ctx.high)
-        grad_x = grad * inside
-        grad_scale = grad_zero = None
-        if ctx.needs_input_grad[1]:
-            codes = (x / scale).round_() if zero_point is None else (x / scale).round_().add_(zero_point)
-            codes.clamp_(ctx.low, ctx.high)
-            zero = 0.0 if zero_point is None else zero_point
-            slope = codes.sub_(torch.where(inside, position, zero))
-            grad_scale = slope.mul_(grad).sum_to_size(scale.shape) * ctx.gradient_scale
-        if zero_point is not None and ctx.needs_input_grad[2]:
-            grad_zero = (grad * ~inside).mul_(-scale).sum_to_size(zero_point.shape) * ctx.gradient_scale
-        return grad_x, grad_scale, grad_zero, None, None, None
-
-
-def fake_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, gradient_scale: float = 1.0
-) -> Tensor:
-    """Round ``x`` to the grid ``(k - zero_point) * scale``, quant_min <= k <= quant_max, ``x / scale`` half to even.
-
-    x: any shape; scale and zero_point broadcast against it. Works in the dtype of ``x`` (half types: in float32). The
-    gradients of scale and zero_point are multiplied by ``gradient_scale``.
-    """
-    dtype = precise(x.dtype)
-    zero_point = None if zero_point is None else zero_point.to(dtype)
-    y = _FakeQuantize.apply(x.to(dtype), scale.to(dtype), zero_point, quant_min, quant_max, gradient_scale)
-    return y.to(x.dtype)  # type: ignore[no-any-return]
-
-
-def positive(scale: Tensor) -> Tensor:
-    """A learned scale as it is used: its magnitude, at least MIN_SCALE; the gradient passes wherever it is."""
-    magnitude = scale.abs()
-    return magnitude + (magnitude.clamp_min(MIN_SCALE) - magnitude).detach()
+RELUS = (nn.ReLU, nn.ReLU6)
 
 
 def narrow_quant_max(bits: int) -> int:
@@ -108,7 +47,7 @@ class WeightQuantizer(Quantizer):
         if self.bypassed:
             return weight
         gradient_scale = 1 / math.sqrt(weight.numel() / self.scale.numel() * self.quant_max)
-        scale = self.layout.expand(positive(self.scale))
+        scale = self.layout.expand(self.scale)
         return fake_quantize(weight, scale, None, -self.quant_max, self.quant_max, gradient_scale)
 
     def codes(self, weight: Tensor) -> Tensor:
@@ -226,10 +165,56 @@ class ActivationQuantizer(Quantizer):
                 f"The activation quantizer of {self.label or 'a tensor'} has no range yet: "
                 "run calibrate(sim, loader) before the quantized network is used."
             )
+        return self._quantize(x)
+
+    def after(self, x: Tensor, relu: nn.Module | None, maker: nn.Module | bool) -> Tensor:
+        """``self(relu(x))``, in fewer passes where that is the same; for the code of a simulation.
+
+        maker: the module that made ``x``, for this alone; True: a function did. If nobody looks at ``x`` by a hook, and
+        gradients are off, it is overwritten.
+        """
+        if torch.compiler.is_compiling() or not self.is_in_use or _is_watched(self) or _is_watched(relu):
+            return self(x if relu is None else relu(x))  # type: ignore[no-any-return]
+        is_taken_in = relu is not None and self._takes_in(relu, x)
+        is_own = maker if isinstance(maker, bool) else not _is_watched(maker)
+        if relu is not None and not is_taken_in:
+            x, is_own = relu(x), True
+        return self._quantize(x, is_taken_in, is_own and not torch.is_grad_enabled())
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether it quantizes: it has a range, and neither observes nor is bypassed."""
+        return self.has_range and not self.bypassed and self.observer is None
+
+    def _takes_in(self, relu: nn.Module, x: Tensor) -> bool:
+        """Whether the grid ends before the ReLU does, so that nothing is clipped by it at the grid's upper end."""
+        if type(relu) is nn.ReLU:
+            return self.unsigned
+        is_known = type(relu) is nn.ReLU6 and self.unsigned and x.device.type == "cpu"  # others are not waited for
+        return is_known and abs(float(self.scale)) * self.quant_max < 6 * (1 - 1e-6)
+
+    def _quantize(self, x: Tensor, after_relu: bool = False, in_place: bool = False) -> Tensor:
         features = x.numel() // max(1, x.shape[0]) if x.dim() else 1
         gradient_scale = 1 / math.sqrt(max(1, features) * self.quant_max)
-        zero_point = None if self.unsigned else self.grid_zero_point()
-        return fake_quantize(x, positive(self.scale), zero_point, 0, self.quant_max, gradient_scale)
+        zero_point = None if self.unsigned else self.zero_point
+        return fake_quantize(
+            x, self.scale, zero_point, 0, self.quant_max, gradient_scale, after_relu=after_relu, in_place=in_place
+        )
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, unsigned={self.unsigned}, learned={self.learned}, label={self.label!r}"
+
+
+def _is_watched(module: nn.Module | None) -> bool:
+    """Whether hooks see what goes into the module or comes out of it."""
+    hooks = torch.nn.modules.module
+    return module is not None and bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+        or hooks._global_backward_hooks
+        or hooks._global_backward_pre_hooks
+    )

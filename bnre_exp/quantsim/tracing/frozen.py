@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from bnre_exp.quantsim.execution import executed_graph
 from bnre_exp.quantsim.wrappers import copied, unwrapped
 
 MARK = "_stays_in_evaluation"  # of a module that a training found so; after it all modules are in evaluation mode
@@ -21,6 +22,18 @@ class TracedNetwork(fx.GraphModule):
         super().train(mode)
         _hold(self, self.meta.get(META, ()))
         return self
+
+    def recompile(self) -> Any:
+        """Compile the graph as it is executed; ``code`` is that of the graph as it is."""
+        graph = self._graph
+        self._graph = executed_graph(self)
+        try:
+            super().recompile()
+        finally:
+            self._graph = graph
+        plain = graph.python_code(root_module="self")
+        self._code = plain.src
+        return plain
 
 
 def frozen_modules(model: nn.Module) -> frozenset[str]:
