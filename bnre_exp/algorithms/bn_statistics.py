@@ -3,7 +3,7 @@ batches, and how new statistics are written and taken back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -46,15 +46,19 @@ class StatisticsHandle:
 
 
 class Estimator:
-    """Statistics of one BN from the mean and unbiased variance of each of its calls, accumulated in float64."""
+    """Statistics of one BN from the mean and unbiased variance of each of its calls, accumulated in float64.
+
+    Or of several at once, that are called equally often; counts are then those of each channel, ``[C]`` in float64.
+    """
 
     def __init__(self, method: str, momentum: float, mean: Tensor, var: Tensor) -> None:
         self.method, self.momentum = method, momentum
-        self.calls, self.count = 0, 0
+        self.calls = 0
+        self.count: Any = 0
         start = (mean, var) if method == "ema" else (torch.zeros_like(mean), torch.zeros_like(var))
         self.mean, self.spread = (values.to(torch.float64, copy=True) for values in start)
 
-    def add(self, mean: Tensor, var: Tensor, count: int) -> None:
+    def add(self, mean: Tensor, var: Tensor, count: Any) -> None:
         """Take in one call over ``count`` values a channel."""
         mean, var = mean.double(), var.double()
         self.calls += 1
@@ -164,39 +168,106 @@ def write_statistics(bn: Any, statistics: Statistics) -> Callable[[], Any]:
     return lambda: write_statistics(bn, before)
 
 
-@contextmanager
-def recording(bns: dict[Any, str], estimators: dict[Any, Estimator]) -> Iterator[None]:
-    """BNs in training mode with momentum 1, so that after a call the buffers hold the statistics of that call; each is
-    as before in the end, its statistics included."""
-    with ExitStack() as stack:
-        for bn, name in bns.items():
-            stack.callback(write_statistics, bn, (bn.running_mean.clone(), bn.running_var.clone()))
-            stack.callback(_restore, bn, bn.momentum, bn.num_batches_tracked, bn.training)
-            if bn.num_batches_tracked is not None:
-                bn.num_batches_tracked = bn.num_batches_tracked.clone()
-            bn.momentum, bn.training = 1.0, True
-            before, after = _hooks(name, estimators[bn])
-            stack.callback(bn.register_forward_pre_hook(before, with_kwargs=True).remove)
-            stack.callback(bn.register_forward_hook(after, with_kwargs=True).remove)
-        yield
+class Recorder:
+    """Feeds the statistics of every call of batch norms to an :class:`Estimator` each.
 
+    names: of BN modules with running statistics. Those of all BNs lie side by side in memory, so that a batch in which
+    each was called once is taken in by a few operations.
+    """
 
-def _restore(bn: _BatchNorm, momentum: float | None, tracked: Tensor | None, training: bool) -> None:
-    bn.momentum, bn.num_batches_tracked, bn.training = momentum, tracked, training
+    def __init__(self, names: Mapping[Any, str], method: str, momentum: float) -> None:
+        self.names = names
+        self._groups: list[_Group] = []
+        for key in dict.fromkeys(_kind(bn) for bn in names):
+            self._groups.append(_Group([bn for bn in names if _kind(bn) == key], method, momentum))
+        self.estimators = {bn: estimator for group in self._groups for bn, estimator in group.estimators.items()}
+        self._calls: dict[Any, int] = {}  # of the batch: BNs whose last call is not taken in, with its values a channel
+        self._is_plain = True  # no BN was called twice in the batch
 
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """BNs in training mode with momentum 1, on running statistics of the recorder, which hold those of the last call;
+        in the end each is as before. The calls of the block are taken in, unless it fails."""
+        tracked = torch.zeros((), dtype=torch.long)
+        self._calls.clear()
+        self._is_plain = True
+        with ExitStack() as stack:
+            for group in self._groups:
+                group.mean.zero_()  # old values that are not finite would survive their weight of zero
+                group.var.zero_()
+                scratch = tracked.to(group.mean.device)
+                for bn, (mean, var) in group.views.items():
+                    stack.callback(_restore, bn, dict(bn._buffers), bn.momentum, bn.training)
+                    bn.running_mean, bn.running_var, bn.momentum, bn.training = mean, var, 1.0, True
+                    if bn.num_batches_tracked is not None:
+                        bn.num_batches_tracked = scratch
+                    stack.callback(bn.register_forward_pre_hook(self._before, with_kwargs=True).remove)
+            yield
+            for group in self._groups:
+                group.take_in({bn: self._calls[bn] for bn in group.views if bn in self._calls}, self._is_plain)
 
-def _hooks(name: str, estimator: Estimator) -> tuple[Any, Any]:
-    def values_per_channel(args: Any, kwargs: Any) -> int:
+    def _before(self, bn: Any, args: Any, kwargs: Any) -> None:
         x = args[0] if args else kwargs["input"]
-        return int(x.numel() // x.shape[1]) if x.shape[1] else 0
+        count = int(x.numel() // x.shape[1]) if x.shape[1] else 0
+        check_count(self.names[bn], count)
+        if bn in self._calls:
+            self._is_plain = False
+            self.estimators[bn].add(bn.running_mean, bn.running_var, self._calls[bn])
+            bn.running_mean.zero_()
+            bn.running_var.zero_()
+        self._calls[bn] = count
 
-    def before(bn: Any, args: Any, kwargs: Any) -> None:
-        check_count(name, values_per_channel(args, kwargs))
-        # Old values that are not finite would survive their weight of zero.
-        bn.running_mean.zero_()
-        bn.running_var.zero_()
+    def check_finite(self, batch: int) -> None:
+        """As the function; one answer of the device, unless something is wrong."""
+        if not all(bool((group.joint.mean + group.joint.spread).isfinite().all()) for group in self._groups):
+            check_finite({self.names[bn]: estimator for bn, estimator in self.estimators.items()}, batch)
 
-    def after(bn: Any, args: Any, kwargs: Any, _: Any) -> None:
-        estimator.add(bn.running_mean, bn.running_var, values_per_channel(args, kwargs))
+    def results(self) -> dict[Any, Statistics]:
+        """Of the BNs that were called, in the type of their running statistics."""
+        return {bn: each.result(bn.running_mean.dtype) for bn, each in self.estimators.items() if each.calls}
 
-    return before, after
+
+class _Group:
+    """BNs whose running statistics have one type and device. mean, var: of the last call of each, ``[all channels]``;
+    joint: the estimator of all, of which those of each BN are parts."""
+
+    def __init__(self, bns: Sequence[Any], method: str, momentum: float) -> None:
+        sizes = [bn.running_mean.numel() for bn in bns]
+        self.joint = Estimator(
+            method, momentum, torch.cat([bn.running_mean for bn in bns]), torch.cat([bn.running_var for bn in bns])
+        )
+        self.mean, self.var = (torch.zeros_like(bns[0].running_mean).new_zeros(sum(sizes)) for _ in range(2))
+        self.views = dict(zip(bns, zip(self.mean.split(sizes), self.var.split(sizes))))
+        self.estimators = {bn: Estimator(method, momentum, bn.running_mean, bn.running_var) for bn in bns}
+        for each, mean, spread in zip(
+            self.estimators.values(), self.joint.mean.split(sizes), self.joint.spread.split(sizes)
+        ):
+            each.mean, each.spread = mean, spread
+        self._sizes = torch.tensor(sizes)
+
+    def take_in(self, calls: Mapping[Any, int], is_plain: bool) -> None:
+        """The last calls of a batch. is_plain: they are the only ones."""
+        estimators = list(self.estimators.values())
+        if not is_plain or len(calls) < len(estimators) or len({each.calls for each in estimators}) > 1:
+            for bn, count in calls.items():
+                self.estimators[bn].add(*self.views[bn], count)
+            return
+        counts = [calls[bn] for bn in self.estimators]
+        self.joint.calls = estimators[0].calls
+        self.joint.count = self._of_channels([each.count for each in estimators])
+        self.joint.add(self.mean, self.var, self._of_channels(counts))
+        for each, count in zip(estimators, counts):
+            each.calls += 1
+            each.count += count
+
+    def _of_channels(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64).repeat_interleave(self._sizes).to(self.mean.device)
+
+
+def _kind(bn: Any) -> tuple[Any, Any]:
+    return bn.running_mean.device, bn.running_mean.dtype
+
+
+def _restore(bn: Any, buffers: dict[str, Any], momentum: float | None, training: bool) -> None:
+    bn._buffers.update(buffers)
+    bn.momentum, bn.training = momentum, training

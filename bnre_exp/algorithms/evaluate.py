@@ -16,6 +16,7 @@ from bnre_exp.algorithms.feeding import (
     evaluation_mode,
     length_of,
     not_finite,
+    patience,
     to_device,
 )
 from bnre_exp.errors import UserError, few
@@ -44,33 +45,53 @@ def evaluate(
     """
     task = task_for(task, target_fn)
     device, meter, count = device_of(model), task.meter(), 0
-    forward_fn = forward_fn or task.feed
+    forward_fn, checks = forward_fn or task.feed, _Checks(model, description, patience(device))
     with evaluation_mode(model), cached_weights(model, forward_fn):
         for batch in progress(dataloader, description, length_of(dataloader)):
             batch = to_device(batch, device)
             count += 1
             output = forward_fn(model, batch)
-            _check_finite(task.compared(output), model, batch, f"{description}: batch {count}")
+            checks.note(task.compared(output), batch)
             meter.update(output, batch)
+    checks.look()
     if not count:
         raise UserError("evaluate: the data loader yields no batches.")
     return meter.compute()
 
 
-def _check_finite(compared: Tensor, model: nn.Module, batch: Any, where: str) -> None:
-    bad = ~(compared < math.inf)
-    if not bool(bad.any()):
-        return
-    names, given = not_finite(model), first_tensor(batch)
-    if names:
-        cause = f"{few(names)} hold NaN or infinity"
-    elif given is not None and not bool(given.isfinite().all()):
-        cause = "the batch holds NaN or infinity: look at the data"
-    else:
-        cause = (
+class _Checks:
+    """Whether a network's outputs are finite, batch by batch, looked at every few batches."""
+
+    def __init__(self, model: nn.Module, description: str, every: int) -> None:
+        self.model, self.description, self.every = model, description, every
+        self.seen = 0  # batches before those that are noted
+        self.noted: list[Tensor] = []  # of each batch: numbers that are not finite, all numbers, whether the input is
+
+    def note(self, compared: Tensor, batch: Any) -> None:
+        bad, given = (~(compared < math.inf)).sum(), first_tensor(batch)
+        is_given_finite = torch.ones_like(bad) if given is None else given.isfinite().all().to(bad)
+        self.noted.append(torch.stack([bad, torch.full_like(bad, compared.numel()), is_given_finite]))
+        if len(self.noted) == self.every:
+            self.look()
+
+    def look(self) -> None:
+        """Raise ``UserError`` naming the first batch of those noted whose outputs are not finite."""
+        rows = torch.stack(self.noted).tolist() if self.noted else []
+        for number, (bad, count, is_given_finite) in enumerate(rows, self.seen + 1):
+            if bad:
+                raise UserError(
+                    f"{self.description}: batch {number}: the network's outputs are not finite ({bad} of {count} "
+                    f"numbers); {self._cause(bool(is_given_finite))}."
+                )
+        self.seen += len(rows)
+        self.noted.clear()
+
+    def _cause(self, is_given_finite: bool) -> str:
+        if names := not_finite(self.model):
+            return f"{few(names)} hold NaN or infinity"
+        if not is_given_finite:
+            return "the batch holds NaN or infinity: look at the data"
+        return (
             "weights and batch are finite: look for a division by zero, or for values that their type does not hold, "
             "as too high a learning rate gives"
         )
-    raise UserError(
-        f"{where}: the network's outputs are not finite ({int(bad.sum())} of {bad.numel()} numbers); {cause}."
-    )

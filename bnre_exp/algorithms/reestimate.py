@@ -13,13 +13,11 @@ from torch.nn.parameter import is_lazy
 from torchvision.ops import FrozenBatchNorm2d
 
 from bnre_exp.algorithms.bn_statistics import (
-    Estimator,
+    Recorder,
     StatisticsHandle,
     check_arguments,
-    check_finite,
     commit,
     observe_batches,
-    recording,
     write_statistics,
 )
 from bnre_exp.algorithms.feeding import ForwardFn, Passes, cached_weights, device_of, evaluation_mode, feed
@@ -84,19 +82,18 @@ def reestimate_bn_stats(
     frozen = tuple(name for name, module in model.named_modules() if isinstance(module, FrozenBatchNorm2d))
     _check_any(model, bns, frozen)
     device, count = device_of(model), Passes()
-    estimators = {bn: Estimator(method, momentum, bn.running_mean, bn.running_var) for bn in bns}
-    named = {name: estimators[bn] for bn, name in bns.items()}
-    check_finite(named, 0)
+    recorder = Recorder(bns, method, momentum)
+    recorder.check_finite(0)
 
     def observe(batch: Any) -> None:
-        with evaluation_mode(model), recording(bns, estimators):
+        with evaluation_mode(model), recorder.batch():
             feed(model, batch, device, forward_fn)
-        check_finite(named, count.batches)
+        recorder.check_finite(count.batches)
 
     with cached_weights(model, forward_fn), unchanged(model):
         for _ in observe_batches(dataloader, num_batches, observe, count, progress):
             pass
-    results = {bn: estimator.result(bn.running_mean.dtype) for bn, estimator in estimators.items() if estimator.calls}
+    results = recorder.results()
     warn_of_stale_ranges(model, results)
     return ReestimationHandle(
         num_batches=count.batches,

@@ -22,6 +22,7 @@ from bnre_exp.algorithms.feeding import (
     is_whole,
     length_of,
     not_finite,
+    patience,
     take_batches,
     to_device,
 )
@@ -195,30 +196,36 @@ def _train_epoch(
     """One pass over ``batches``; the mean loss of its samples. unused: what was not finite before."""
     train_mode(training.model)
     total, samples = torch.zeros((), dtype=torch.float64, device=device_of(training.model)), 0
-    peak = f"it was {training.settings['lr']:g} at its peak"
+    peak, every = f"it was {training.settings['lr']:g} at its peak", patience(total.device)
     for step, batch in enumerate(batches, start=1):
         loss, count = loss_of(batch, f"{epoch}, batch {step} of {description}")
         training.optimizer.zero_grad(set_to_none=True)
-        if not math.isfinite(float(loss.detach())):
-            raise TrainingDivergedError(
-                f"The training loss became {float(loss.detach())} in {epoch}, batch {step} of {description}; try "
-                f"a lower learning rate ({peak}) or look at the data."
-            )
+        total += loss.detach().double() * count
+        if step % every == 0:
+            _refuse_diverged(total, f"{epoch}, batch {step} of {description}", peak)
         loss.backward()
         training.optimizer.step()
         training.scheduler.step()
-        total += loss.detach().double() * count
         samples += count
     if not samples:
         raise UserError(
             f"{description}: the data loader yields no batches in {epoch}; give one that can be iterated again."
         )
+    _refuse_diverged(total, f"{epoch} of {description}", peak)
     if names := [name for name in not_finite(training.model) if name not in unused]:
         raise TrainingDivergedError(
             f"After {epoch} of {description} {few(names)} hold NaN or infinity, though the loss was finite: its "
             f"gradient was not. Try a lower learning rate ({peak}), or look for a square root or a division at zero."
         )
     return float(total) / samples
+
+
+def _refuse_diverged(total: Tensor, where: str, peak: str) -> None:
+    """Raise if the losses that were added up are not finite."""
+    if not math.isfinite(value := float(total)):
+        raise TrainingDivergedError(
+            f"The training loss became {value} in {where}; try a lower learning rate ({peak}) or look at the data."
+        )
 
 
 def _loss_of_batch(

@@ -122,7 +122,7 @@ def _classes(labels: Any, logits: Tensor) -> Tensor:
 class _Meter:
     def __init__(self, task: Classification) -> None:
         self._task = task
-        self._loss, self._predictions, self._scores = 0.0, list[Tensor](), list[Tensor]()
+        self._losses, self._predictions, self._scores = list[Tensor](), list[Tensor](), list[Tensor]()
 
     def update(self, output: Any, batch: Any) -> None:
         labels, logits = self._task.labels(batch), _wide(self._task.compared(output))
@@ -133,13 +133,14 @@ class _Meter:
                 "another task pass task=..., as docs/your_network.md shows."
             )
         predicted = logits.argmax(dim=1)
-        self._loss += float(F.cross_entropy(logits, labels, reduction="sum").double())
-        self._predictions.append(predicted.cpu())
-        self._scores.append((predicted == labels).float().cpu())
+        self._losses.append(F.cross_entropy(logits, labels, reduction="sum").double())
+        self._predictions.append(predicted)
+        self._scores.append((predicted == labels).float())
 
     def compute(self) -> Evaluation:
-        predictions, scores = torch.cat(self._predictions), torch.cat(self._scores)
+        predictions, scores = torch.cat(self._predictions).cpu(), torch.cat(self._scores).cpu()
         if not len(scores):
             raise UserError("evaluate: the batches hold no samples.")
-        metrics = {TOP1.name: int(scores.sum(dtype=torch.float64)) / len(scores), "loss": self._loss / len(scores)}
+        loss = sum(torch.stack(self._losses).tolist())
+        metrics = {TOP1.name: int(scores.sum(dtype=torch.float64)) / len(scores), "loss": loss / len(scores)}
         return Evaluation(metrics, TOP1, len(scores), predictions, scores)

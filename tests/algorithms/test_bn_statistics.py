@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bnre_exp import UserError, reestimate_bn_stats
-from bnre_exp.algorithms.bn_statistics import Estimator, check_count, commit, observe_batches, recording
+from bnre_exp.algorithms.bn_statistics import Recorder, check_count, commit, observe_batches
 from bnre_exp.algorithms.feeding import Passes
 from bnre_exp.progress import no_progress
 from tests.networks import flat_cnn, randomize, unequal_batches
@@ -29,15 +29,15 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
 def observed(model: nn.Module, method: str, num_batches: int):
     """Yields after each batch what the estimators have by then."""
     bns = batch_norms(model)
-    estimators = {bn: Estimator(method, 0.1, bn.running_mean, bn.running_var) for bn in bns}
+    recorder = Recorder(bns, method, 0.1)
 
     def observe(batch):
-        with recording(bns, estimators):
+        with recorder.batch():
             model(batch)
 
     count = Passes()
     for _ in observe_batches(BATCHES, num_batches, observe, count, no_progress):
-        yield count, {bns[bn]: estimator.result(torch.float64) for bn, estimator in estimators.items()}
+        yield count, {bns[bn]: estimator.result(torch.float64) for bn, estimator in recorder.estimators.items()}
 
 
 @pytest.mark.parametrize("method", ["batch_average", "pooled", "ema"])
