@@ -32,7 +32,7 @@ class TracedNetwork(fx.GraphModule):
         finally:
             self._graph = graph
         plain = graph.python_code(root_module="self")
-        self._code = plain.src
+        self._code, self._lineno_map, self._prologue_start = plain.src, plain._lineno_map, plain._prologue_start
         return plain
 
 
