@@ -302,6 +302,13 @@ def test_digits_split_is_fixed_stratified_and_complete() -> None:
     assert sorted(row.numpy().tobytes() for row in pixels) == sorted(row.numpy().tobytes() for row in original)
 
 
+def test_digits_are_the_same_where_scikit_learn_keeps_its_file_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = data.digits(True)
+    monkeypatch.setattr(datasets, "find_spec", lambda name: None)
+    found = data.digits(True)
+    assert torch.equal(found.images, expected.images) and torch.equal(found.labels, expected.labels)
+
+
 @pytest.mark.fashion_mnist
 @pytest.mark.parametrize(("train", "stem", "count"), [(True, "train", 60000), (False, "t10k", 10000)])
 def test_fashion_mnist_is_what_debian_installs(train: bool, stem: str, count: int) -> None:
