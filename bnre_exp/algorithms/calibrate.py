@@ -8,11 +8,19 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from bnre_exp.algorithms.feeding import ForwardFn, check_num_batches, device_of, evaluation_mode, feed, take_batches
+from bnre_exp.algorithms.feeding import (
+    ForwardFn,
+    cached_weights,
+    check_num_batches,
+    device_of,
+    evaluation_mode,
+    feed,
+    take_batches,
+)
 from bnre_exp.errors import UserError
 from bnre_exp.progress import Progress, no_progress
 from bnre_exp.quantsim.admission import refuse_inference
-from bnre_exp.quantsim.quantizers.observer import RangeObserver
+from bnre_exp.quantsim.quantizers.observer import Draws, RangeObserver
 from bnre_exp.quantsim.sim import CONTAINER, activation_quantizers, sim_report
 from bnre_exp.quantsim.usable import unusable_tensors
 
@@ -40,10 +48,11 @@ def calibrate(
     device = device_of(sim)
     for quantizer in quantizers:
         refuse_inference(quantizer.scale, "The activation ranges")
+    draws: Draws = {}
     for quantizer in quantizers:
-        quantizer.observer = RangeObserver(num_batches)
+        quantizer.observer = RangeObserver(num_batches, draws=draws)
     try:
-        with evaluation_mode(sim):
+        with evaluation_mode(sim), cached_weights(sim, forward_fn):
             batches = progress(take_batches(dataloader, num_batches), "calibrate", num_batches)
             for number, batch in enumerate(batches, start=1):
                 feed(sim, batch, device, forward_fn)

@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Callable
 from http.client import HTTPException
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -77,17 +78,28 @@ def digits(train: bool, root: str | None = None) -> ImageTensors:
 
     The split is fixed: of each class, every fifth image in the file's order is a test image. ``root`` is not used.
     """
-    from sklearn.datasets import load_digits  # late: the import takes longer than everything else here
-
-    data = load_digits()
-    labels = torch.from_numpy(np.asarray(data.target, dtype=np.int64))
+    table = _digits_table()  # a row an image: 64 pixels of 0 to 16, and its class
+    labels = torch.from_numpy(table[:, -1].astype(np.int64))
     order_in_class = torch.zeros_like(labels)
     for label in labels.unique():
         members = labels == label
         order_in_class[members] = torch.arange(int(members.sum()))
     chosen = (order_in_class % 5 == 4) != train
-    pixels = torch.from_numpy(np.rint(np.asarray(data.images) * (255 / 16)).astype(np.uint8))
+    pixels = torch.from_numpy(np.rint(table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8))
     return ImageTensors(pixels[chosen].unsqueeze(1), labels[chosen])
+
+
+def _digits_table() -> np.ndarray:
+    """scikit-learn's file of digits, ``[1797, 65]``; importing scikit-learn for it takes longer than all else here."""
+    found = find_spec("sklearn")
+    if found is not None and found.origin is not None:
+        path = Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz"
+        if path.is_file():
+            return np.loadtxt(path, delimiter=",")
+    from sklearn.datasets import load_digits  # a version that keeps it elsewhere
+
+    images, labels = load_digits(return_X_y=True)
+    return np.column_stack([images, labels])
 
 
 def _read_idx(path: Path) -> Tensor:

@@ -189,16 +189,14 @@ def random_crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
 
     Shifts are up to 4 pixels at S = 32 and in proportion elsewhere; what comes in from outside is black.
     """
-    count, channels, size, _ = images.shape
+    count, _, size, _ = images.shape
     pad = max(1, round(4 * size / 32))
     padded = F.pad(images, (pad, pad, pad, pad))
     offsets = torch.randint(0, 2 * pad + 1, (2, count, 1), generator=generator)
     flip = torch.rand((count, 1), generator=generator) < 0.5
-    steps = torch.arange(size)
-    rows = offsets[0] + steps
-    columns = offsets[1] + torch.where(flip, size - 1 - steps, steps)
-    image = torch.arange(count)[:, None, None, None]
-    return padded[image, torch.arange(channels)[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+    windows = padded.unfold(2, size, 1).unfold(3, size, 1)
+    crops = windows[torch.arange(count), :, offsets[0, :, 0], offsets[1, :, 0]]
+    return torch.where(flip[:, :, None, None], crops.flip(-1), crops)
 
 
 def random_resized_crop_and_flip(image: Tensor, preprocessing: Preprocessing) -> Tensor:

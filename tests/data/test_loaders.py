@@ -255,6 +255,21 @@ def test_augmentation_draws_for_each_image_and_is_reproducible() -> None:
     assert 16 < sum(flipped) < 48
 
 
+@pytest.mark.parametrize(("channels", "size"), [(1, 8), (3, 13), (3, 32)])
+def test_a_batch_is_augmented_as_image_by_image(channels: int, size: int) -> None:
+    images = torch.randint(0, 256, (20, channels, size, size), dtype=torch.uint8)
+    generator, pad = torch.Generator().manual_seed(3), max(1, round(4 * size / 32))
+    offsets = torch.randint(0, 2 * pad + 1, (2, len(images), 1), generator=generator)
+    flip = torch.rand((len(images), 1), generator=generator) < 0.5
+    assert flip.any() and not flip.all()
+    for number, found in enumerate(random_crop_and_flip(images, torch.Generator().manual_seed(3))):
+        padded = torch.zeros(channels, size + 2 * pad, size + 2 * pad, dtype=torch.uint8)
+        padded[:, pad : pad + size, pad : pad + size] = images[number]
+        top, left = offsets[:, number, 0].tolist()
+        crop = padded[:, top : top + size, left : left + size]
+        assert torch.equal(found, crop.flip(-1) if flip[number] else crop)
+
+
 def test_only_training_images_are_augmented() -> None:
     plain, augmented = digits_loaders(), digits_loaders(augment=True)
     assert not same(batches(plain.train), batches(augmented.train))
@@ -300,6 +315,13 @@ def test_digits_split_is_fixed_stratified_and_complete() -> None:
     pixels = torch.cat([train.images, test.images]).flatten(1)
     original = torch.from_numpy(everything.data * 255 / 16).round().to(torch.uint8)
     assert sorted(row.numpy().tobytes() for row in pixels) == sorted(row.numpy().tobytes() for row in original)
+
+
+def test_digits_are_the_same_where_scikit_learn_keeps_its_file_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = data.digits(True)
+    monkeypatch.setattr(datasets, "find_spec", lambda name: None)
+    found = data.digits(True)
+    assert torch.equal(found.images, expected.images) and torch.equal(found.labels, expected.labels)
 
 
 @pytest.mark.fashion_mnist

@@ -114,3 +114,9 @@ def test_a_package_in_the_place_of_another_counts_by_its_version(monkeypatch):
     assert before == {"onnxruntime": "onnxruntime-gpu 1.30.0", "pillow": "pillow-simd 9.5.0.post1"}
     numbers["onnxruntime-gpu"] = "1.31.0"
     assert versions(["onnxruntime"]) == {"onnxruntime": "onnxruntime-gpu 1.31.0"}
+
+
+def test_modules_belong_to_the_distributions_that_python_names():
+    expected = importlib.metadata.packages_distributions()
+    found = code_identity._distributions()
+    assert {top: set(names) for top, names in found.items()} == {top: set(names) for top, names in expected.items()}

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from bnre_exp.algorithms.bias import quantize_biases
 from bnre_exp.algorithms.fold import fold_batch_norms
 from bnre_exp.errors import UserError, first_line
+from bnre_exp.export.onnx.known import is_known_to_export
 from bnre_exp.export.onnx.plain import plain_network
 from bnre_exp.export.onnx.qdq import insert_qdq
 from bnre_exp.export.onnx.records import Plain
@@ -50,8 +51,15 @@ def export_onnx(
 def check_exportable(sim: Any, example_input: Tensor | Sequence[Tensor], opset: int) -> None:
     """Raise ``UserError`` if a simulation, once it is calibrated and folded, cannot be written at ``opset``.
 
-    sim: as :func:`bnre_exp.quantize` returns it; it is unchanged. This finds out by folding and exporting a copy.
+    sim: as :func:`bnre_exp.quantize` returns it; it is unchanged. Where its operations alone do not tell, this finds
+    out by folding and exporting a copy.
     """
+    if not is_known_to_export(sim, example_input, opset):
+        try_export(sim, example_input, opset)
+
+
+def try_export(sim: Any, example_input: Tensor | Sequence[Tensor], opset: int) -> None:
+    """Fold and export a copy of a simulation. Raises ``UserError`` where that does not go."""
     from bnre_exp.onnx_io.session import open_session
 
     trial = copy.deepcopy(sim)

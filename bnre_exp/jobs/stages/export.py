@@ -46,6 +46,7 @@ def export(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
     format, or a file fails its verification.
     """
     outcome, how, folder, advice = Outcome(), setting.config.export, given.run_dir, ""
+    checkpoint, plain = folder / FILES[ExportFormat.checkpoint], None
     network: Any = given.network
     seed(setting.config, "export")
     for name in FILES.values():
@@ -54,10 +55,16 @@ def export(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
     try:
         with Verifier(setting, _output_of(setting, network)) as verifier, work_folder() as scratch:
             if ExportFormat.checkpoint in how.formats:
-                _checkpoint(setting, network, folder / FILES[ExportFormat.checkpoint], verifier, outcome)
-            if {ExportFormat.onnx, ExportFormat.encodings} & set(how.formats):
+                saved = timed(lambda: save_folded(network, checkpoint))
+            if {ExportFormat.onnx, ExportFormat.encodings} & set(how.formats):  # while the verifier's process starts
                 advice = WITHOUT_ONNX
-                _onnx(setting, network, folder, scratch, verifier, outcome)
+                plain = timed(lambda: plain_network(network, setting.loaders.example(), how.opset))
+            if ExportFormat.checkpoint in how.formats:
+                advice = ""
+                _checkpoint(setting, checkpoint, saved, verifier, outcome)
+            if plain is not None:
+                advice = WITHOUT_ONNX
+                _onnx(setting, network, plain, folder, scratch, verifier, outcome)
     except UserError as error:
         raise UserError(f"export: {str(error).rstrip('.')}.{advice}") from error
     outcome.files = [FILES[kind] for kind in FILES if kind in how.formats]
@@ -69,8 +76,10 @@ def _output_of(setting: Setting, network: Any) -> Any:
         return network(setting.example())
 
 
-def _checkpoint(setting: Setting, network: Any, path: Path, verifier: Verifier, outcome: Outcome) -> None:
-    foreign, seconds = timed(lambda: save_folded(network, path))
+def _checkpoint(
+    setting: Setting, path: Path, saved: tuple[Any, float], verifier: Verifier, outcome: Outcome
+) -> None:  # fmt: skip
+    foreign, seconds = saved
     outcome.except_for("note", [(name, "not in the checkpoint; load_folded needs model=") for name in foreign])
     file: dict[str, Any] = {"format": "checkpoint", "path": str(path), "device": str(setting.device)}
     if foreign:
@@ -86,10 +95,10 @@ def _checkpoint(setting: Setting, network: Any, path: Path, verifier: Verifier, 
 
 
 def _onnx(
-    setting: Setting, network: Any, folder: Path, scratch: Path, verifier: Verifier, outcome: Outcome
+    setting: Setting, network: Any, exported: tuple[Plain, float], folder: Path, scratch: Path, verifier: Verifier,
+    outcome: Outcome,
 ) -> None:  # fmt: skip
-    how = setting.config.export
-    plain, plain_seconds = timed(lambda: plain_network(network, setting.loaders.example(), how.opset))
+    how, (plain, plain_seconds) = setting.config.export, exported
     plain.model.metadata_props[METADATA] = json.dumps(setting.loaders.preprocessing.describe())
     outcome.except_for("note", _float_weights(network, plain))
     if ExportFormat.encodings in how.formats:

@@ -9,6 +9,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,9 @@ from bnre_exp.files import work_folder
 TIMED_RUNS, TIMED_SECONDS = 50, 2.0
 INTEGER_KERNELS = ("QLinearConv", "QGemm", "QLinearMatMul", "ConvInteger", "MatMulInteger", "QLinearConvTranspose")
 LAYERS = ("Conv", "ConvTranspose", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
+
+# What loading a checkpoint imports, which takes seconds: done while the parent still makes the files.
+NEEDED = ("bnre_exp.algorithms.integers", "bnre_exp.export.checkpoint.save_load", "bnre_exp.models.build")
 
 Predict = Callable[[np.ndarray], list[np.ndarray]]  # all outputs, in order
 Describe = Callable[[np.ndarray], dict[str, float]]
@@ -146,6 +151,9 @@ def start(settings: Mapping[str, Any]) -> None:
         os.dup2(silent, stream)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     set_torch(settings)
+    with suppress(Exception):  # whatever is wrong with it is told when a file is loaded
+        for module in NEEDED:
+            import_module(module)
 
 
 def _end_with_parent() -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
+import os
+import uuid
 from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 
 from bnre_exp.algorithms.snapshot import Snapshot
 from bnre_exp.digests import file_sha256
@@ -47,11 +48,7 @@ class SnapshotFolder:
     def save(self, snapshot: Snapshot) -> None:
         """Write a snapshot, whole or not at all, and remove the one before it."""
         try:
-            content = save(snapshot.tensors, {"of": self.folder.name, "values": json.dumps(snapshot.values)})
-            path = self.folder / f"snapshot-{hashlib.sha256(content).hexdigest()}.safetensors"
-            before = self._files()
-            with replacing(path, durable=True) as new:
-                new.write_bytes(content)
+            before, path = self._files(), self._write(snapshot)
             for other in before:
                 if other != path:
                     other.unlink(missing_ok=True)
@@ -59,6 +56,23 @@ class SnapshotFolder:
             if not self._is_told:
                 logger.warning("The state of the training cannot be kept in %s (%s); it goes on.", self.folder, error)
             self._is_told = True
+
+    def _write(self, snapshot: Snapshot) -> Path:
+        """Written to a file at once, and named after that: its content as bytes would take twice the time."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        written = self.folder / f".snapshot.{uuid.uuid4().hex}.new"  # a name that is swept up after a kill
+        try:
+            save_file(snapshot.tensors, written, {"of": self.folder.name, "values": json.dumps(snapshot.values)})
+            path = self.folder / f"snapshot-{file_sha256(written)}.safetensors"
+            with replacing(path, durable=True) as new:
+                new.touch()
+                written.chmod(
+                    new.stat().st_mode
+                )  # safetensors writes for the owner alone, and a store may be a group's
+                os.replace(written, new)
+        finally:
+            written.unlink(missing_ok=True)
+        return path
 
     def _files(self) -> list[Path]:
         return list(self.folder.glob("snapshot-*.safetensors"))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from bnre_exp.errors import UserError
+from bnre_exp.quantsim.quantizers.error_bounds import Histogram, error_bounds, histogram
 
 COARSE = torch.linspace(0.05, 1.0, 20)  # fractions of the largest value that the MSE search tries first
 REFINEMENTS = 8
+BLOCK = 2**15 - 1  # values of weights searched at once; below the number from which torch uses several threads
 SQUARABLE = 50  # 2**-50 to 2**50: float32 holds the squares of such values and of their errors
 
 
@@ -52,23 +55,42 @@ def _power_to_square(largest: Tensor) -> Tensor:
 
 def _mse_symmetric(rows: Tensor, full_scale: Tensor, quant_max: int) -> Tensor:
     """A coarse search over fractions of the full range, then alternating least squares: for fixed codes q the best
-    scale is <w, q> / <q, q>. Keeps the best scale of each row seen on the way."""
+    scale is <w, q> / <q, q>. Keeps the best scale of each row seen on the way.
+
+    Rows are searched in blocks that stay in the processor's cache. None is of one row, of which a sum over several
+    threads would add up in another order.
+    """
+    blocks = min(max(1, -(-rows.numel() // BLOCK)), max(1, len(rows) // 2))
+    parts = zip(rows.tensor_split(blocks), full_scale.tensor_split(blocks))
+    return torch.cat([_mse_of_block(part, scale, quant_max) for part, scale in parts])
+
+
+def _mse_of_block(rows: Tensor, full_scale: Tensor, quant_max: int) -> Tensor:
     best_scale, best_error = full_scale.clone(), torch.full_like(full_scale, torch.inf)
 
-    def try_scale(scale: Tensor) -> Tensor:
-        codes = (rows / scale[:, None]).round_().clamp_(-quant_max, quant_max)
-        error = (codes * scale[:, None] - rows).square_().sum(dim=1)
-        better = error < best_error
-        best_scale[better], best_error[better] = scale[better], error[better]
-        return codes
+    def codes_of(rows: Tensor, scale: Tensor) -> Tensor:
+        return (rows / scale[:, None]).round_().clamp_(-quant_max, quant_max)
+
+    def error_of(rows: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+        return (codes * scale[:, None]).sub_(rows).square_().sum(dim=1)
 
     for fraction in COARSE.tolist():
-        try_scale(full_scale * fraction)
+        scale = full_scale * fraction
+        error = error_of(rows, codes_of(rows, scale), scale)
+        better = error < best_error
+        best_scale, best_error = torch.where(better, scale, best_scale), torch.where(better, error, best_error)
+    moving, codes = torch.arange(len(rows), device=rows.device), codes_of(rows, best_scale)
     for _ in range(REFINEMENTS):
-        codes = try_scale(best_scale.clone())
-        energy = codes.square().sum(dim=1)
-        refined = (rows * codes).sum(dim=1) / energy.clamp_min(1)
-        try_scale(torch.where(refined > 0, refined, best_scale))
+        refined = (rows * codes).sum(dim=1) / codes.square().sum(dim=1).clamp_min(1)
+        refined = torch.where(refined > 0, refined, best_scale[moving])
+        codes = codes_of(rows, refined)
+        error = error_of(rows, codes, refined)
+        better = (error < best_error[moving]).nonzero()[:, 0]
+        if not len(better):  # a row whose scale did not get better would only be refined to the same one again
+            break
+        moving = moving[better]
+        best_scale[moving], best_error[moving] = refined[better], error[better]
+        rows, codes = rows[better], codes[better]
     return best_scale
 
 
@@ -98,23 +120,34 @@ def fit_activation_range(
     if estimator == "mse":
         power = float(_power_to_square(torch.tensor(max(-low, high), dtype=torch.float64)))
         values, low, high = values.flatten() * power, low * power, high * power
+        error = partial(_range_error, values, bits=bits)
+        known = histogram(values) if bits <= 8 and values.numel() else None
         for _ in range(2):  # coordinate descent: the upper end for a given lower one, and back
-            high *= _best_fraction(lambda part, low, high: _range_error(values, low, high * part, bits), low, high)
-            low *= _best_fraction(lambda part, low, high: _range_error(values, low * part, high, bits), low, high)
+            high *= _best_fraction(low, high, True, error, known, bits) if high else 1
+            low *= _best_fraction(low, high, False, error, known, bits) if low else 1
         low, high = low / power, high / power
     return low, high
 
 
-def _best_fraction(error: Callable[[float, float, float], float], low: float, high: float) -> float:
+def _best_fraction(
+    low: float, high: float, is_upper: bool, error: Callable[[float, float], float], known: Histogram | None, bits: int
+) -> float:
     """The fraction of an end of the range with the smallest error: coarse, then fine around the best."""
-    best = min(COARSE.tolist(), key=lambda part: error(part, low, high))
-    fine = [best + step * 0.01 for step in range(-4, 5) if 0 < best + step * 0.01 <= 1]
-    return min(fine, key=lambda part: error(part, low, high))
+
+    def range_of(part: float) -> tuple[float, float]:
+        return (low, high * part) if is_upper else (low * part, high)
+
+    def best_of(parts: list[float]) -> float:
+        if known is not None:  # what certainly has a larger error than another is left out
+            least, most = error_bounds(known, [affine_grid(*range_of(part), bits) for part in parts], 2**bits)
+            parts = [part for part, bound in zip(parts, least) if bound <= most.min()]
+        return min(parts, key=lambda part: error(*range_of(part))) if len(parts) > 1 else parts[0]
+
+    best = best_of(COARSE.tolist())
+    return best_of([best + step * 0.01 for step in range(-4, 5) if 0 < best + step * 0.01 <= 1])
 
 
 def _range_error(values: Tensor, low: float, high: float, bits: int) -> float:
-    if high - low <= 0:
-        return float("inf")
     scale, zero_point = affine_grid(low, high, bits)
     codes = (values / scale).round_().add_(zero_point).clamp_(0, 2**bits - 1)
     return float((codes.sub_(zero_point).mul_(scale) - values).square_().mean())
