@@ -21,6 +21,7 @@ from bnre_exp import (
 )
 from bnre_exp.report.layers import layers_columns, layers_markdown
 from tests.networks import Net, flat_cnn, randomize
+from tests.torchvision_networks import network, small_or_slow
 
 X = torch.randn(4, 3, 16, 16)
 
@@ -54,10 +55,12 @@ def test_kept_bn_is_a_row_with_its_reason():
     assert rows["conv"].bn == ""
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v3_small", "googlenet", "densenet121"])
+@pytest.mark.parametrize(
+    "name",
+    small_or_slow("small mobilenet_v3", "small densenet", "mobilenet_v3_small", "googlenet", "densenet121"),
+)
 def test_real_networks_are_listed_completely(name):
-    options = {"init_weights": False} if name == "googlenet" else {}
-    model = torchvision.models.get_model(name, num_classes=10, **options).eval()
+    model = network(name).eval()
     x = torch.randn(2, 3, 64, 64)
     sim = quantize(model, x, QuantScheme(weight_bits=4, act_bits=8))
     rows = list_layers(sim)
