@@ -33,13 +33,13 @@ from bnre_exp import (
     save_folded,
     train,
 )
-from tests.fuzz.cases import Case, cases
+from tests.fuzz.cases import Case, cases, times
 
 CLOSE = {torch.float32: 2e-4, torch.float64: 1e-9, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # Shrinking takes longer than all cases do; a failure shows its case.
 PHASES = (Phase.explicit, Phase.generate)
 every = settings(
-    max_examples=100,
+    max_examples=times(60),
     deadline=None,
     derandomize=True,
     database=None,

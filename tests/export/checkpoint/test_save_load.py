@@ -85,9 +85,9 @@ def test_training_mode_still_drops(tmp_path):
     loaded = round_trip(folded, tmp_path / "net", IMAGES)
     assert any(isinstance(module, FollowTraining) for module in loaded.modules())
     outputs = []
-    for network in (folded.train(), loaded.train()):
+    for each in (folded.train(), loaded.train()):
         torch.manual_seed(1)
-        outputs.append(network(IMAGES))
+        outputs.append(each(IMAGES))
     assert torch.equal(*outputs) and not torch.equal(outputs[0], folded.eval()(IMAGES))
 
 
