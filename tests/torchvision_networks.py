@@ -30,11 +30,11 @@ def _small_resnet() -> nn.Module:
     )  # fmt: skip
 
 
-def small_mobilenet_v3(num_classes: int = 10) -> nn.Module:
+def _small_mobilenet_v3() -> nn.Module:
     """Both activations, without squeeze-and-excite and an addition, and with them."""
     blocks = [(16, 3, 16, 16, False, "RE", 2), (16, 5, 32, 16, True, "HS", 1)]
     settings = [InvertedResidualConfig(*block, 1, 1) for block in blocks]
-    return MobileNetV3(settings, last_channel=64, num_classes=num_classes)
+    return MobileNetV3(settings, last_channel=64, num_classes=10)
 
 
 def _small_googlenet() -> nn.Module:
@@ -56,7 +56,7 @@ def _small_shufflenet_v2() -> nn.Module:
 SMALL: dict[str, Callable[[], nn.Module]] = {
     "small resnet": _small_resnet,
     "small mobilenet_v2": lambda: MobileNetV2(10, inverted_residual_setting=[[1, 16, 1, 1], [6, 24, 2, 2]]),
-    "small mobilenet_v3": small_mobilenet_v3,
+    "small mobilenet_v3": _small_mobilenet_v3,
     "small googlenet": _small_googlenet,
     "small shufflenet_v2": _small_shufflenet_v2,
     "small densenet": lambda: DenseNet(8, (2, 2), 8, 2, num_classes=10),

@@ -163,8 +163,7 @@ def test_a_job_begins_or_a_message_says_what_is_wrong(
 SMALL = (
     *(
         "experiment=smoke",
-        "model=custom",
-        "model._target_=tests.torchvision_networks.small_mobilenet_v3",
+        "model=mobilenet_v3_small",
         "dataset.train_limit=48",
         "dataset.test_limit=24",
         "tracking=off",
