@@ -230,7 +230,7 @@ LOADERS: dict[str, Callable[[list[Any]], Any]] = {
 CONVERTING = ("loader", "stream")  # a DataLoader makes tensors of numpy's arrays
 # What is said of each that is refused, as a regular expression.
 SAID = {
-    "images alone": "no labels", "dict": "forward_fn", "meta": "target_fn", "nan": "not finite|became nan",
+    "images alone": "no labels", "dict": "forward_fn|target_fn", "meta": "target_fn", "nan": "not finite|became nan",
     "inf": "not finite|became (nan|inf)", "nothing": "no samples", "float labels": "float", "labels beyond": "classes",
     "numpy": "forward_fn", "text": "forward_fn", "none": "forward_fn",
     "pruned": "prune", "weight_norm": "parametrization", "lazy": "lazy", "on_meta": "meta device",

@@ -39,7 +39,7 @@ CLOSE = {torch.float32: 2e-4, torch.float64: 1e-9, torch.float16: 2e-2, torch.bf
 # Shrinking takes longer than all cases do; a failure shows its case.
 PHASES = (Phase.explicit, Phase.generate)
 every = settings(
-    max_examples=times(60),
+    max_examples=times(100),
     deadline=None,
     derandomize=True,
     database=None,
