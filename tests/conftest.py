@@ -3,9 +3,13 @@ BNRE_TESTS_WITHOUT_DATA=1 every machine is one."""
 
 from __future__ import annotations
 
+import copy
+import functools
+import gc
 import os
 import runpy
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,3 +37,31 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _operations_of_onnx_are_listed_once() -> Iterator[None]:
+    """torch's exporter lists all that it can express in ONNX at each export, which takes longer than a small network
+    does. The lists are the same each time."""
+    import torch._export.utils as export_utils
+    from torch.onnx._internal.exporter import _registration
+
+    kind = _registration.ONNXRegistry
+    listed = functools.cache(kind.from_torchlib)
+
+    def copied(opset_version: int = kind().opset_version) -> _registration.ONNXRegistry:
+        registry = copy.copy(listed(opset_version))
+        registry.functions = {name: [*functions] for name, functions in registry.functions.items()}
+        return registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "from_torchlib", staticmethod(copied))
+        patch.setattr(export_utils, "_materialize_cpp_cia_ops", functools.cache(export_utils._materialize_cpp_cia_ops))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _what_stays_is_not_searched_for_garbage() -> None:
+    """Every full collection would go through the million objects of the libraries."""
+    gc.collect()
+    gc.freeze()

@@ -9,7 +9,6 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 
 from bnre_exp import (
@@ -29,6 +28,7 @@ from bnre_exp import (
 from bnre_exp.onnx_io.session import feeds, open_session
 from tests.export.saving import folded_network
 from tests.networks import Net, flat_cnn, randomize
+from tests.torchvision_networks import network, small_or_slow
 
 IMAGES = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -97,8 +97,18 @@ NETWORKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("weight_bits", "act_bits"), [(8, 8), (4, 4), (3, 8)])
-@pytest.mark.parametrize("name", NETWORKS)
+BITS = [(8, 8), (4, 4), (3, 8)]
+ONCE_EACH = {"flat": (3, 8), "relu6": (4, 4), "hardtanh": (8, 8)}
+
+
+@pytest.mark.parametrize(
+    ("name", "weight_bits", "act_bits"),
+    [
+        pytest.param(name, *bits, marks=[] if bits == ONCE_EACH[name] else pytest.mark.slow)
+        for name in NETWORKS
+        for bits in BITS
+    ],
+)
 def test_equals_onnx_runtime(name, weight_bits, act_bits, tmp_path):
     torch.manual_seed(0)
     folded = folded_network(randomize(NETWORKS[name]()), IMAGES, weight_bits=weight_bits, act_bits=act_bits)
@@ -106,12 +116,13 @@ def test_equals_onnx_runtime(name, weight_bits, act_bits, tmp_path):
     assert torch.equal(run(integer_simulation(folded), x), through_onnx_runtime(folded, tmp_path / "net.onnx", x))
 
 
-@pytest.mark.parametrize("name", ["googlenet", "shufflenet_v2_x0_5"])
+@pytest.mark.parametrize(
+    "name", small_or_slow("small googlenet", "small shufflenet_v2", "googlenet", "shufflenet_v2_x0_5")
+)
 def test_real_networks_equal_onnx_runtime(name, tmp_path):
     """Networks without additions, which ONNX Runtime's kernels round in their own ways."""
     torch.manual_seed(0)
-    options = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
-    model = randomize(torchvision.models.get_model(name, num_classes=10, **options))
+    model = randomize(network(name))
     batches = [torch.randn(8, 3, 64, 64) for _ in range(3)]
     sim = quantize(model, batches[0], QuantScheme(weight_bits=8, act_bits=8))
     with bypassed(sim):

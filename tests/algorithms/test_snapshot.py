@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -194,9 +195,18 @@ def check_resuming(stop: tuple[str, int], recipe: dict[str, Any], **how: Any) ->
     assert resumed.events == expected and snapshots.saves == EPOCHS
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=NAMES)
-@pytest.mark.parametrize("data", ["digits", "global"])
-@pytest.mark.parametrize("network", ["float", "simulation"])
+# Each network with each data and each recipe at least once; the other half is slow.
+EVERY = list(itertools.product(["float", "simulation"], ["digits", "global"], range(len(RECIPES))))
+SETTINGS = [
+    pytest.param(
+        network, data, RECIPES[number], id=f"{network}-{data}-{NAMES[number]}",
+        marks=pytest.mark.slow if ((network == "float") + (data == "digits") + number) % 2 else [],
+    )
+    for network, data, number in EVERY
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("network", "data", "recipe"), SETTINGS)
 def test_a_training_killed_within_an_epoch_goes_on_with_the_same_bits(network, data, recipe):
     check_resuming(("mid_epoch", 2 if recipe["schedule"] == "one_cycle" else 1), recipe, network=network, data=data)
 
@@ -207,7 +217,9 @@ def test_a_training_killed_between_epochs_goes_on_with_the_same_bits(data, after
     check_resuming(("on_epoch", after), RECIPES[0], data=data)
 
 
-@pytest.mark.parametrize("data", ["digits with workers", "own generator and workers"])
+@pytest.mark.parametrize(
+    "data", ["own generator and workers", pytest.param("digits with workers", marks=pytest.mark.slow)]
+)
 def test_random_numbers_of_workers_go_on_as_well(data):
     check_resuming(("mid_epoch", 1), RECIPES[1], data=data)
 

@@ -9,7 +9,6 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-import torchvision
 from torch import nn
 
 from bnre_exp import UserError, bypassed, export_encodings, export_onnx
@@ -18,6 +17,7 @@ from bnre_exp.export.onnx.qdq import insert_qdq
 from tests.export.onnx.test_model import IMAGES, outputs, session
 from tests.export.saving import folded_network
 from tests.networks import Net, flat_cnn, randomize
+from tests.torchvision_networks import network, small_or_slow
 
 
 @pytest.fixture(scope="module")
@@ -85,27 +85,30 @@ def test_channel_axes_survive(version, tmp_path):
     assert axes["transposed.weight"] == 1 and axes["linear.weight"] == 1 and axes["linear.bias"] == 0
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize(("name", "bits"), [("mobilenet_v3_small", (4, 8)), ("resnet18", (3, 6))])
-def test_aimet_simulates_the_same_network(version, name, bits, tmp_path):
+@pytest.mark.parametrize("name", small_or_slow("small mobilenet_v3", "small resnet", "mobilenet_v3_small", "resnet18"))
+def test_aimet_simulates_the_same_network(name, tmp_path):
     quantsim = pytest.importorskip("aimet_onnx.quantsim", reason="aimet-onnx has wheels for Linux on x86 only")
+    torch.manual_seed(0)
     images = torch.randn(32, 3, 32, 32)
     torch.manual_seed(1)
-    model = getattr(torchvision.models, name)(num_classes=10).train()
+    model = network(name).train()
     with torch.no_grad():
         model(images)
-    folded = folded_network(model.eval(), images, weight_bits=bits[0], act_bits=bits[1])
+    bits = {"weight_bits": 3, "act_bits": 6} if "resnet" in name else {"weight_bits": 4, "act_bits": 8}
+    folded = folded_network(model.eval(), images, **bits)
     export_encodings(folded, images, tmp_path)
-    sim = quantsim.QuantizationSimModel(onnx.load(tmp_path / "model.onnx"))
-    unmatched = quantsim.load_encodings_to_sim(sim, str(tmp_path / f"encodings_{version}.json"), strict=False)
-    added = {item.quantizer_name for item in unmatched if item.enabled_mismatch and item.enabled_mismatch[1]}
-    print(added)
-    assert all(name.endswith((".bias", "_on_grid")) for name in added)  # what AIMET does not quantize unless told to
     with torch.no_grad():
         wanted = folded(images)
-    got = torch.from_numpy(sim.session.run(None, {"x": images.numpy()})[0])
-    assert (got.argmax(1) == wanted.argmax(1)).double().mean() >= 31 / 32
-    assert torch.isclose(got, wanted, rtol=1e-4, atol=1e-5).double().mean() > 0.9
+    for version in VERSIONS:
+        sim = quantsim.QuantizationSimModel(onnx.load(tmp_path / "model.onnx"))
+        unmatched = quantsim.load_encodings_to_sim(sim, str(tmp_path / f"encodings_{version}.json"), strict=False)
+        added = {item.quantizer_name for item in unmatched if item.enabled_mismatch and item.enabled_mismatch[1]}
+        print(version, added)
+        # What AIMET does not quantize unless told to.
+        assert all(item.endswith((".bias", "_on_grid")) for item in added)
+        got = torch.from_numpy(sim.session.run(None, {"x": images.numpy()})[0])
+        assert (got.argmax(1) == wanted.argmax(1)).double().mean() >= 31 / 32
+        assert torch.isclose(got, wanted, rtol=1e-4, atol=1e-5).double().mean() > 0.9
 
 
 def test_refused(small, tmp_path):

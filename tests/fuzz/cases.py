@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,6 +24,11 @@ LAYERS = ("conv", "one_output", "depthwise", "transposed", "grouped")
 NORMS = ("bn", "bn", "bn", "plain_bn", "stateless_bn", "frozen_bn", "functional_bn")
 ACTIVATIONS = ("relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid", "gelu")
 OTHERS = ("add", "concat", "dropout", "max_pool2d", "avg_pool2d")
+
+
+def times(examples: int) -> int:
+    """So many examples, or BNRE_FUZZ times as many."""
+    return round(examples * float(os.environ.get("BNRE_FUZZ", "1")))
 
 
 class Network(nn.Module):
@@ -224,7 +230,7 @@ LOADERS: dict[str, Callable[[list[Any]], Any]] = {
 CONVERTING = ("loader", "stream")  # a DataLoader makes tensors of numpy's arrays
 # What is said of each that is refused, as a regular expression.
 SAID = {
-    "images alone": "no labels", "dict": "forward_fn", "meta": "target_fn", "nan": "not finite|became nan",
+    "images alone": "no labels", "dict": "forward_fn|target_fn", "meta": "target_fn", "nan": "not finite|became nan",
     "inf": "not finite|became (nan|inf)", "nothing": "no samples", "float labels": "float", "labels beyond": "classes",
     "numpy": "forward_fn", "text": "forward_fn", "none": "forward_fn",
     "pruned": "prune", "weight_norm": "parametrization", "lazy": "lazy", "on_meta": "meta device",

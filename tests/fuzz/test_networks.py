@@ -33,13 +33,13 @@ from bnre_exp import (
     save_folded,
     train,
 )
-from tests.fuzz.cases import Case, cases
+from tests.fuzz.cases import Case, cases, times
 
 CLOSE = {torch.float32: 2e-4, torch.float64: 1e-9, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # Shrinking takes longer than all cases do; a failure shows its case.
 PHASES = (Phase.explicit, Phase.generate)
 every = settings(
-    max_examples=100,
+    max_examples=times(100),
     deadline=None,
     derandomize=True,
     database=None,
@@ -118,14 +118,16 @@ def _rounds_biases_by_half_a_step(folded: fx.GraphModule, dtype: torch.dtype) ->
 
 
 def _rounds_as_in_float64(folded: fx.GraphModule, x: Tensor) -> None:
-    """Each quantizer, for what it is given, is at most one step from what it does in float64."""
+    """Each quantizer, for what it is given, is at most one step from what it does in float64, up to what the rounding
+    of its output to its own type makes of that."""
     for name, quantizer in activation_quantizers(folded).items():
         reference = copy.deepcopy(quantizer).double()
 
         def compare(module: Any, inputs: tuple[Tensor], output: Tensor, name: str = name, of: Any = reference) -> None:
             step = float(of.scale.abs()) * (1 + 1e-3)
+            rounding = torch.finfo(output.dtype).eps * float(output.abs().max())
             off = float((of(inputs[0].double()) - output.double()).abs().max())
-            assert off <= step, f"{name}: {off / step:.1f} steps from float64"
+            assert off <= step + rounding, f"{name}: {off / step:.1f} steps from float64"
 
         quantizer.register_forward_hook(compare)
     with torch.no_grad():

@@ -18,6 +18,7 @@ from bnre_exp.cli.compose import config_folder
 from bnre_exp.cli.main import main
 from bnre_exp.cli.mistakes import _fields
 from bnre_exp.jobs import run as pipeline
+from tests.fuzz.cases import times
 
 FIELDS = sorted(name for name, _ in _fields())
 CHOICES = sorted(f"{file.parent.name}={file.stem}" for file in config_folder().glob("*/*.yaml"))
@@ -144,7 +145,7 @@ def test_a_job_begins_or_a_message_says_what_is_wrong(
 
     monkeypatch.setattr(pipeline, "run", begin)
 
-    @settings(max_examples=200, phases=PHASES, **SETTINGS)
+    @settings(max_examples=times(200), phases=PHASES, **SETTINGS)
     @given(st.one_of(st.lists(allowed, min_size=1, max_size=2), st.lists(likely, min_size=1, max_size=1)))
     def holds(given: list[str]) -> None:
         before = len(begun)
@@ -191,7 +192,7 @@ def test_a_small_job_ends_well_or_says_what_is_wrong(folder: Path, capsys: pytes
     changes = st.builds("{}={}".format, st.sampled_from(changeable), st.one_of(meant, meant, st.sampled_from(NUMBERS)))
     ended_well = []
 
-    @settings(max_examples=25, phases=PHASES, **SETTINGS)
+    @settings(max_examples=times(25), phases=PHASES, **SETTINGS)
     @given(st.lists(changes, min_size=1, max_size=1))
     def holds(given: list[str]) -> None:
         limits = [f"runtime.output_dir={folder}/outputs", "dataset.train_limit=48", "dataset.test_limit=24"]

@@ -8,13 +8,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
-import torchvision
 from torch import nn
 
 from bnre_exp import QuantScheme, UserError, calibrate, fold_batch_norms, quantize, sim_report
 from bnre_exp.models.build import build_model
 from tests.networks import Net, flat_cnn, randomize
 from tests.onnx.models import built, dynamo, torchscript
+from tests.torchvision_networks import network, small_or_slow
 
 TARGET = "bnre_exp.models.onnx_model"
 
@@ -24,21 +24,21 @@ def converted(model: onnx.ModelProto, path) -> nn.Module:
     return build_model(TARGET, path=str(path), num_classes=10).module
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
+@pytest.mark.parametrize("name", small_or_slow("small resnet", "small mobilenet_v3", "resnet18", "mobilenet_v3_small"))
 @pytest.mark.parametrize("exporter", [dynamo, torchscript])
 def test_torchvision_network_through_quantization(exporter, name, tmp_path):
-    model = getattr(torchvision.models, name)(num_classes=10).eval()
+    model = network(name).eval()
     x = torch.randn(4, 3, 64, 64)
-    network = converted(exporter(model, x), tmp_path / "net.onnx")
+    again = converted(exporter(model, x), tmp_path / "net.onnx")
     with torch.no_grad():
-        torch.testing.assert_close(network(x), model(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(again(x), model(x), rtol=1e-4, atol=1e-5)
     bns = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
-    assert sum(isinstance(m, nn.BatchNorm2d) for m in network.modules()) == bns
-    sim = quantize(network, x, QuantScheme(weight_bits=4))
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in again.modules()) == bns
+    sim = quantize(again, x, QuantScheme(weight_bits=4))
     calibrate(sim, [x], 1)
     _, report = fold_batch_norms(sim)
     assert len(report.folded) == bns and not report.kept and not sim_report(sim).unquantized
-    y = network.train()(x)
+    y = again.train()(x)
     assert y.requires_grad and y.shape == (4, 10)
 
 

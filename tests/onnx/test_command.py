@@ -15,10 +15,15 @@ from tests.networks import flat_cnn, randomize
 from tests.onnx.models import bn, bn_tensors, built, dynamo, run, values_of
 
 
+@pytest.fixture(scope="module")
+def exported():
+    return dynamo(randomize(flat_cnn()), torch.randn(4, 3, 8, 8))
+
+
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(exported, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    onnx.save(dynamo(randomize(flat_cnn()), torch.randn(4, 3, 8, 8)), "in.onnx")
+    onnx.save(exported, "in.onnx")
     np.save("data.npy", np.random.default_rng(0).normal(size=(40, 3, 8, 8)).astype(np.float32))
     return tmp_path
 

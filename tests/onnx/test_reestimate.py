@@ -8,7 +8,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-import torchvision
 from onnx import helper
 from torch import nn
 
@@ -17,6 +16,7 @@ from bnre_exp import UserError
 from bnre_exp.onnx import reestimate_bn_stats
 from tests.networks import Net, flat_cnn, randomize, unequal_batches
 from tests.onnx.models import bn, bn_tensors, built, dynamo, torchscript, values_of
+from tests.torchvision_networks import network, small_or_slow
 
 BATCHES = unequal_batches((3, 12, 12))
 METHODS = ["batch_average", "pooled", "ema"]
@@ -59,9 +59,10 @@ def test_same_statistics_as_torch(exporter, method):
     assert proto == before
 
 
-def test_a_deep_network_within_torchs_own_rounding():
+@pytest.mark.parametrize("name", small_or_slow("small mobilenet_v2", "mobilenet_v2"))
+def test_a_deep_network_within_torchs_own_rounding(name):
     torch.manual_seed(0)
-    model = torchvision.models.mobilenet_v2(num_classes=10).eval()
+    model = network(name).eval()
     batches = [torch.randn(6, 3, 64, 64) * (i + 1) for i in range(2)]
     proto = dynamo(model, batches[0])
     reestimate_bn_stats(proto, batches, 2)

@@ -22,6 +22,7 @@ from bnre_exp import (
     weight_quantizers,
 )
 from tests.networks import Net, flat_cnn, randomize
+from tests.torchvision_networks import network
 
 X = torch.randn(4, 3, 16, 16)
 
@@ -38,10 +39,13 @@ def test_one_quantizer_at_the_end_of_each_group():
     assert list(weight_quantizers(sim)) == ["0", "3", "6", "11"]
 
 
-def test_residual_network_quantizes_every_op_once():
-    sim = quantize(torchvision.models.resnet18(num_classes=10), torch.randn(2, 3, 32, 32))
-    assert len(placed(sim)) == 1 + 20 + 8 + 1 + 1  # input, convs, additions, average pool, fc
-    assert len(weight_quantizers(sim)) == 21
+@pytest.mark.parametrize(
+    ("name", "convs", "additions"), [("small resnet", 6, 2), pytest.param("resnet18", 20, 8, marks=pytest.mark.slow)]
+)
+def test_residual_network_quantizes_every_op_once(name, convs, additions):
+    sim = quantize(network(name), torch.randn(2, 3, 32, 32))
+    assert len(placed(sim)) == 1 + convs + additions + 1 + 1  # input, convs, additions, average pool, fc
+    assert len(weight_quantizers(sim)) == convs + 1
     for node in sim.graph.nodes:
         if str(node.target).startswith("act_quantizers."):
             assert not str(node.args[0].target).startswith("act_quantizers.")
@@ -180,6 +184,10 @@ class WithAuxiliaryHead(nn.Module):
 def test_auxiliary_heads_are_dropped_and_their_bns_named():
     report = sim_report(quantize(WithAuxiliaryHead(), X))
     assert report.unreached_bns == ("head_bn",) and "auxiliary" in report.notes[0]
+
+
+@pytest.mark.slow
+def test_auxiliary_heads_of_torchvision():
     googlenet = torchvision.models.googlenet(num_classes=10, init_weights=False)
     assert set(sim_report(quantize(googlenet, torch.randn(2, 3, 64, 64))).unreached_bns) == {
         "aux1.conv.bn",
@@ -205,7 +213,7 @@ def test_stochastic_layers_still_act_in_training_mode():
             assert bool((sim.train(mode)(X) == 0).any()) is zeros
 
 
-@pytest.mark.parametrize("name", ["efficientnet_b0", "mobilenet_v3_small"])
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", pytest.param("efficientnet_b0", marks=pytest.mark.slow)])
 def test_torchvision_networks_train_as_before_when_quantizers_are_off(name):
     torch.manual_seed(0)
     model = torchvision.models.get_model(name, num_classes=10).train()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torchvision
 from torch import nn
 
 from bnre_exp import (
@@ -21,6 +20,7 @@ from bnre_exp import (
 )
 from bnre_exp.report.layers import layers_columns, layers_markdown
 from tests.networks import Net, flat_cnn, randomize
+from tests.torchvision_networks import network, small_or_slow
 
 X = torch.randn(4, 3, 16, 16)
 
@@ -54,10 +54,12 @@ def test_kept_bn_is_a_row_with_its_reason():
     assert rows["conv"].bn == ""
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v3_small", "googlenet", "densenet121"])
+@pytest.mark.parametrize(
+    "name",
+    small_or_slow("small mobilenet_v3", "small densenet", "mobilenet_v3_small", "googlenet", "densenet121"),
+)
 def test_real_networks_are_listed_completely(name):
-    options = {"init_weights": False} if name == "googlenet" else {}
-    model = torchvision.models.get_model(name, num_classes=10, **options).eval()
+    model = network(name).eval()
     x = torch.randn(2, 3, 64, 64)
     sim = quantize(model, x, QuantScheme(weight_bits=4, act_bits=8))
     rows = list_layers(sim)
@@ -78,8 +80,8 @@ def test_real_networks_are_listed_completely(name):
 
 
 def test_an_addition_before_a_relu_says_where_it_is_quantized():
-    rows = {row.name: row for row in list_layers(quantize(torchvision.models.resnet18(), X))}
-    assert rows["add"].act_bits is None and rows["add"].note == "quantized after layer1.0.relu"
+    rows = {row.name: row for row in list_layers(quantize(network("small resnet"), X))}
+    assert rows["add"].act_bits is None and rows["add"].note == "quantized after layers.4.relu"
     assert all(row.act_bits or row.note for row in rows.values())
 
 

@@ -166,6 +166,7 @@ def build_with_huge_arguments() -> None:
                 assert not list(module.parameters())
 
 
+@pytest.mark.slow
 def test_no_constructor_takes_long_or_much_memory():
     limited("build_with_huge_arguments")
 

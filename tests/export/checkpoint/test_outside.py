@@ -113,6 +113,7 @@ def user_code(tmp_path, monkeypatch):
     del sys.modules["user_code"]
 
 
+@pytest.mark.slow
 def test_new_process_without_the_users_code(tmp_path, user_code):
     folded = folded_network(randomize(user_code.UserNet()), IMAGES, weight_bits=4)
     assert save_folded(folded, tmp_path / "net") == ()

@@ -14,12 +14,18 @@ from bnre_exp.quantsim.quantizers.affine import ChannelAffine
 from bnre_exp.quantsim.tracing.trace import FollowTraining, trace
 from tests.export.saving import IMAGES, assert_same, folded_network, round_trip
 from tests.networks import Net, flat_cnn, randomize
+from tests.torchvision_networks import network, small_or_slow
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "mobilenet_v3_small"])
+@pytest.mark.parametrize(
+    "name",
+    small_or_slow(
+        "small resnet", "small mobilenet_v2", "small mobilenet_v3", "resnet18", "mobilenet_v2", "mobilenet_v3_small"
+    ),
+)
 def test_torchvision_in_channels_last(name, tmp_path):
     images = torch.randn(3, 3, 32, 32)
-    model = getattr(torchvision.models, name)(num_classes=10).eval().to(memory_format=torch.channels_last)
+    model = network(name).eval().to(memory_format=torch.channels_last)
     folded = folded_network(model, images, weight_bits=4, act_bits=6)
     loaded = round_trip(folded, tmp_path / "net", images)
     first = next(m for m in loaded.modules() if isinstance(m, nn.Conv2d))
@@ -79,9 +85,9 @@ def test_training_mode_still_drops(tmp_path):
     loaded = round_trip(folded, tmp_path / "net", IMAGES)
     assert any(isinstance(module, FollowTraining) for module in loaded.modules())
     outputs = []
-    for network in (folded.train(), loaded.train()):
+    for each in (folded.train(), loaded.train()):
         torch.manual_seed(1)
-        outputs.append(network(IMAGES))
+        outputs.append(each(IMAGES))
     assert torch.equal(*outputs) and not torch.equal(outputs[0], folded.eval()(IMAGES))
 
 

@@ -10,7 +10,6 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 from onnx import numpy_helper
 from torch import Tensor, nn
 
@@ -29,6 +28,7 @@ from bnre_exp import (
 from bnre_exp.onnx_io.session import feeds, open_session
 from tests.export.saving import folded_network
 from tests.networks import Net, flat_cnn, randomize
+from tests.torchvision_networks import network, small_or_slow
 
 IMAGES = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 INTEGER = {"QLinearConv", "QGemm", "QLinearMatMul"}
@@ -186,8 +186,17 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("scheme", [{"weight_bits": 8, "act_bits": 8}, {"weight_bits": 3, "act_bits": 6}])
+EIGHT, FEWER = {"weight_bits": 8, "act_bits": 8}, {"weight_bits": 3, "act_bits": 6}
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        pytest.param(name, scheme, id=f"{name}-{scheme['weight_bits']}", marks=pytest.mark.slow if is_slow else [])
+        for index, name in enumerate(NETWORKS)
+        for scheme, is_slow in ((EIGHT, index % 2), (FEWER, not index % 2))
+    ],
+)
 def test_patterns(name, scheme, tmp_path):
     forward, modules, x = NETWORKS[name]
     folded = folded_network(randomize(Net(forward, **modules)), x, **scheme)
@@ -248,8 +257,9 @@ def test_several_inputs_and_shared_layers(tmp_path):
     exported(folded, tmp_path / "net.onnx", IMAGES, IMAGES.flip(0))
 
 
-def test_torchvision_network_at_both_opsets(tmp_path):
-    model = torchvision.models.mobilenet_v3_small(num_classes=10).eval()
+@pytest.mark.parametrize("name", small_or_slow("small mobilenet_v3", "mobilenet_v3_small"))
+def test_torchvision_network_at_both_opsets(name, tmp_path):
+    model = network(name).eval()
     images = torch.randn(4, 3, 32, 32)
     folded = folded_network(model, images, weight_bits=4, act_bits=8)
     for opset in (13, 21):
@@ -258,7 +268,7 @@ def test_torchvision_network_at_both_opsets(tmp_path):
         found = kinds(onnx.load(tmp_path / "optimized.onnx"))
         layers = sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in model.modules())
         assert sum(found[kind] for kind in INTEGER) == layers
-        assert kinds(proto)["GlobalAveragePool"] == 10
+        assert kinds(proto)["GlobalAveragePool"] == (2 if name.startswith("small") else 10)
     assert not [name for name in initializers(proto) if "parametrizations" in name]
 
 

@@ -246,6 +246,7 @@ def test_stochastic_depth_of_timm_needs_no_code_once_folded(tmp_path):
     assert torch.equal(load_folded(tmp_path / "net")(x), folded(x))
 
 
+@pytest.mark.slow
 def test_layers_of_dropped_heads_are_named():
     googlenet = torchvision.models.googlenet(num_classes=10, init_weights=False)
     rows = dict(sim_report(quantize(googlenet, torch.randn(2, 3, 64, 64))).unquantized)
