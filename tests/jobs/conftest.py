@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -38,3 +39,10 @@ def verified_here(monkeypatch: pytest.MonkeyPatch) -> None:
     here: Callable[[Any], Any] = lambda pool: SimpleNamespace(kill=lambda: None)  # noqa: E731
     monkeypatch.setattr(reload, "ProcessPoolExecutor", _Here)
     monkeypatch.setattr(reload, "_start", here)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _libraries_are_no_garbage() -> None:
+    """Each job ends with a search for garbage, which takes a fraction of a second among all that libraries hold."""
+    gc.collect()
+    gc.freeze()

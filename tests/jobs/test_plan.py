@@ -6,6 +6,8 @@ import io
 import json
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -68,16 +70,31 @@ SMALL = [
     "dataset.batch_size=32", "train.epochs=2", "qat.epochs=1", "quant.calib_batches=1", "reest.num_batches=2",
     "tracking.enabled=false", "runtime.threads=1", "export=checkpoint",
 ]  # fmt: skip
+pytestmark = pytest.mark.usefixtures("verified_here")
+
+
+@contextmanager
+def networks_in(folder: Path) -> Iterator[Path]:
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        (folder / "plannet.py").write_text(NET)
+        patch.syspath_prepend(str(folder))
+        yield folder
+    sys.modules.pop("plannet", None)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    (tmp_path / "plannet.py").write_text(NET)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    threads = torch.get_num_threads()
-    yield tmp_path
-    sys.modules.pop("plannet", None)
-    torch.set_num_threads(threads)
+def folder(tmp_path):
+    with networks_in(tmp_path):
+        yield tmp_path
+
+
+@pytest.fixture(scope="module")
+def unchanged(tmp_path_factory):
+    """The keys of the job as it is, in a folder of their own."""
+    with networks_in(tmp_path_factory.mktemp("unchanged")) as folder:
+        return keys(folder)
 
 
 def keys_of(setting: Setting) -> dict[str, str]:
@@ -141,8 +158,8 @@ EVERYTHING = ["fp32", "ptq", "qat", "reest", "fold", "export"]
         ("objective=fold/top1", None),
     ],
 )
-def test_a_setting_changes_the_stages_it_can_change_and_no_others(folder, override, first):
-    before, after = keys(folder), keys(folder, *override.split(" "))
+def test_a_setting_changes_the_stages_it_can_change_and_no_others(folder, unchanged, override, first):
+    before, after = unchanged, keys(folder, *override.split(" "))
     changed = [stage for stage in EVERYTHING if before[stage] != after[stage]]
     assert changed == (EVERYTHING[EVERYTHING.index(first) :] if first else [])
 
@@ -250,15 +267,15 @@ def test_comments_docstrings_and_layout_are_no_code(tmp_path):
     assert meaning("def f(x):\n    return 'shown'\n") != meaning("def f(x):\n    return 'hidden'\n")
 
 
-def test_the_same_in_another_process_folder_and_order(folder):
+def test_the_same_in_another_process_folder_and_order(folder, unchanged):
     shown = [keys(folder, "model._target_=plannet.Shown") for _ in range(2)]
     assert shown[0] == shown[1]  # addresses of objects are no part of a structure
-    assert keys(folder, "train.epochs=2", "seed=0") == keys(folder, "seed=0")
+    assert keys(folder, "train.epochs=2", "seed=0") == keys(folder, "seed=0") == unchanged
     assert keys(folder, "train.epochs=0", "train.lr=0.3") == keys(folder, "train.epochs=0")
 
 
-def test_torchs_global_settings_count(folder):
-    before = keys(folder)
+def test_torchs_global_settings_count(folder, unchanged):
+    before = unchanged
     torch.backends.mkldnn.enabled = False
     try:
         assert keys(folder)["fp32"] != before["fp32"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import math
@@ -89,6 +90,7 @@ def whole(request, tmp_path_factory, migrated) -> Whole:
     folder = tmp_path_factory.mktemp("whole")
     shutil.copy(migrated, folder)
     results, console = job(folder, "export=all", tracking=True, base=base)
+    gc.freeze()  # the libraries that were imported for that
     return Whole(base, folder, results, console.export_text(), *expected)
 
 
