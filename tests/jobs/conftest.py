@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import pickle
-from collections.abc import Callable
 from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import pytest
 
 from bnre_exp.jobs.stages import reload
-from tests.tracking.conftest import migrated  # noqa: F401
 
 
 class _Here:
@@ -36,9 +34,8 @@ class _Here:
 def verified_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exported files are loaded again in this process: to start another takes longer than all that a small job does
     besides. That it is another one hold stages/test_reload.py and the jobs of test_run.py that leave every format."""
-    here: Callable[[Any], Any] = lambda pool: SimpleNamespace(kill=lambda: None)  # noqa: E731
     monkeypatch.setattr(reload, "ProcessPoolExecutor", _Here)
-    monkeypatch.setattr(reload, "_start", here)
+    monkeypatch.setattr(reload, "_start", lambda pool: SimpleNamespace(kill=lambda: None))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import io
 import json
 import platform
@@ -17,7 +19,7 @@ from rich.console import Console
 
 from bnre_exp import UserError
 from bnre_exp.cli.compose import compose_config
-from bnre_exp.config import ExportFormat
+from bnre_exp.config import Config, ExportFormat
 from bnre_exp.digests import digest
 from bnre_exp.jobs import code_identity
 from bnre_exp.jobs.plan import DATA_CODE, plan
@@ -369,8 +371,13 @@ def test_a_state_that_no_file_can_hold_is_told_before_any_work(folder):
         keys(folder, "model._target_=plannet.Extra")
 
 
+@functools.cache
+def composed(*overrides: str) -> Config:
+    return compose_config([*SMALL, *overrides])
+
+
 def results(folder: Path, name: str, *overrides: str):
-    config = compose_config([*SMALL, f"runtime.output_dir={folder}", *overrides])
+    config = copy.deepcopy(composed(f"runtime.output_dir={folder}", *overrides))
     found = run(config, run_dir=folder / name, console=Console(file=io.StringIO()))
     metrics = {key: value for key, value in found.metrics.items() if "seconds" not in key}
     files = {path.name: path.read_bytes() for path in (folder / name / "folded").iterdir()}
@@ -380,13 +387,13 @@ def results(folder: Path, name: str, *overrides: str):
 @pytest.mark.parametrize(
     "overrides",
     [
-        (),
-        ("qat.epochs=0",),
-        ("dataset._target_=plannet.Random", "dataset.in_memory=false"),
-        ("dataset._target_=plannet.Random", "qat.epochs=0"),
+        pytest.param((), id="QAT"),
+        pytest.param(("qat.epochs=0",), id="PTQ", marks=pytest.mark.slow),
+        pytest.param(("dataset._target_=plannet.Random", "dataset.in_memory=false"), id="random items"),
+        pytest.param(("dataset._target_=plannet.Random", "qat.epochs=0"), id="random data in memory",
+                     marks=pytest.mark.slow),
     ],
-    ids=["QAT", "PTQ", "random items", "random data in memory"],
-)
+)  # fmt: skip
 def test_a_stage_goes_on_alike_from_the_store_and_from_memory(folder, overrides):
     whole = results(folder, "off", "store.mode=off", *overrides)
     assert results(folder, "computed", *overrides) == whole

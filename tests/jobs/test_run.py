@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -85,10 +84,9 @@ RESNET18 = ("model.name", "resnet18"), "4 bits, 64 channels", 21
     params=[pytest.param((TINY, *RESIDUAL), id="residual"),
             pytest.param((SMALL, *RESNET18), id="resnet18", marks=pytest.mark.slow)],
 )  # fmt: skip
-def whole(request, tmp_path_factory, migrated) -> Whole:
+def whole(request, tmp_path_factory) -> Whole:
     base, *expected = request.param
     folder = tmp_path_factory.mktemp("whole")
-    shutil.copy(migrated, folder)
     results, console = job(folder, "export=all", tracking=True, base=base)
     gc.freeze()  # the libraries that were imported for that
     return Whole(base, folder, results, console.export_text(), *expected)
@@ -207,8 +205,7 @@ def test_a_trained_network_can_be_taken_up_again(whole, tmp_path):
     assert again.summary.stages[0].note == "loaded"
 
 
-def test_min_top1_stops_before_quantization(tmp_path, migrated):
-    shutil.copy(migrated, tmp_path)
+def test_min_top1_stops_before_quantization(tmp_path):
     with pytest.raises(UserError, match=r"fp32/top1=.* is worse than fp32.min_headline=1.0"):
         job(tmp_path, "fp32.min_top1=1.0", tracking=True)
     _, (record,) = mlflow_runs(tmp_path)
