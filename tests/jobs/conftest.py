@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import pickle
 from concurrent.futures import Future
 from types import SimpleNamespace
@@ -36,10 +35,3 @@ def verified_here(monkeypatch: pytest.MonkeyPatch) -> None:
     besides. That it is another one hold stages/test_reload.py and the jobs of test_run.py that leave every format."""
     monkeypatch.setattr(reload, "ProcessPoolExecutor", _Here)
     monkeypatch.setattr(reload, "_start", lambda pool: SimpleNamespace(kill=lambda: None))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _libraries_are_no_garbage() -> None:
-    """Each job ends with a search for garbage, which takes a fraction of a second among all that libraries hold."""
-    gc.collect()
-    gc.freeze()
