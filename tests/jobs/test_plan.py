@@ -120,10 +120,14 @@ def keys(folder: Path, *overrides: str) -> dict[str, str]:
 def known(tmp_path_factory):
     """A job that was prepared, with both kinds of files to export."""
     folder = tmp_path_factory.mktemp("known")
-    setting = setting_of(folder, "model=resnet18", "model._target_=bnre_exp.models.torchvision_model", "train.epochs=0",
-                         "qat.epochs=1", "export.formats=[checkpoint]")  # fmt: skip
+    setting = setting_of(folder, "model._target_=tests.jobs.nets.Residual")
     setting.config.export.formats.append(ExportFormat.onnx)
     return setting
+
+
+@pytest.fixture(scope="module")
+def known_keys(known):
+    return keys_of(known)
 
 
 EVERYTHING = ["fp32", "ptq", "qat", "reest", "fold", "export"]
@@ -205,8 +209,10 @@ CHANGES = [
 
 
 @pytest.mark.parametrize(("kind", "name", "first"), CHANGES, ids=[name for _, name, _ in CHANGES])
-def test_a_change_of_code_or_of_a_library_reaches_the_stages_that_use_it(known, monkeypatch, kind, name, first):
-    before = keys_of(known)
+def test_a_change_of_code_or_of_a_library_reaches_the_stages_that_use_it(
+    known, known_keys, monkeypatch, kind, name, first
+):
+    before = known_keys
     if kind == "code":
         path, meaning = code_identity.ROOT / name, code_identity._meaning
         assert path.is_file()
