@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from bnre_exp.errors import UserError
+from bnre_exp.files import lock_file
+from bnre_exp.jobs import folders
 from bnre_exp.jobs.folders import (
     FAILED,
     FINISHED,
@@ -52,12 +54,22 @@ def process(tmp_path):
     started.wait()
 
 
+@pytest.fixture
+def impatient(monkeypatch):
+    """A folder counts as held by a run as soon as its lock is: nobody looks here for a moment only."""
+
+    def locked(path, *, until=0.0, **how):
+        return lock_file(path, until=until and min(until, 0.1), **how)
+
+    monkeypatch.setattr(folders, "lock_file", locked)
+
+
 def leave(folder: Path, status: str, identity: str = "id") -> None:
     with claim(folder), recorded(folder, identity, "label") as record:
         record.status = status
 
 
-def test_a_run_is_alive_until_its_process_is_gone_however_it_went(tmp_path, process):
+def test_a_run_is_alive_until_its_process_is_gone_however_it_went(tmp_path, process, impatient):
     runs = tmp_path / "runs"
     live = runs / "live"
     assert is_alive(live) and read_record(live).status == RUNNING
@@ -71,7 +83,7 @@ def test_a_run_is_alive_until_its_process_is_gone_however_it_went(tmp_path, proc
     assert find_unfinished(runs, "id") == live and find_unfinished(runs, "other") is None
 
 
-def test_one_waits_for_the_end_of_the_other(tmp_path, process):
+def test_one_waits_for_the_end_of_the_other(tmp_path, process, impatient):
     live, said = tmp_path / "runs" / "live", threading.Event()
 
     def kill_it() -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import io
 import json
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,7 +19,7 @@ from rich.console import Console
 
 from bnre_exp import UserError
 from bnre_exp.cli.compose import compose_config
-from bnre_exp.config import ExportFormat
+from bnre_exp.config import Config, ExportFormat
 from bnre_exp.digests import digest
 from bnre_exp.jobs import code_identity
 from bnre_exp.jobs.plan import DATA_CODE, plan
@@ -68,16 +72,31 @@ SMALL = [
     "dataset.batch_size=32", "train.epochs=2", "qat.epochs=1", "quant.calib_batches=1", "reest.num_batches=2",
     "tracking.enabled=false", "runtime.threads=1", "export=checkpoint",
 ]  # fmt: skip
+pytestmark = pytest.mark.usefixtures("verified_here")
+
+
+@contextmanager
+def networks_in(folder: Path) -> Iterator[Path]:
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        (folder / "plannet.py").write_text(NET)
+        patch.syspath_prepend(str(folder))
+        yield folder
+    sys.modules.pop("plannet", None)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    (tmp_path / "plannet.py").write_text(NET)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    threads = torch.get_num_threads()
-    yield tmp_path
-    sys.modules.pop("plannet", None)
-    torch.set_num_threads(threads)
+def folder(tmp_path):
+    with networks_in(tmp_path):
+        yield tmp_path
+
+
+@pytest.fixture(scope="module")
+def unchanged(tmp_path_factory):
+    """The keys of the job as it is, in a folder of their own."""
+    with networks_in(tmp_path_factory.mktemp("unchanged")) as folder:
+        return keys(folder)
 
 
 def keys_of(setting: Setting) -> dict[str, str]:
@@ -101,10 +120,14 @@ def keys(folder: Path, *overrides: str) -> dict[str, str]:
 def known(tmp_path_factory):
     """A job that was prepared, with both kinds of files to export."""
     folder = tmp_path_factory.mktemp("known")
-    setting = setting_of(folder, "model=resnet18", "model._target_=bnre_exp.models.torchvision_model", "train.epochs=0",
-                         "qat.epochs=1", "export.formats=[checkpoint]")  # fmt: skip
+    setting = setting_of(folder, "model._target_=tests.jobs.nets.Residual")
     setting.config.export.formats.append(ExportFormat.onnx)
     return setting
+
+
+@pytest.fixture(scope="module")
+def known_keys(known):
+    return keys_of(known)
 
 
 EVERYTHING = ["fp32", "ptq", "qat", "reest", "fold", "export"]
@@ -141,8 +164,8 @@ EVERYTHING = ["fp32", "ptq", "qat", "reest", "fold", "export"]
         ("objective=fold/top1", None),
     ],
 )
-def test_a_setting_changes_the_stages_it_can_change_and_no_others(folder, override, first):
-    before, after = keys(folder), keys(folder, *override.split(" "))
+def test_a_setting_changes_the_stages_it_can_change_and_no_others(folder, unchanged, override, first):
+    before, after = unchanged, keys(folder, *override.split(" "))
     changed = [stage for stage in EVERYTHING if before[stage] != after[stage]]
     assert changed == (EVERYTHING[EVERYTHING.index(first) :] if first else [])
 
@@ -186,8 +209,10 @@ CHANGES = [
 
 
 @pytest.mark.parametrize(("kind", "name", "first"), CHANGES, ids=[name for _, name, _ in CHANGES])
-def test_a_change_of_code_or_of_a_library_reaches_the_stages_that_use_it(known, monkeypatch, kind, name, first):
-    before = keys_of(known)
+def test_a_change_of_code_or_of_a_library_reaches_the_stages_that_use_it(
+    known, known_keys, monkeypatch, kind, name, first
+):
+    before = known_keys
     if kind == "code":
         path, meaning = code_identity.ROOT / name, code_identity._meaning
         assert path.is_file()
@@ -250,15 +275,15 @@ def test_comments_docstrings_and_layout_are_no_code(tmp_path):
     assert meaning("def f(x):\n    return 'shown'\n") != meaning("def f(x):\n    return 'hidden'\n")
 
 
-def test_the_same_in_another_process_folder_and_order(folder):
+def test_the_same_in_another_process_folder_and_order(folder, unchanged):
     shown = [keys(folder, "model._target_=plannet.Shown") for _ in range(2)]
     assert shown[0] == shown[1]  # addresses of objects are no part of a structure
-    assert keys(folder, "train.epochs=2", "seed=0") == keys(folder, "seed=0")
+    assert keys(folder, "train.epochs=2", "seed=0") == keys(folder, "seed=0") == unchanged
     assert keys(folder, "train.epochs=0", "train.lr=0.3") == keys(folder, "train.epochs=0")
 
 
-def test_torchs_global_settings_count(folder):
-    before = keys(folder)
+def test_torchs_global_settings_count(folder, unchanged):
+    before = unchanged
     torch.backends.mkldnn.enabled = False
     try:
         assert keys(folder)["fp32"] != before["fp32"]
@@ -352,8 +377,13 @@ def test_a_state_that_no_file_can_hold_is_told_before_any_work(folder):
         keys(folder, "model._target_=plannet.Extra")
 
 
+@functools.cache
+def composed(*overrides: str) -> Config:
+    return compose_config([*SMALL, *overrides])
+
+
 def results(folder: Path, name: str, *overrides: str):
-    config = compose_config([*SMALL, f"runtime.output_dir={folder}", *overrides])
+    config = copy.deepcopy(composed(f"runtime.output_dir={folder}", *overrides))
     found = run(config, run_dir=folder / name, console=Console(file=io.StringIO()))
     metrics = {key: value for key, value in found.metrics.items() if "seconds" not in key}
     files = {path.name: path.read_bytes() for path in (folder / name / "folded").iterdir()}
@@ -363,13 +393,13 @@ def results(folder: Path, name: str, *overrides: str):
 @pytest.mark.parametrize(
     "overrides",
     [
-        (),
-        ("qat.epochs=0",),
-        ("dataset._target_=plannet.Random", "dataset.in_memory=false"),
-        ("dataset._target_=plannet.Random", "qat.epochs=0"),
+        pytest.param((), id="QAT"),
+        pytest.param(("qat.epochs=0",), id="PTQ", marks=pytest.mark.slow),
+        pytest.param(("dataset._target_=plannet.Random", "dataset.in_memory=false"), id="random items"),
+        pytest.param(("dataset._target_=plannet.Random", "qat.epochs=0"), id="random data in memory",
+                     marks=pytest.mark.slow),
     ],
-    ids=["QAT", "PTQ", "random items", "random data in memory"],
-)
+)  # fmt: skip
 def test_a_stage_goes_on_alike_from_the_store_and_from_memory(folder, overrides):
     whole = results(folder, "off", "store.mode=off", *overrides)
     assert results(folder, "computed", *overrides) == whole

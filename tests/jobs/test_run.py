@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import math
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -20,27 +22,36 @@ from rich.console import Console
 from bnre_exp import UserError, evaluate, integer_simulation, load_folded
 from bnre_exp.algorithms.compare import Difference
 from bnre_exp.cli.compose import compose_config
+from bnre_exp.jobs.reporting import Results
 from bnre_exp.jobs.run import run
 
-TINY = [
+ROOT = Path(__file__).parents[2]
+# A job that leaves out nothing, with the network of the default configuration, and with one that takes a moment.
+SMALL = [
     "dataset.train_limit=192", "dataset.test_limit=64", "dataset.batch_size=32", "train.epochs=2", "qat.epochs=1",
     "reest.num_batches=4", "quant.calib_batches=2", "export=checkpoint",
 ]  # fmt: skip
+TINY = [*SMALL, "model=custom", "model._target_=tests.jobs.nets.Residual"]
+pytestmark = pytest.mark.usefixtures("verified_here")
 
 
-def job(tmp_path: Path, *overrides: str, name: str = "run", tracking: bool = False):
+def job(tmp_path: Path, *overrides: str, name: str = "run", tracking: bool = False, base: list[str] = TINY):
     """Run one small job in this process; returns its results and what it printed."""
     more = [f"runtime.output_dir={tmp_path}", f"tracking.enabled={tracking}".lower()]
-    config = compose_config([*TINY, *more, *overrides])
+    config = compose_config([*base, *more, *overrides])
     console = Console(record=True, width=160, file=io.StringIO())
     return run(config, run_dir=tmp_path / name, overrides=overrides, console=console), console
 
 
+def environment(tmp_path: Path) -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # the networks of the tests are there
+    return {**os.environ, "BNRE_OUTPUT_DIR": str(tmp_path / "out"), "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+
+
 def command(tmp_path: Path, *overrides: str, **more) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "BNRE_OUTPUT_DIR": str(tmp_path / "out"), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-m", "bnre_exp", *overrides],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False, **more,
+        cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=300, check=False, **more,
     )  # fmt: skip
 
 
@@ -52,9 +63,38 @@ def mlflow_runs(output_dir: Path):
     return client, client.search_runs([experiment.experiment_id], order_by=["attributes.start_time"])
 
 
-def test_all_stages_with_qat_leave_what_the_readme_promises(tmp_path):
-    results, console = job(tmp_path, tracking=True)
-    client, (record,) = mlflow_runs(tmp_path)
+class Whole(NamedTuple):
+    """A job that leaves every format, verified in another process, and is tracked."""
+
+    base: list[str]
+    folder: Path
+    results: Results
+    said: str
+    model: tuple[str, str]
+    first_layer: str
+    layers: int
+
+
+RESIDUAL = ("model._target_", "tests.jobs.nets.Residual"), "4 bits, 32 channels", 5
+RESNET18 = ("model.name", "resnet18"), "4 bits, 64 channels", 21
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param((TINY, *RESIDUAL), id="residual"),
+            pytest.param((SMALL, *RESNET18), id="resnet18", marks=pytest.mark.slow)],
+)  # fmt: skip
+def whole(request, tmp_path_factory) -> Whole:
+    base, *expected = request.param
+    folder = tmp_path_factory.mktemp("whole")
+    results, console = job(folder, "export=all", tracking=True, base=base)
+    gc.freeze()  # the libraries that were imported for that
+    return Whole(base, folder, results, console.export_text(), *expected)
+
+
+def test_all_stages_with_qat_leave_what_the_readme_promises(whole):
+    folder = whole.folder
+    client, (record,) = mlflow_runs(folder)
     assert record.info.status == "FINISHED"
     stages = ["fp32", "ptq", "qat", "reest", "fold", "export"]
     assert [f"{stage}/top1" in record.data.metrics for stage in stages] == [True] * 6
@@ -64,26 +104,57 @@ def test_all_stages_with_qat_leave_what_the_readme_promises(tmp_path):
     assert record.data.metrics["fold/max_rel_logit_diff"] < 1e-5
     assert record.data.metrics["fold/top1_agreement"] > 0.98
     assert len(client.get_metric_history(record.info.run_id, "fp32/val_top1")) == 2
-    assert record.data.params["reest.num_batches"] == "4" and record.data.params["model.name"] == "resnet18"
+    name, value = whole.model
+    assert record.data.params["reest.num_batches"] == "4" and record.data.params[name] == value
     assert {i.tags[0].value for i in record.inputs.dataset_inputs} == {
         "train, calibration, reestimation",
         "validation",
         "test",
     }
-    assert len(client.search_logged_models([record.info.experiment_id])) == 1
-    local = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    local = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     logged = {name for line in local for name in line.get("metrics", {})}
     assert logged == set(record.data.metrics)
-    folded = load_folded(results.folded)
+    folded = load_folded(whole.results.folded)
     assert not any("BatchNorm" in type(m).__name__ for m in folded.modules())
-    text = console.export_text()
     for words in ("FP32", "quantize + calibrate", "QAT", "re-estimate BN", "fold", "checkpoint", " ui ", "folded"):
-        assert words in text
-    assert (tmp_path / "run" / "report.md").read_text().count("| ") > 6
+        assert words in whole.said
+    assert (folder / "run" / "report.md").read_text().count("| ") > 6
     assert {"layers.md", "layers.json", "report.md"} <= {f.path for f in client.list_artifacts(record.info.run_id)}
     assert "layers.json" in record.data.tags["mlflow.loggedArtifacts"]  # what MLflow shows as a table
-    layers = (tmp_path / "run" / "layers.md").read_text()
-    assert "| conv1 | Conv2d | 4 bits, 64 channels | bn1 folded into conv1 | relu | 8 bits, unsigned |" in layers
+    layers = (folder / "run" / "layers.md").read_text()
+    assert f"| conv1 | Conv2d | {whole.first_layer} | bn1 folded into conv1 | relu | 8 bits, unsigned |" in layers
+
+
+def test_every_format_is_verified_listed_and_found_again(whole):
+    import mlflow
+
+    folder, metrics = whole.folder, whole.results.metrics
+    for name in ("export", "onnx", "encodings"):
+        assert abs(metrics[f"{name}/top1"] - metrics["fold/top1"]) <= 1 / 64 + 1e-9
+    assert metrics["onnx/top1_agreement"] > 0.95 and metrics["onnx/milliseconds"] > 0
+    assert metrics["onnx/integer_layers"] == whole.layers and metrics["onnx/float_layers"] == 0
+    assert 0.1 < metrics["export/size_vs_fp32"] < 0.15  # 4-bit codes
+    assert {path.name for path in (folder / "run" / "encodings").iterdir()} == {
+        "model.onnx", "encodings_1.0.0.json", "encodings_2.0.0.json",
+    }  # fmt: skip
+    assert "ONNX Runtime" in whole.said
+    client, (record,) = mlflow_runs(folder)
+    listed = client.search_logged_models([record.info.experiment_id])
+    models = {model.model_type: model for model in listed}
+    assert models.keys() == {"bnre_exp folded checkpoint", "onnx"} and len(listed) == 2
+    mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
+    loaded = mlflow.pyfunc.load_model(f"models:/{models['onnx'].model_id}")
+    assert loaded.predict(torch.zeros(3, 3, 32, 32).numpy())["output"].shape == (3, 10)
+    assert loaded.metadata.signature is not None and loaded.metadata.saved_input_example_info is not None
+
+
+def test_the_same_job_again_finds_every_format(whole):
+    again, console = job(whole.folder, "export=all", name="again", base=whole.base)
+    text = console.export_text()
+    assert "ONNX Runtime: top-1" in text and "reused" in text
+    first = (whole.folder / "run" / "model.onnx").read_bytes()
+    assert (whole.folder / "again" / "model.onnx").read_bytes() == first
+    assert again.metrics["onnx/top1"] == whole.results.metrics["onnx/top1"]
 
 
 def test_ptq_recalibrates_and_keeps_the_two_effects_apart(tmp_path):
@@ -116,20 +187,21 @@ def test_the_folded_checkpoint_gives_the_reported_accuracy(tmp_path):
 
 def test_a_job_does_not_depend_on_what_ran_before_in_the_process(tmp_path):
     def metrics(name, *overrides):
-        values = job(tmp_path, *overrides, name=name)[0].metrics
+        values = job(tmp_path, "store.mode=off", *overrides, name=name)[0].metrics
         return {key: value for key, value in values.items() if "seconds" not in key}
 
     alone = metrics("alone")
     torch.manual_seed(99)
-    other = metrics("other", "quant.weight_bits=2", "seed=3", "runtime.threads=1", "model=mobilenet_v2")
+    network = "model._target_=tests.networks.flat_cnn"
+    other = metrics("other", "quant.weight_bits=2", "seed=3", "runtime.threads=1", network)
     assert other != alone and metrics("again") == alone
     assert metrics("seed", "seed=1") != alone
 
 
-def test_a_trained_network_can_be_taken_up_again(tmp_path):
-    first, _ = job(tmp_path, name="first")
-    again, _ = job(tmp_path, f"model.checkpoint={tmp_path}/first/fp32.safetensors", "train.epochs=null", name="again")
-    assert again.metrics["fp32/top1"] == first.metrics["fp32/top1"]
+def test_a_trained_network_can_be_taken_up_again(whole, tmp_path):
+    trained = whole.folder / "run" / "fp32.safetensors"
+    again, _ = job(tmp_path, f"model.checkpoint={trained}", "train.epochs=null", base=whole.base)
+    assert again.metrics["fp32/top1"] == whole.results.metrics["fp32/top1"]
     assert again.summary.stages[0].note == "loaded"
 
 
@@ -178,10 +250,10 @@ def test_a_users_own_network_by_target(tmp_path, monkeypatch):
         "        return self.head(self.body(x).mean((2, 3)))\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    results, _ = job(tmp_path, "model=custom", "model._target_=mynet.Net", "+model.kwargs.width=6")
+    results, _ = job(tmp_path, "model._target_=mynet.Net", "+model.kwargs.width=6")
     assert results.metrics["fold/folded_bns"] == 1
     with pytest.raises(UserError, match="10"):
-        job(tmp_path, "model=custom", "model._target_=mynet.Net", "+model.kwargs.num_classes=7", name="wrong")
+        job(tmp_path, "model._target_=mynet.Net", "+model.kwargs.num_classes=7", name="wrong")
 
 
 @pytest.mark.slow
@@ -209,10 +281,9 @@ def test_multirun_gives_one_comparable_run_each_and_goes_on_after_a_failure(tmp_
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interruption_keeps_what_is_finished(tmp_path, number, status):
-    environment = {**os.environ, "BNRE_OUTPUT_DIR": str(tmp_path / "out"), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "bnre_exp", *TINY, "qat.epochs=1000"],
-        cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "bnre_exp", *TINY, "qat.epochs=10000"],
+        cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell has it ignored
     )  # fmt: skip
     for line in process.stdout:
@@ -241,10 +312,10 @@ def test_a_loss_that_diverges_and_a_full_disk_are_told_in_a_sentence(tmp_path):
     full.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(full)], check=False)
     if mounted.returncode:  # without the right to mount, a limit on file size stands in for the full disk
-        done = command(tmp_path, *TINY, preexec_fn=_limit_file_size)
+        done = command(tmp_path, *SMALL, preexec_fn=_limit_file_size)
     else:
         try:
-            done = command(tmp_path, *TINY, f"runtime.output_dir={full}")
+            done = command(tmp_path, *SMALL, f"runtime.output_dir={full}")
         finally:
             subprocess.run(["umount", str(full)], check=True)
     assert done.returncode == 1, done.stderr
@@ -262,14 +333,14 @@ def _limit_file_size() -> None:
 @pytest.mark.fashion_mnist
 def test_pretrained_efficientnet_lite0_is_fine_tuned_quantized_and_folded(tmp_path, monkeypatch):
     """The example of a network of one's own in the documentation, its file included, on part of the data."""
-    page = (Path(__file__).parents[2] / "docs" / "your_network.md").read_text()
+    page = (ROOT / "docs" / "your_network.md").read_text()
     (source,) = re.findall(r"```python\n(# lite0.py\n.*?)```", page, re.DOTALL)
     (tmp_path / "lite0.py").write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
     results, _ = job(
         tmp_path, "model=custom", "model._target_=lite0.pretrained", "model.kwargs.num_classes=10",
         "model.kwargs.image_size=32", "dataset=fashion_mnist", "train.epochs=1", "quant=w4a8", "qat.epochs=0",
-        "dataset.train_limit=12000", "dataset.test_limit=1000", "train.lr=0.02", "reest.num_batches=50",
+        "dataset.train_limit=12000", "dataset.test_limit=1000", "train.lr=0.02", "reest.num_batches=50", base=SMALL,
     )  # fmt: skip
     metrics = results.metrics
     assert metrics["fp32/top1"] > 0.6 and metrics["reest/top1"] > metrics["ptq/top1"] + 0.05, metrics
@@ -285,41 +356,12 @@ def test_mobilenet_v2_on_fashion_mnist_recovers_at_two_bits(tmp_path):
         tmp_path, "model=mobilenet_v2", "dataset=fashion_mnist", "qat.epochs=0", "quant=w2a8",
         "dataset.train_limit=12000",
         "dataset.test_limit=2000", "dataset.batch_size=64", "train.epochs=2", "reest.num_batches=50",
-        "quant.calib_batches=8",
+        "quant.calib_batches=8", base=SMALL,
     )  # fmt: skip
     metrics = results.metrics
     assert metrics["fp32/top1"] > 0.75 and metrics["ptq/top1"] < 0.3
     assert metrics["reest/delta_top1"] > 0.1
     assert metrics["fold/top1"] == pytest.approx(metrics["reest/top1"], abs=0.01)
-
-
-def test_every_format_is_verified_listed_and_found_again(tmp_path):
-    import mlflow
-
-    results, console = job(tmp_path, "export=all", tracking=True)
-    metrics = results.metrics
-    for name in ("export", "onnx", "encodings"):
-        assert abs(metrics[f"{name}/top1"] - metrics["fold/top1"]) <= 1 / 64 + 1e-9
-    assert metrics["onnx/top1_agreement"] > 0.95 and metrics["onnx/milliseconds"] > 0
-    assert metrics["onnx/integer_layers"] == 21 and metrics["onnx/float_layers"] == 0
-    assert 0.1 < metrics["export/size_vs_fp32"] < 0.15  # 4-bit codes
-    assert {path.name for path in (tmp_path / "run" / "encodings").iterdir()} == {
-        "model.onnx", "encodings_1.0.0.json", "encodings_2.0.0.json",
-    }  # fmt: skip
-    assert "ONNX Runtime" in console.export_text()
-    client, (record,) = mlflow_runs(tmp_path)
-    models = {model.model_type: model for model in client.search_logged_models([record.info.experiment_id])}
-    assert models.keys() == {"bnre_exp folded checkpoint", "onnx"}
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    loaded = mlflow.pyfunc.load_model(f"models:/{models['onnx'].model_id}")
-    assert loaded.predict(torch.zeros(3, 3, 32, 32).numpy())["output"].shape == (3, 10)
-    assert loaded.metadata.signature is not None and loaded.metadata.saved_input_example_info is not None
-
-    again, console = job(tmp_path, "export=all", name="again")
-    text = console.export_text()
-    assert "ONNX Runtime: top-1" in text and "reused" in text
-    assert (tmp_path / "again" / "model.onnx").read_bytes() == (tmp_path / "run" / "model.onnx").read_bytes()
-    assert again.metrics["onnx/top1"] == metrics["onnx/top1"]
 
 
 def test_a_file_that_predicts_otherwise_fails_the_run(tmp_path, monkeypatch):

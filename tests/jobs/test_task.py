@@ -82,6 +82,7 @@ SMALL = [
     "qat.epochs=1", "qat.lr=0.001", "reest.num_batches=4", "quant=w8a8", "quant.calib_batches=2",
     "export.min_agreement=0.9",
 ]  # fmt: skip
+pytestmark = pytest.mark.usefixtures("verified_here")
 
 
 @pytest.fixture

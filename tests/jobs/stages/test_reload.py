@@ -105,7 +105,20 @@ def has_ended(pid: int) -> bool:
     return False
 
 
-def test_predictions_are_those_of_this_process_and_the_child_is_silent(tmp_path, user_code, capfd):
+def told(reason: str) -> str:
+    return f"^the ONNX model that was written cannot be loaded and run in another process: {reason}$"
+
+
+FAILURES = {
+    None: ".*nowhere.*",
+    "raises": ".* raised Odd: such words .*user_nets.py, line .*",
+    "exits": "SystemExit: enough",
+}
+
+
+def test_predictions_are_those_of_this_process_also_after_a_file_that_fails_and_the_child_is_silent(
+    tmp_path, user_code, capfd
+):
     folded = {
         "plain": folded_network(randomize(flat_cnn()), IMAGES),
         "users": folded_network(randomize(user_code.net()), IMAGES, leaf_modules=["Scale"]),
@@ -115,7 +128,12 @@ def test_predictions_are_those_of_this_process_and_the_child_is_silent(tmp_path,
     capfd.readouterr()
     with Verifier(SETTING) as verifier:
         plain, known = verifier.evaluate(checkpoint(tmp_path / "plain"), "checkpoint")
+        for builder, reason in FAILURES.items():
+            with pytest.raises(UserError, match=told(reason)):
+                verifier.evaluate(checkpoint(tmp_path / "nowhere", builder), "ONNX model")
         users, _ = verifier.evaluate(checkpoint(tmp_path / "users", "prints"), "checkpoint")
+        with pytest.raises(UserError, match=told("its process ended with status 3")):
+            verifier.evaluate(checkpoint(tmp_path / "nowhere", "leaves"), "ONNX model")
     assert known == {} and multiprocessing.active_children() == []
     assert capfd.readouterr() == ("", "")
     for name, found in (("plain", plain), ("users", users)):
@@ -124,27 +142,13 @@ def test_predictions_are_those_of_this_process_and_the_child_is_silent(tmp_path,
         assert (found.top1, found.loss, found.count) == (expected.top1, expected.loss, 5)
 
 
-def told(reason: str) -> str:
-    return f"^the ONNX model that was written cannot be loaded and run in another process: {reason}$"
-
-
-def test_why_a_file_cannot_be_loaded_is_told_and_the_next_is_tried(tmp_path, user_code):
-    failures = {
-        None: ".*nowhere.*",
-        "raises": ".* raised Odd: such words .*user_nets.py, line .*",
-        "exits": "SystemExit: enough",
-    }
-    with Verifier(SETTING) as verifier:
-        for builder, reason in failures.items():
-            with pytest.raises(UserError, match=told(reason)):
-                verifier.evaluate(checkpoint(tmp_path / "nowhere", builder), "ONNX model")
-    assert multiprocessing.active_children() == []
-
-
-@pytest.mark.parametrize(("builder", "how"), [("leaves", "status 3"), ("is_killed", "status -9, Killed")])
-def test_how_the_child_ended_is_told(tmp_path, user_code, builder, how):
-    with Verifier(SETTING) as verifier, pytest.raises(UserError, match=told(f"its process ended with {how}")):
-        verifier.evaluate(checkpoint(tmp_path / "nowhere", builder), "ONNX model")
+@pytest.mark.slow
+def test_how_the_child_was_killed_is_told(tmp_path, user_code):
+    with (
+        Verifier(SETTING) as verifier,
+        pytest.raises(UserError, match=told("its process ended with status -9, Killed")),
+    ):
+        verifier.evaluate(checkpoint(tmp_path / "nowhere", "is_killed"), "ONNX model")
     assert multiprocessing.active_children() == []
 
 
@@ -180,6 +184,7 @@ def test_an_exception_ends_a_child_that_hangs(tmp_path, user_code):
     assert multiprocessing.active_children() == [] and has_ended(int(Path("pid").read_text()))
 
 
+@pytest.mark.slow
 def test_a_worker_of_joblibs_can_have_the_child_too(tmp_path, monkeypatch):
     """Its start method is unknown to a process that is spawned, and it may be a daemon."""
     importlib.import_module("joblib.externals.loky")
