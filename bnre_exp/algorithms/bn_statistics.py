@@ -181,30 +181,37 @@ class Recorder:
         for key in dict.fromkeys(_kind(bn) for bn in names):
             self._groups.append(_Group([bn for bn in names if _kind(bn) == key], method, momentum))
         self.estimators = {bn: estimator for group in self._groups for bn, estimator in group.estimators.items()}
-        self._calls: dict[Any, int] = {}  # of the batch: BNs whose last call is not taken in, with its values a channel
+        self._calls: dict[Any, int] = {}  # of a batch: the values a channel of the last call of each BN
         self._is_plain = True  # no BN was called twice in the batch
 
     @contextmanager
-    def batch(self) -> Iterator[None]:
-        """BNs in training mode with momentum 1, on running statistics of the recorder, which hold those of the last call;
-        in the end each is as before. The calls of the block are taken in, unless it fails."""
+    def batch(self, known: Mapping[Any, int] | None = None) -> Iterator[None]:
+        """BNs in training mode with momentum 1, on running statistics of the recorder that hold those of the last call;
+        in the end each is as before. The calls of the block are taken in, unless it fails.
+
+        known: what :meth:`plain_calls` said of a batch that calls the same; no hooks are needed then.
+        """
         tracked = torch.zeros((), dtype=torch.long)
-        self._calls.clear()
+        self._calls = dict(known or {})
         self._is_plain = True
         with ExitStack() as stack:
             for group in self._groups:
-                group.mean.zero_()  # old values that are not finite would survive their weight of zero
-                group.var.zero_()
-                scratch = tracked.to(group.mean.device)
-                for bn, (mean, var) in group.views.items():
+                torch._foreach_zero_([*group.means, *group.vars])  # what is not finite survives a weight of zero
+                scratch = tracked.to(group.means[0].device)
+                for bn, mean, var in zip(group.estimators, group.means, group.vars):
                     stack.callback(_restore, bn, dict(bn._buffers), bn.momentum, bn.training)
                     bn.running_mean, bn.running_var, bn.momentum, bn.training = mean, var, 1.0, True
                     if bn.num_batches_tracked is not None:
                         bn.num_batches_tracked = scratch
-                    stack.callback(bn.register_forward_pre_hook(self._before, with_kwargs=True).remove)
+                    if known is None:
+                        stack.callback(bn.register_forward_pre_hook(self._before, with_kwargs=True).remove)
             yield
             for group in self._groups:
-                group.take_in({bn: self._calls[bn] for bn in group.views if bn in self._calls}, self._is_plain)
+                group.take_in(self._calls, self._is_plain)
+
+    def plain_calls(self) -> dict[Any, int] | None:
+        """Values a channel of each BN that the last batch called, if it called none twice."""
+        return dict(self._calls) if self._is_plain else None
 
     def _before(self, bn: Any, args: Any, kwargs: Any) -> None:
         x = args[0] if args else kwargs["input"]
@@ -228,16 +235,15 @@ class Recorder:
 
 
 class _Group:
-    """BNs whose running statistics have one type and device. mean, var: of the last call of each, ``[all channels]``;
-    joint: the estimator of all, of which those of each BN are parts."""
+    """BNs whose running statistics have one type and device. means, vars: of the last call of each; joint: the
+    estimator of all, of which those of each BN are parts."""
 
     def __init__(self, bns: Sequence[Any], method: str, momentum: float) -> None:
         sizes = [bn.running_mean.numel() for bn in bns]
         self.joint = Estimator(
             method, momentum, torch.cat([bn.running_mean for bn in bns]), torch.cat([bn.running_var for bn in bns])
         )
-        self.mean, self.var = (torch.zeros_like(bns[0].running_mean).new_zeros(sum(sizes)) for _ in range(2))
-        self.views = dict(zip(bns, zip(self.mean.split(sizes), self.var.split(sizes))))
+        self.means, self.vars = ([torch.zeros_like(bn.running_mean) for bn in bns] for _ in range(2))
         self.estimators = {bn: Estimator(method, momentum, bn.running_mean, bn.running_var) for bn in bns}
         for each, mean, spread in zip(
             self.estimators.values(), self.joint.mean.split(sizes), self.joint.spread.split(sizes)
@@ -248,20 +254,22 @@ class _Group:
     def take_in(self, calls: Mapping[Any, int], is_plain: bool) -> None:
         """The last calls of a batch. is_plain: they are the only ones."""
         estimators = list(self.estimators.values())
-        if not is_plain or len(calls) < len(estimators) or len({each.calls for each in estimators}) > 1:
-            for bn, count in calls.items():
-                self.estimators[bn].add(*self.views[bn], count)
+        are_alike = is_plain and len({each.calls for each in estimators}) == 1
+        if not are_alike or any(bn not in calls for bn in self.estimators):
+            for (bn, each), mean, var in zip(self.estimators.items(), self.means, self.vars):
+                if bn in calls:
+                    each.add(mean, var, calls[bn])
             return
         counts = [calls[bn] for bn in self.estimators]
         self.joint.calls = estimators[0].calls
         self.joint.count = self._of_channels([each.count for each in estimators])
-        self.joint.add(self.mean, self.var, self._of_channels(counts))
+        self.joint.add(torch.cat(self.means), torch.cat(self.vars), self._of_channels(counts))
         for each, count in zip(estimators, counts):
             each.calls += 1
             each.count += count
 
     def _of_channels(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64).repeat_interleave(self._sizes).to(self.mean.device)
+        return torch.tensor(values, dtype=torch.float64).repeat_interleave(self._sizes).to(self.joint.mean.device)
 
 
 def _kind(bn: Any) -> tuple[Any, Any]:

@@ -19,6 +19,7 @@ from bnre_exp.algorithms.feeding import (
     patience,
     to_device,
 )
+from bnre_exp.algorithms.speed import autocast, check_precision, compiled
 from bnre_exp.errors import UserError, few
 from bnre_exp.progress import Progress, no_progress
 from bnre_exp.tasks.classification import task_for
@@ -33,6 +34,8 @@ def evaluate(
     *,
     task: Task | None = None,
     target_fn: TargetFn | None = None,
+    precision: str = "float32",
+    compile: bool = False,
     progress: Progress = no_progress,
     description: str = "evaluate",
 ) -> Evaluation:
@@ -40,17 +43,21 @@ def evaluate(
 
     task: what the network is for; None: classification, whose loader yields ``(input, label)`` with label int64
     ``[N]``; ``target_fn(batch)`` returns the labels of other batches. ``forward_fn(model, batch)`` feeds the network
-    instead of the task. Raises ``UserError`` for an empty loader, a batch without what the task needs, and outputs
-    that are NaN or +inf (−inf may rule a class out).
+    instead of the task. precision: "bfloat16" computes under autocast; compile: by torch.compile.
+
+    Raises ``UserError`` for an empty loader, a batch without what the task needs, and outputs that are NaN or +inf
+    (−inf may rule a class out).
     """
     task = task_for(task, target_fn)
     device, meter, count = device_of(model), task.meter(), 0
     forward_fn, checks = forward_fn or task.feed, _Checks(model, description, patience(device))
-    with evaluation_mode(model), cached_weights(model, forward_fn):
+    check_precision(precision)
+    with evaluation_mode(model), cached_weights(model, forward_fn), compiled(model, compile):
         for batch in progress(dataloader, description, length_of(dataloader)):
             batch = to_device(batch, device)
             count += 1
-            output = forward_fn(model, batch)
+            with autocast(device, precision):
+                output = forward_fn(model, batch)
             checks.note(task.compared(output), batch)
             meter.update(output, batch)
     checks.look()

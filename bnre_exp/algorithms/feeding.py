@@ -146,7 +146,7 @@ def not_finite(model: nn.Module) -> list[str]:
 
 
 def patience(device: torch.device) -> int:
-    """After how many batches their results are looked at: on a CPU each, elsewhere few, since looking waits for them."""
+    """After how many batches results are looked at: on a CPU each, elsewhere few, since looking waits for them."""
     return 1 if device.type == "cpu" else 16
 
 

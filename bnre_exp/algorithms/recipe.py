@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from bnre_exp.algorithms.feeding import is_whole
+from bnre_exp.algorithms.speed import PRECISIONS
 from bnre_exp.errors import UserError
 
 MAX_EPOCHS = 1_000_000
@@ -20,7 +21,7 @@ WARM_UP = 0.25  # part of the steps of one_cycle
 CHOICES = {
     "optimizer": ("sgd", "adamw"),
     "schedule": ("one_cycle", "cosine", "constant"),
-    "precision": ("float32", "bfloat16"),
+    "precision": PRECISIONS,
 }
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torchvision.ops import FrozenBatchNorm2d
@@ -21,6 +21,7 @@ from bnre_exp.algorithms.bn_statistics import (
     write_statistics,
 )
 from bnre_exp.algorithms.feeding import ForwardFn, Passes, cached_weights, device_of, evaluation_mode, feed
+from bnre_exp.algorithms.speed import autocast, check_precision, compiled
 from bnre_exp.algorithms.unchanged import unchanged, warn_of_stale_ranges
 from bnre_exp.errors import UserError
 from bnre_exp.progress import Progress, no_progress
@@ -28,6 +29,7 @@ from bnre_exp.quantsim.admission import is_exported, refuse_inference, refuse_ki
 from bnre_exp.quantsim.quantizers.affine import ChannelAffine
 from bnre_exp.quantsim.quantizers.quantizer import Dequantize
 from bnre_exp.quantsim.tracing.functional import callers_of_batch_norm
+from bnre_exp.tasks.task import first_tensor
 
 
 @dataclass(kw_only=True)
@@ -54,6 +56,8 @@ def reestimate_bn_stats(
     *,
     method: str = "batch_average",
     momentum: float = 0.1,
+    precision: str = "float32",
+    compile: bool = False,
     progress: Progress = no_progress,
 ) -> ReestimationHandle:
     """Replace the running statistics of every BN that ``model`` calls; in place, and nothing else changes.
@@ -66,6 +70,8 @@ def reestimate_bn_stats(
     method: "batch_average", the plain mean over batches of their means and unbiased variances (as AIMET does);
     "pooled", the statistics of all samples together, weighted by their number; "ema", an exponential moving average
     that starts from the present statistics and gives the newest batch the weight ``momentum``, as training does.
+    precision: "bfloat16" computes under autocast; statistics stay in their own type. compile: a simulation is computed
+    by torch.compile, from the second batch of a shape on.
 
     Returns a handle that undoes it. Raises ``UserError`` if num_batches is below 1, the method is unknown, the loader
     is empty, a BN sees one value per channel, a statistic is not finite, or an observer has seen no data yet; the
@@ -74,6 +80,7 @@ def reestimate_bn_stats(
     Source: Nagel et al., "Overcoming oscillations in quantization-aware training", ICML 2022, section 4.1.
     """
     check_arguments(method, num_batches)
+    check_precision(precision)
     refuse_kind(model, "reestimate_bn_stats")
     names = {module: name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     bns: dict[Any, str] = {
@@ -84,10 +91,16 @@ def reestimate_bn_stats(
     device, count = device_of(model), Passes()
     recorder = Recorder(bns, method, momentum)
     recorder.check_finite(0)
+    calls: dict[Any, dict[Any, int] | None] = {}  # of batch norms in a batch of a shape
 
     def observe(batch: Any) -> None:
-        with evaluation_mode(model), recorder.batch():
+        shape = _shape_of(batch) if compile and isinstance(model, fx.GraphModule) else None
+        known = calls.get(shape)
+        speed = compiled(model, known is not None), autocast(device, precision)
+        with evaluation_mode(model), recorder.batch(known), speed[0], speed[1]:
             feed(model, batch, device, forward_fn)
+        if shape is not None and known is None:
+            calls[shape] = recorder.plain_calls()
         recorder.check_finite(count.batches)
 
     with cached_weights(model, forward_fn), unchanged(model):
@@ -104,6 +117,11 @@ def reestimate_bn_stats(
         functional=callers_of_batch_norm(model),
         _undo=commit(bns, results, write_statistics),
     )
+
+
+def _shape_of(batch: Any) -> torch.Size | None:
+    given = first_tensor(batch)
+    return None if given is None else given.shape
 
 
 def _check_any(model: nn.Module, bns: dict[Any, str], frozen: tuple[str, ...]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import time
@@ -28,6 +27,7 @@ from bnre_exp.algorithms.feeding import (
 )
 from bnre_exp.algorithms.recipe import Recipe, build_optimizer, build_scheduler
 from bnre_exp.algorithms.snapshot import Snapshots, Training, capture, restore, restore_random
+from bnre_exp.algorithms.speed import autocast, compiled
 from bnre_exp.errors import TrainingDivergedError, UserError, few
 from bnre_exp.progress import Progress, no_progress
 from bnre_exp.quantsim.tracing.frozen import train_mode
@@ -73,8 +73,8 @@ class Epoch:
 def train(
     model: nn.Module, dataloader: Iterable[Any], epochs: int, *, lr: float = 0.01, optimizer: str = "sgd",
     momentum: float = 0.9, weight_decay: float = 0.0, schedule: str = "cosine", label_smoothing: float = 0.0,
-    precision: str = "float32", steps_per_epoch: int | None = None, validation: Iterable[Any] | None = None,
-    forward_fn: ForwardFn | None = None, target_fn: TargetFn | None = None, loss_fn: LossFn | None = None,
+    precision: str = "float32", compile: bool = False, steps_per_epoch: int | None = None,
+    validation: Iterable[Any] | None = None, forward_fn: ForwardFn | None = None, target_fn: TargetFn | None = None, loss_fn: LossFn | None = None,
     task: Task | None = None, on_epoch: Callable[[Epoch], None] | None = None, progress: Progress = no_progress,
     description: str = "train", snapshots: Snapshots | None = None,
 ) -> list[Epoch]:  # fmt: skip
@@ -82,7 +82,8 @@ def train(
 
     lr: its peak; schedule: "one_cycle", "cosine" or "constant", by batches. optimizer: "sgd" (Nesterov) or "adamw".
     weight_decay acts on weights of two or more axes only: never on BN parameters, biases or quantizer scales.
-    precision: "bfloat16" computes under autocast. steps_per_epoch: an epoch is that many batches from the loader's
+    precision: "bfloat16" computes under autocast; compile: by torch.compile; both also where the validation data
+    are evaluated. steps_per_epoch: an epoch is that many batches from the loader's
     start, iterated again where it is shorter; None: all of it, whose length every schedule but a constant one needs.
     task: None: classification, whose loader yields ``(input, label)``; ``forward_fn(model, batch)`` replaces its
     feeding, ``target_fn(batch)`` returns the labels of other batches, validation included, and ``loss_fn(output,
@@ -108,14 +109,19 @@ def train(
     def validate() -> Mapping[str, float] | None:
         what = f"{description}: validation"
         return (
-            None if validation is None else evaluate(model, validation, forward_fn, task=task, description=what).metrics
+            None
+            if validation is None
+            else evaluate(
+                model, validation, forward_fn, task=task, precision=recipe.precision, compile=compile, description=what
+            ).metrics
         )
 
     for epoch in range(len(history) + 1, recipe.epochs + 1):
         started = time.perf_counter()
         batches = _epoch_batches(dataloader, recipe, steps_per_epoch)
         batches = progress(batches, f"{description} {epoch}/{epochs}", batches_an_epoch)
-        loss = _train_epoch(training, batches, loss_of, unused, f"epoch {epoch}", description)
+        with compiled(model, compile):
+            loss = _train_epoch(training, batches, loss_of, unused, f"epoch {epoch}", description)
         rate, seconds = training.optimizer.param_groups[0]["lr"], time.perf_counter() - started
         history.append(Epoch(epoch, loss, rate, seconds, validate()))
         if snapshots is not None:
@@ -242,7 +248,7 @@ def _loss_of_batch(
         count = task.samples(batch)
         if not count:
             raise UserError(f"{where}: the batch has no samples.")
-        with _autocast(device, recipe.precision):
+        with autocast(device, recipe.precision):
             output = _forward(forward_fn, model, batch, where)
             if loss_fn is None:
                 loss = task.loss(output, batch, recipe.label_smoothing)
@@ -276,9 +282,3 @@ def _check_loss(loss: Any, where: str) -> None:
             f"{where}: the loss does not depend on what is trained; forward_fn, loss_fn or the network may compute "
             "under torch.no_grad or detach its output."
         )
-
-
-def _autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    if precision == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
