@@ -177,19 +177,20 @@ def test_our_own_defect_shows_everything(
     assert "Traceback" in (job.folders[0] / "bnre_exp.log").read_text()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "advice"),
-    [
-        (["seed=1"], "Repeat the command to go on where it stopped."),
-        (["seed=1", "hydra.run.dir=here"], "Repeat the command to go on where it stopped."),
-        (["seed=1", "store=off"], "With store=off, repeating the command starts from the beginning."),
-        (["seed=1", "store=refresh"], ""),
-        (["-m", "seed=1,2"], "Repeat the command to go on where it stopped."),
-        (["-m", "seed=1,2", "store=off"], "Repeat the command to go on where it stopped."),
-        (["-m", "seed=choice(1,2)", "hydra/sweeper=optuna"], "Repeating the command starts a new search."),
-    ],
-)
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, Terminated])
+ADVICE = [
+    (["seed=1"], "Repeat the command to go on where it stopped."),
+    (["-m", "seed=1,2,3", "tracking=off"], "Repeat the command to go on where it stopped."),
+    (["seed=1", "hydra.run.dir=here"], "Repeat the command to go on where it stopped."),
+    (["seed=1", "store=off"], "With store=off, repeating the command starts from the beginning."),
+    (["seed=1", "store=refresh"], ""),
+    (["-m", "seed=1,2", "store=off", "tracking=off"], "Repeat the command to go on where it stopped."),
+    (["-m", "seed=choice(1,2)", "hydra/sweeper=optuna", "tracking=off"], "Repeating the command starts a new search."),
+]
+STOPS = [(KeyboardInterrupt, *case) for case in ADVICE] + [(Terminated, *case) for case in ADVICE[:2]]
+MORE_STOPS = [pytest.param(Terminated, *case, marks=pytest.mark.slow) for case in ADVICE[2:]]
+
+
+@pytest.mark.parametrize(("stop", "arguments", "advice"), [*STOPS, *MORE_STOPS])
 def test_who_stops_it_is_told_whether_it_goes_on(
     stop: type[BaseException],
     arguments: list[str],
@@ -227,20 +228,14 @@ def test_multirun_goes_on_after_a_failed_job(
 
 def test_multirun_with_a_defect_has_exit_status_1(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     job.action = lambda config: raising(RuntimeError("defect"))(config) if config.seed == 1 else None
-    assert call(monkeypatch, "-m", "seed=-1,1,2") == 1
+    assert call(monkeypatch, "-m", "seed=-1,1,2", "tracking=off") == 1
     assert [config.seed for config in job.configs] == [1, 2]
     job.action = lambda config: None
-    assert call(monkeypatch, "-m", "seed=1,2") == 0  # nothing is left over from the failed one
-
-
-def test_ctrl_c_stops_a_multirun(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    job.action = raising(KeyboardInterrupt())
-    assert call(monkeypatch, "-m", "seed=1,2,3") == 130
-    assert len(job.configs) == 1
+    assert call(monkeypatch, "-m", "seed=1,2", "tracking=off") == 0  # nothing is left over from the failed one
 
 
 def test_a_mistyped_key_stops_a_multirun_before_its_first_job(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert call(monkeypatch, "-m", "reest.num_batches=0,abc") == 2
+    assert call(monkeypatch, "-m", "reest.num_batches=0,abc", "tracking=off") == 2
     assert job.configs == []
 
 
@@ -252,18 +247,18 @@ def test_what_is_looked_for_is_what_a_job_leaves(job: Job, monkeypatch: pytest.M
     assert call(monkeypatch, "quant=w3", "seed=8") == 130
     assert [folder == job.folders[0] for folder in job.folders] == [True, True, False]
     for _ in range(2):
-        assert call(monkeypatch, "-m", "quant=w3,w4", "seed=7") == 130
+        assert call(monkeypatch, "-m", "quant=w3,w4", "tracking=off") == 130
     assert job.folders[3] == job.folders[4] and job.folders[3].parent.parent.name == "multirun"
     job.action = lambda config: None
-    assert call(monkeypatch, "-m", "quant=w3,w4", "seed=7") == 0
+    assert call(monkeypatch, "-m", "quant=w3,w4", "tracking=off") == 0
     assert [folder.name for folder in job.folders[5:]] == ["0", "1"] and job.folders[5] == job.folders[3]
-    assert call(monkeypatch, "-m", "quant=w3,w4", "seed=7") == 0  # finished: this is a new one
+    assert call(monkeypatch, "-m", "quant=w3,w4", "tracking=off") == 0  # finished: this is a new one
     assert job.folders[7].parent != job.folders[5].parent
 
 
 def test_a_failed_job_does_not_stop_the_batches_that_follow(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     job.action = lambda config: raising(UserError("no"))(config) if config.seed == 1 else None
-    assert call(monkeypatch, "-m", "seed=1,2,3", "hydra.sweeper.max_batch_size=1") == 2
+    assert call(monkeypatch, "-m", "seed=1,2,3", "hydra.sweeper.max_batch_size=1", "tracking=off") == 2
     assert [config.seed for config in job.configs] == [1, 2, 3]
 
 
@@ -283,18 +278,30 @@ def test_a_folder_that_the_user_names_is_used_and_what_was_in_it_is_kept(
 def test_brackets_in_what_is_typed_are_no_markup(
     job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call(monkeypatch, "-m", "tracking.run_name='[/x] [bold]'", "seed=1,2") == 0
+    assert call(monkeypatch, "-m", "tracking.run_name='[/x] [bold]'", "tracking=off", "seed=1,2") == 0
     assert "[/x] [bold]" in capsys.readouterr().out
 
 
-def test_a_job_of_a_sweep_is_told_by_what_it_differs(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+SWEEP = """# @package _global_
+hydra:
+  mode: MULTIRUN
+  sweeper:
+    params:
+      quant.weight_bits: 3
+      quant.per_channel: true,false
+"""
+
+
+def test_a_job_of_a_sweep_is_told_by_what_it_differs(job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given: list[str] = []
     monkeypatch.setattr(pipeline, "run", lambda *a, differing, **k: given.append(differing))
-    assert call(monkeypatch, "-m", "quant=w3,w4", "seed=7", "+model.kwargs.a=1,2", "store=off") == 0
+    assert call(monkeypatch, "-m", "quant=w3,w4", "seed=7", "+model.kwargs.a=1,2", "store=off", "tracking=off") == 0
     assert given == ["quant=w3 a=1", "quant=w3 a=2", "quant=w4 a=1", "quant=w4 a=2"]
     given.clear()
-    assert call(monkeypatch, "experiment=per_channel") == 0  # what is swept stands in its file
-    assert given[:2] == ["weight_bits=3 per_channel=True", "weight_bits=3 per_channel=False"]
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "own.yaml").write_text(SWEEP)
+    assert call(monkeypatch, "--config-dir=conf", "experiment=own", "tracking=off") == 0
+    assert given == ["weight_bits=3 per_channel=True", "weight_bits=3 per_channel=False"]
     given.clear()
     assert call(monkeypatch, "seed=7") == 0 and given == [""]
 
