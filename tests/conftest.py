@@ -36,7 +36,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _tables_of_mlflow_are_made_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """MLflow's migrations of an empty database take seconds: each later one begins as a copy of this process's first."""
+    """MLflow's migrations of an empty database take seconds: all databases begin as copies of this process's first."""
     first, make = tmp_path_factory.mktemp("mlflow") / "first.db", stores._make_database
 
     def make_from_first(database: Path, client_class: Callable[[str], Any]) -> None:
