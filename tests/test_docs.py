@@ -66,11 +66,11 @@ SMALL = {
     "'model.kwargs.inverted_residual_setting=[[1,16,1,1],[6,24,2,2]]'",
     rf"{JOB}(?!.*(model=(custom|timm|onnx)|{MOBILENET}))": "model._target_=small.Small",
     rf"{JOB}.*dataset=image_folder": "model.kwargs.num_classes=2",
-    rf"{JOB}(?!.*(export|model=(custom|onnx)))(-m|.*experiment=|.*model=timm)": "export=checkpoint",
+    # ONNX too where it is shown, where it is the source, of another task, and of the main job
+    rf"{JOB}(?!$|.*(export|model=onnx|task=custom))": "export=checkpoint",
     r"bnre-exp .*optuna": "hydra.sweeper.n_trials=2",
     r"bnre-exp .*experiment=(bits|batches|per_channel)": "hydra.mode=RUN",  # ptq is run as the sweep it is
     r"bnre-exp .*experiment=smoke": "dataset.train_limit=128",
-    r"bnre-exp .*lite0": "export=checkpoint",
     r"python .*zoo.py": "--filter mobilenetv3_small_050 --output zoo",
 }
 
