@@ -1,8 +1,8 @@
 """What README and docs show works: every command and example is run, and every internal link leads somewhere.
 
-Bash takes the commands of a page apart, and runs those that are not ours, one after the other, in a folder that holds
-what a reader would have (write_files). Ours are run each in a process of its own, a fork of one that has imported the
-libraries. What cannot be run here is in CANNOT_RUN; SMALL is what is appended to shorten long trainings. Fashion-MNIST
+Bash takes the commands of a page apart, one after the other, in a folder that holds what a reader would have
+(write_files). Ours are run each in a process of its own, most in a fork of one that has imported the libraries; bash runs
+the others. What cannot be run here is in CANNOT_RUN; SMALL is what is appended to shorten long trainings. Fashion-MNIST
 is a small stand-in, so that these commands run on every machine.
 """
 
@@ -258,7 +258,8 @@ def run() -> Iterator[Run]:
 
     def run(command: str, folder: Path, environment: Mapping[str, str]) -> tuple[int, str]:
         bash: dict[str, Any] = {"cwd": folder, "env": {**os.environ, **environment}, "text": True}
-        if command.split()[0] not in entry_points() or re.search("[|&;]", command):
+        # A launcher's own processes end with the interpreter; a fork would wait for joblib's, which linger for minutes.
+        if command.split()[0] not in entry_points() or re.search("[|&;]|hydra/launcher", command):
             done = subprocess.run(["bash", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **bash)
             return done.returncode, done.stdout
         taken_apart = subprocess.check_output(["bash", "-c", f"printf '%s\\0' {command}"], **bash)
