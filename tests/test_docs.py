@@ -1,9 +1,9 @@
 """What README and docs show works: every command and example is run, and every internal link leads somewhere.
 
 Bash takes the commands of a page apart, one after the other, in a folder that holds what a reader would have
-(write_files). Ours are run each in a process of its own, most in a fork of one that has imported the libraries; bash runs
-the others. What cannot be run here is in CANNOT_RUN; SMALL is what is appended to shorten long trainings. Fashion-MNIST
-is a small stand-in, so that these commands run on every machine.
+(write_files). Ours are run each in a process of its own, most in a fork of one that has imported the libraries; bash
+runs the others. What cannot be run here is in CANNOT_RUN; SMALL is what is appended to shorten long trainings.
+Fashion-MNIST is a small stand-in, so that these commands run on every machine.
 """
 
 from __future__ import annotations
