@@ -8,14 +8,17 @@ import functools
 import gc
 import os
 import runpy
+import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from bnre_exp.data.datasets import DEBIAN_FASHION_MNIST
+from bnre_exp.tracking import stores
 
 HIDING = Path(__file__).parent / "without_data"
 HAS_FASHION_MNIST = Path(DEBIAN_FASHION_MNIST).is_dir()
@@ -32,6 +35,21 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("fashion_mnist") and not HAS_FASHION_MNIST:
         pytest.skip("needs Fashion-MNIST: apt-get install dataset-fashion-mnist")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _tables_of_mlflow_are_made_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """MLflow's migrations of an empty database take seconds: all databases begin as copies of this process's first."""
+    first, make = tmp_path_factory.mktemp("mlflow") / "first.db", stores._make_database
+
+    def make_from_first(database: Path, client_class: Callable[[str], Any]) -> None:
+        make(database, lambda uri: shutil.copy(first, stores.database_of(uri)) if first.exists() else client_class(uri))
+        if not first.exists():
+            shutil.copy(database, first)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stores, "_make_database", make_from_first)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -95,7 +95,16 @@ def net():
 """
 
 
-def test_the_installed_command_finds_its_configuration_and_the_users_network(installed: Path, tmp_path: Path) -> None:
+def test_the_installed_command_finds_its_configuration(installed: Path, tmp_path: Path) -> None:
+    write_commands(installed / "bin")
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    command = [str(installed / "bin" / "bnre-exp"), "quant=w3", "--cfg", "job"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "weight_bits: 3\n" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_the_installed_command_finds_the_users_network(installed: Path, tmp_path: Path) -> None:
     """As ``python -m bnre_exp`` does, which has the working directory in its search path."""
     write_commands(installed / "bin")
     (tmp_path / "mynet.py").write_text(NET)
@@ -111,7 +120,12 @@ def test_the_installed_command_finds_its_configuration_and_the_users_network(ins
     assert (run / "model.onnx").exists() and (run / "folded").is_dir() and not (tmp_path / "outputs").exists()
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS))
+IMPORTING_TORCH = "bnre-exp-onnx"
+
+
+@pytest.mark.parametrize(
+    "command", [*sorted(COMMANDS - {IMPORTING_TORCH}), pytest.param(IMPORTING_TORCH, marks=pytest.mark.slow)]
+)
 def test_commands_have_help_under_their_name(command: str, installed: Path, tmp_path: Path) -> None:
     write_commands(installed / "bin")
     done = subprocess.run(

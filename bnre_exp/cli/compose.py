@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -31,12 +32,17 @@ def config_folder() -> Path:
 
 
 def register() -> None:
+    ConfigStore.instance().store(name="config_schema", node=_schema())  # a copy of it
+    OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
+
+
+@cache
+def _schema() -> Any:
     schema = OmegaConf.structured(_as_written(Config))
     # A builder's own arguments are open: model.kwargs.width=2
     for section in (schema.model, schema.dataset, schema.task):
         OmegaConf.set_struct(section.kwargs, False)
-    ConfigStore.instance().store(name="config_schema", node=schema)
-    OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
+    return schema
 
 
 def _as_written(section: Any) -> Any:
@@ -48,6 +54,7 @@ def _as_written(section: Any) -> Any:
         return Any if annotation is bool else annotation
 
     columns: list[Any] = []
+    hints = get_type_hints(section)
     for item in fields(section):
         default: Any = item.default_factory
         if isinstance(default, type) and is_dataclass(default):
@@ -55,14 +62,15 @@ def _as_written(section: Any) -> Any:
             columns.append((item.name, inner, field(default_factory=inner)))
         else:
             own = field(default=item.default) if default is MISSING else field(default_factory=default)
-            columns.append((item.name, kind(get_type_hints(section)[item.name]), own))
+            columns.append((item.name, kind(hints[item.name]), own))
     return make_dataclass(section.__name__, columns)
 
 
 def _refuse_other_numbers(section: Any, values: Any, prefix: str = "") -> None:
     """Raise ``UserError`` for a switch that is a number other than 0 and 1."""
+    hints = get_type_hints(section)
     for item in fields(section):
-        value, kind = values.get(item.name) if isinstance(values, dict) else None, get_type_hints(section)[item.name]
+        value, kind = values.get(item.name) if isinstance(values, dict) else None, hints[item.name]
         if kind is bool and type(value) is int and value not in (0, 1):
             raise UserError(f"{prefix}{item.name}={value}: expected true or false; it means: {item.metadata['doc']}.")
         inner = (get_args(kind) or (kind,))[0]

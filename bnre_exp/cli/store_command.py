@@ -14,11 +14,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bnre_exp.jobs.stages.table import STAGES
 from bnre_exp.jobs.store import Entry, Store
 from bnre_exp.tracking.typed_text import typed
 
-ORDER = [stage.name for stage in STAGES]
 IDENTIFYING = ("model.name", "model._target_", "dataset._target_")
 
 
@@ -54,10 +52,13 @@ def age(seconds: float) -> str:
 
 def table(entries: Sequence[Entry], now: float) -> Table:
     """One row an entry: stage, what it is of, size, age, when it was last used, and its folder."""
+    from bnre_exp.jobs.stages.table import STAGES  # late: it imports torch
+
+    order = [stage.name for stage in STAGES]
     found, texts = Table(), differences(entries)
     for heading in ("stage", "of", "MB", "made", "used", "entry"):
         found.add_column(heading, justify="right" if heading in ("MB", "made", "used") else "left", overflow="fold")
-    for entry in sorted(entries, key=lambda entry: (ORDER.index(entry.stage), texts[entry.folder.name])):
+    for entry in sorted(entries, key=lambda entry: (order.index(entry.stage), texts[entry.folder.name])):
         row = (f"{entry.size / 1e6:.1f}", age(now - entry.created), age(now - entry.used))
         found.add_row(entry.stage, texts[entry.folder.name], *row, entry.folder.name[:16])
     return found

@@ -40,6 +40,9 @@ def test_every_choice_composes_to_what_its_file_says(file: Path) -> None:
             got = getattr(getattr(config, name), key)
             if value not in ("", "???"):
                 assert plain(got) == value, f"{name}.{key}"
+    if group == "quant":  # what its name says
+        bits = f"w{config.quant.weight_bits}" + ("" if config.quant.act_bits is None else f"a{config.quant.act_bits}")
+        assert bits + ("" if config.quant.per_channel else "_per_tensor") == file.stem
 
 
 def test_defaults_are_the_main_job() -> None:
@@ -47,13 +50,6 @@ def test_defaults_are_the_main_job() -> None:
     assert (config.model.name, config.dataset._target_) == ("resnet18", "bnre_exp.data.digits")
     assert (config.quant.weight_bits, config.quant.act_bits, config.reest.num_batches) == (4, 8, 100)
     assert config.qat.epochs > 0 and config.fold.mode is FoldMode.scale and config.tracking.enabled
-
-
-def test_quant_choices_do_what_their_names_say() -> None:
-    for file in (config_folder() / "quant").glob("*.yaml"):
-        quant = compose_config([f"quant={file.stem}"]).quant
-        name = f"w{quant.weight_bits}" + ("" if quant.act_bits is None else f"a{quant.act_bits}")
-        assert name + ("" if quant.per_channel else "_per_tensor") == file.stem
 
 
 def test_values_are_typed() -> None:

@@ -46,7 +46,7 @@ def nothing_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> bool:
         ["--config-dir=conf", "--config-name=own"],
         ["tracking.uri=${oc.env:OUR_URI}"],
         ["-m", f"tracking.uri={URI}", "tracking.enabled=false", "seed=1,2"],
-        ["-m", "--config-dir=conf", "tracking=ours", "seed=1,2"],
+        pytest.param(["-m", "--config-dir=conf", "tracking=ours", "seed=1,2"], marks=pytest.mark.slow),
         ["-m", "--config-dir=conf", "tracking=ours,local"],
     ],
     ids=lambda arguments: " ".join(arguments).replace(":SECRET", ""),

@@ -177,19 +177,24 @@ def test_our_own_defect_shows_everything(
     assert "Traceback" in (job.folders[0] / "bnre_exp.log").read_text()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "advice"),
-    [
-        (["seed=1"], "Repeat the command to go on where it stopped."),
-        (["seed=1", "hydra.run.dir=here"], "Repeat the command to go on where it stopped."),
-        (["seed=1", "store=off"], "With store=off, repeating the command starts from the beginning."),
-        (["seed=1", "store=refresh"], ""),
-        (["-m", "seed=1,2"], "Repeat the command to go on where it stopped."),
-        (["-m", "seed=1,2", "store=off"], "Repeat the command to go on where it stopped."),
-        (["-m", "seed=choice(1,2)", "hydra/sweeper=optuna"], "Repeating the command starts a new search."),
-    ],
-)
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, Terminated])
+ADVICE = [
+    (["seed=1"], "Repeat the command to go on where it stopped."),
+    (["-m", "seed=1,2,3", "tracking=off"], "Repeat the command to go on where it stopped."),
+    (["seed=1", "store=off"], "With store=off, repeating the command starts from the beginning."),
+    (["seed=1", "store=refresh"], ""),
+]
+MORE_ADVICE = [
+    (["seed=1", "hydra.run.dir=here"], "Repeat the command to go on where it stopped."),
+    (["-m", "seed=1,2", "store=off", "tracking=off"], "Repeat the command to go on where it stopped."),
+    (["-m", "seed=choice(1,2)", "hydra/sweeper=optuna", "tracking=off"], "Repeating the command starts a new search."),
+]
+STOPS = [(KeyboardInterrupt, *case) for case in ADVICE] + [(Terminated, *case) for case in ADVICE[:2]]
+MORE_STOPS = [(KeyboardInterrupt, *case) for case in MORE_ADVICE]
+MORE_STOPS += [(Terminated, *case) for case in [*ADVICE[2:], *MORE_ADVICE]]
+MORE_STOPS = [pytest.param(*case, marks=pytest.mark.slow) for case in MORE_STOPS]
+
+
+@pytest.mark.parametrize(("stop", "arguments", "advice"), [*STOPS, *MORE_STOPS])
 def test_who_stops_it_is_told_whether_it_goes_on(
     stop: type[BaseException],
     arguments: list[str],
@@ -214,56 +219,58 @@ def test_who_stops_it_is_told_whether_it_goes_on(
 def test_multirun_goes_on_after_a_failed_job(
     job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert call(monkeypatch, "-m", "quant.weight_bits=1,2,3", "seed=5") == 2
+    name = "tracking.run_name='[/x] [bold]'"  # no markup
+    assert call(monkeypatch, "-m", "quant.weight_bits=1,2,3", "seed=5", name) == 2
     assert [config.quant.weight_bits for config in job.configs] == [2, 3]
     assert {folder.parent.parent for folder in job.folders} == {tmp_path / "outputs" / "multirun"}
     assert [folder.name for folder in job.folders] == ["1", "2"]
     said = capsys.readouterr()
-    assert "job 2: quant.weight_bits=3 seed=5" in said.out
+    assert "job 2: quant.weight_bits=3 seed=5" in said.out and "[/x] [bold]" in said.out
     listed = said.err[said.err.index("1 job(s) of this multirun failed") :]
     assert "0: quant.weight_bits=1 seed=5" in listed and "at least 2" in listed
     assert "Traceback" not in said.err
 
 
+@pytest.mark.slow
 def test_multirun_with_a_defect_has_exit_status_1(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     job.action = lambda config: raising(RuntimeError("defect"))(config) if config.seed == 1 else None
-    assert call(monkeypatch, "-m", "seed=-1,1,2") == 1
+    assert call(monkeypatch, "-m", "seed=-1,1,2", "tracking=off") == 1
     assert [config.seed for config in job.configs] == [1, 2]
     job.action = lambda config: None
-    assert call(monkeypatch, "-m", "seed=1,2") == 0  # nothing is left over from the failed one
-
-
-def test_ctrl_c_stops_a_multirun(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    job.action = raising(KeyboardInterrupt())
-    assert call(monkeypatch, "-m", "seed=1,2,3") == 130
-    assert len(job.configs) == 1
+    assert call(monkeypatch, "-m", "seed=1,2", "tracking=off") == 0  # nothing is left over from the failed one
 
 
 def test_a_mistyped_key_stops_a_multirun_before_its_first_job(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert call(monkeypatch, "-m", "reest.num_batches=0,abc") == 2
+    assert call(monkeypatch, "-m", "reest.num_batches=0,abc", "tracking=off") == 2
     assert job.configs == []
 
 
-def test_what_is_looked_for_is_what_a_job_leaves(job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_is_looked_for_is_what_a_job_leaves(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     """The identity by which an interrupted job is found is the one that the job itself writes."""
     job.action = raising(KeyboardInterrupt())
     for _ in range(2):
         assert call(monkeypatch, "quant=w3", "seed=7") == 130
     assert call(monkeypatch, "quant=w3", "seed=8") == 130
     assert [folder == job.folders[0] for folder in job.folders] == [True, True, False]
+
+
+@pytest.mark.slow
+def test_what_is_looked_for_is_what_a_multirun_leaves(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    job.action = raising(KeyboardInterrupt())
     for _ in range(2):
-        assert call(monkeypatch, "-m", "quant=w3,w4", "seed=7") == 130
-    assert job.folders[3] == job.folders[4] and job.folders[3].parent.parent.name == "multirun"
+        assert call(monkeypatch, "-m", "quant=w3,w4", "tracking=off") == 130
+    assert job.folders[0] == job.folders[1] and job.folders[0].parent.parent.name == "multirun"
     job.action = lambda config: None
-    assert call(monkeypatch, "-m", "quant=w3,w4", "seed=7") == 0
-    assert [folder.name for folder in job.folders[5:]] == ["0", "1"] and job.folders[5] == job.folders[3]
-    assert call(monkeypatch, "-m", "quant=w3,w4", "seed=7") == 0  # finished: this is a new one
-    assert job.folders[7].parent != job.folders[5].parent
+    assert call(monkeypatch, "-m", "quant=w3,w4", "tracking=off") == 0
+    assert [folder.name for folder in job.folders[2:]] == ["0", "1"] and job.folders[2] == job.folders[0]
+    assert call(monkeypatch, "-m", "quant=w3,w4", "tracking=off") == 0  # finished: this is a new one
+    assert job.folders[4].parent != job.folders[2].parent
 
 
+@pytest.mark.slow
 def test_a_failed_job_does_not_stop_the_batches_that_follow(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     job.action = lambda config: raising(UserError("no"))(config) if config.seed == 1 else None
-    assert call(monkeypatch, "-m", "seed=1,2,3", "hydra.sweeper.max_batch_size=1") == 2
+    assert call(monkeypatch, "-m", "seed=1,2,3", "hydra.sweeper.max_batch_size=1", "tracking=off") == 2
     assert [config.seed for config in job.configs] == [1, 2, 3]
 
 
@@ -280,21 +287,26 @@ def test_a_folder_that_the_user_names_is_used_and_what_was_in_it_is_kept(
     assert (place / "earlier-1" / "metrics.jsonl").read_text() == '{"seed": 1}\n'
 
 
-def test_brackets_in_what_is_typed_are_no_markup(
-    job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert call(monkeypatch, "-m", "tracking.run_name='[/x] [bold]'", "seed=1,2") == 0
-    assert "[/x] [bold]" in capsys.readouterr().out
+SWEEP = """# @package _global_
+hydra:
+  mode: MULTIRUN
+  sweeper:
+    params:
+      quant.weight_bits: 3
+      quant.per_channel: true,false
+"""
 
 
-def test_a_job_of_a_sweep_is_told_by_what_it_differs(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_of_a_sweep_is_told_by_what_it_differs(job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given: list[str] = []
     monkeypatch.setattr(pipeline, "run", lambda *a, differing, **k: given.append(differing))
-    assert call(monkeypatch, "-m", "quant=w3,w4", "seed=7", "+model.kwargs.a=1,2", "store=off") == 0
+    assert call(monkeypatch, "-m", "quant=w3,w4", "seed=7", "+model.kwargs.a=1,2", "store=off", "tracking=off") == 0
     assert given == ["quant=w3 a=1", "quant=w3 a=2", "quant=w4 a=1", "quant=w4 a=2"]
     given.clear()
-    assert call(monkeypatch, "experiment=per_channel") == 0  # what is swept stands in its file
-    assert given[:2] == ["weight_bits=3 per_channel=True", "weight_bits=3 per_channel=False"]
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "own.yaml").write_text(SWEEP)
+    assert call(monkeypatch, "--config-dir=conf", "experiment=own", "tracking=off") == 0
+    assert given == ["weight_bits=3 per_channel=True", "weight_bits=3 per_channel=False"]
     given.clear()
     assert call(monkeypatch, "seed=7") == 0 and given == [""]
 

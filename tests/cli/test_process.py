@@ -16,9 +16,24 @@ import bnre_exp
 ROOT = Path(bnre_exp.__file__).parent.parent
 
 
+NET = """
+from torch import nn
+def net():
+    return nn.Sequential(nn.Conv2d(3, 4, 3, 4), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
+"""
+SMALL = [
+    "model._target_=net.net",
+    "dataset.train_limit=64",
+    "dataset.test_limit=32",
+    "export=checkpoint",
+    "tracking=off",
+]
+
+
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("BNRE_OUTPUT_DIR", None)
+    (folder / "net.py").write_text(NET)
     command = [sys.executable, "-m", "bnre_exp", *arguments]
     return subprocess.Popen(
         command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -34,7 +49,11 @@ def test_process_with_a_mistake(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [(["-m", "seed=1,2"], "Stopped: what read the output has closed it.\n"), (["--cfg=job"], ""), (["--help"], "")],
+    [
+        (["-m", "seed=1,2", *SMALL], "Stopped: what read the output has closed it.\n"),
+        (["--cfg=job"], ""),
+        (["--help"], ""),
+    ],
 )
 def test_process_whose_output_nobody_reads(arguments: list[str], says: str, tmp_path: Path) -> None:
     process = start(tmp_path, *arguments)
@@ -48,7 +67,7 @@ def test_process_whose_output_nobody_reads(arguments: list[str], says: str, tmp_
 
 
 def test_process_stopped_by_sigterm_keeps_what_is_finished(tmp_path: Path) -> None:
-    process = start(tmp_path, "experiment=smoke", "tracking=off", "dataset.train_epochs=1000")
+    process = start(tmp_path, *SMALL, "dataset.train_epochs=100000")
     deadline = time.monotonic() + 120
     try:
         metrics = "outputs/runs/*/metrics.jsonl"
