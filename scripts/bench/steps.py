@@ -12,6 +12,7 @@ again from OUTPUT.json. What is measured, and how, is told by the page.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -97,7 +98,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         notes.append("Peak memory was not measured.")
     results: dict[str, Any] = {
         "command": options.command, "is_quick": options.quick, "machine": machine(options.device),
-        "missing": missing, "notes": notes, "cases": [], "scaling": [],
+        "missing": missing, "contenders": list(makes), "notes": notes, "cases": [], "scaling": [],
     }  # fmt: skip
     rounds = QUICK if options.quick else Rounds(options.seconds)
     for case in cases:
@@ -171,6 +172,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
+    gc.freeze()  # what the libraries made at import is not looked through again and again
     results = measure(options)
     table.parent.mkdir(parents=True, exist_ok=True)
     table.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")

@@ -41,7 +41,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.network} {self.size}×{self.size}, batch {self.batch}"
+        bits = f"w{self.weight_bits}a{self.act_bits}"
+        return f"{self.network} {self.size}×{self.size}, batch {self.batch}{f', {bits}' if bits != 'w4a8' else ''}"
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -90,7 +90,7 @@ def ours(case: Case, variant: Variant) -> dict[str, Step]:
             steps[name] = a_call(
                 functools.partial(calibrate, dataloader=many(images, count), num_batches=count), case, sim
             )
-        steps[INSERT] = a_call(new, case)
+        steps[INSERT] = a_call(new, case, case.network_of)
         steps[FOLD] = a_call(fold_batch_norms, case, sim)
     arguments = variant.arguments(train)
     if arguments is not None:
@@ -110,16 +110,18 @@ def ours_weights_only(case: Case, variant: Variant) -> dict[str, Step]:
     return {name: step for name, step in _ours_in(case, variant, sim).items() if name == REESTIMATE}
 
 
-def _builders(case: Case, scheme: QuantScheme) -> tuple[Callable[[], fx.GraphModule], Callable[[], fx.GraphModule]]:
-    """What makes a new simulation, and what makes one, calibrated, the first time and returns it ever after."""
-    model, images = case.network_of(), case.images()
+def _builders(
+    case: Case, scheme: QuantScheme
+) -> tuple[Callable[[nn.Module], fx.GraphModule], Callable[[], fx.GraphModule]]:
+    """What makes a simulation of a network, and what makes one, calibrated, the first time and returns it then."""
+    images = case.images()
 
-    def new() -> fx.GraphModule:
+    def new(model: nn.Module) -> fx.GraphModule:
         return quantize(model, images[0], scheme)
 
     @functools.cache
     def calibrated() -> fx.GraphModule:
-        sim = new()
+        sim = new(case.network_of())
         calibrate(sim, images, 1)
         return sim
 

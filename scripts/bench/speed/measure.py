@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from scripts.bench.speed.case import (
     CALIBRATE_2,
@@ -75,8 +74,8 @@ def _interleaved(step: str, of_step: Mapping[str, Step], rounds: Rounds, device:
 
     def play() -> float:
         began = now(device)
+        gc.collect()
         for name in [name for name in order if "seconds" in rows[name]]:
-            gc.collect()
             try:
                 rows[name]["seconds"].append(of_step[name]())
             except Exception as error:
@@ -132,8 +131,9 @@ def peaks(case: Case, makes: Mapping[str, Make], jobs: int) -> Iterator[Row]:
 
 def _child(connection: Connection, name: str, make: Make, case: Case) -> None:
     logging.disable(logging.WARNING)
-    _touch_libraries(case.device)
-    idle, rows, steps, is_built = _trim(case.device), [], make(case), False
+    case.network_of(), case.batches()  # they stay; and the code that they need is read in, which is no step's memory
+    idle, rows, is_built = _trim(case.device), [], False
+    steps = make(case)
     for step in [step for step in BY_MEMORY if step in steps]:
         try:
             if step != INSERT and not is_built:  # the first one makes the simulation, which is another step's peak
@@ -145,13 +145,6 @@ def _child(connection: Connection, name: str, make: Make, case: Case) -> None:
         except Exception as error:
             rows.append({"step": step, "contender": name, "error": _words(error)})
     connection.send(rows)
-
-
-def _touch_libraries(device: str) -> None:
-    """Compute a little of everything: code that is read in then is no memory of the step."""
-    layers = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU6(), nn.Conv2d(64, 64, 3, groups=64))
-    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 144, 10)).to(device)
-    model.to(memory_format=torch.channels_last)(torch.randn(2, 3, 16, 16, device=device)).sum().backward()
 
 
 def _trim(device: str) -> int:

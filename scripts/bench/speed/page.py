@@ -55,11 +55,12 @@ def ratio_of(rows: Rows, above: tuple[str, str], below: tuple[str, str], unit: s
 
 def markdown(results: Mapping[str, Any], picture: str, scaling: str | None) -> str:
     """The whole page from what was measured."""
-    cases = results["cases"]
+    cases, names = results["cases"], results["contenders"]
     lines = ["# Speed and memory beside other libraries", "", HOW.format(machine=sentence(results["machine"])), ""]
+    lines += ["```bash", results["command"], "```", ""]
     if results["is_quick"]:
-        lines += ["**These are rough: a quick run, one round, on a machine that was doing other work.**", ""]
-    lines += ["```bash", results["command"], "```", "", *_left_out(results), "## Ratios", ""]
+        lines += ["**These figures are rough: a quick run, of one round.**", ""]
+    lines += [*_left_out(results), "## Ratios", ""]
     lines += _ratio_table(cases)
     lines += ["", f"![seconds of each contender over those of the FP32 network]({picture})", ""]
     if scaling is not None:
@@ -67,9 +68,9 @@ def markdown(results: Mapping[str, Any], picture: str, scaling: str | None) -> s
     lines += ["## What each does", "", CONTENDERS, "", NOT_THE_SAME, ""]
     lines += ["## Seconds and memory", "", "Medians, with the smallest and the largest in brackets.", ""]
     for case in cases:
-        lines += [f"### {case['name']}", "", *_table(case["timings"], _seconds, "seconds")]
+        lines += [f"### {case['name']}", "", *_table(case["timings"], names, _seconds, "seconds")]
         if any("bytes" in row for row in case["memory"]):
-            lines += ["", *_table(case["memory"], _mebibytes, "peak MiB above the idle process")]
+            lines += ["", *_table(case["memory"], names, _mebibytes, "peak MiB above the idle process")]
         lines += [*_errors([*case["timings"], *case["memory"]]), ""]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -92,8 +93,8 @@ def _ratio_table(cases: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _table(rows: Rows, cell: Any, unit: str) -> list[str]:
-    contenders = list(dict.fromkeys(row["contender"] for row in rows))
+def _table(rows: Rows, names: Sequence[str], cell: Any, unit: str) -> list[str]:
+    contenders = [name for name in names if any(row["contender"] == name for row in rows)]
     cells = {(row["step"], row["contender"]): "fails" if "error" in row else cell(row) for row in rows}
     lines = [f"| {unit} | {' | '.join(contenders)} |", f"|---|{'--:|' * len(contenders)}"]
     for step in STEPS:
@@ -104,7 +105,7 @@ def _table(rows: Rows, cell: Any, unit: str) -> list[str]:
 
 def _seconds(row: Mapping[str, Any]) -> str:
     low, high = min(row["seconds"]), max(row["seconds"])
-    return f"{_short(median(row))} ({_short(low)}–{_short(high)})"
+    return f"{_short(median(row))} ({_short(low)}–{_short(high)})" if low < high else _short(low)
 
 
 def _short(value: float) -> str:

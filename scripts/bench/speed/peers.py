@@ -16,6 +16,8 @@ from torch.optim.swa_utils import update_bn
 from scripts.bench.speed.case import EVALUATE, FOLD, INSERT, QAT, REESTIMATE, Case, Step, a_batch, a_call, many
 from scripts.bench.speed.contenders import CALIBRATIONS, forward_plainly, train_plainly
 
+PEERS = {"AIMET": "aimet_torch.quantsim", "Brevitas": "brevitas.graph.quantize", "fvcore": "fvcore.nn.precise_bn"}
+
 
 def _quiet() -> contextlib.AbstractContextManager[Any]:
     return contextlib.redirect_stderr(io.StringIO())
@@ -45,13 +47,13 @@ def aimet(case: Case, channels_last: bool = False) -> dict[str, Step]:
     from aimet_torch.model_preparer import prepare_model
     from aimet_torch.quantsim import QuantizationSimModel
 
-    model, batches, images = (
-        case.network_of(channels_last), case.batches(channels_last), case.images(channels_last)
+    batches, images, network_of = (
+        case.batches(channels_last), case.images(channels_last), functools.partial(case.network_of, channels_last)
     )  # fmt: skip
 
-    def new() -> Any:
+    def new(model: nn.Module) -> Any:
         return QuantizationSimModel(
-            prepare_model(copy.deepcopy(model)), images[0], default_param_bw=case.weight_bits,
+            prepare_model(model), images[0], default_param_bw=case.weight_bits,
             default_output_bw=case.act_bits, config_file=get_path_for_per_channel_config(), in_place=True,
         )  # fmt: skip
 
@@ -60,7 +62,7 @@ def aimet(case: Case, channels_last: bool = False) -> dict[str, Step]:
 
     @functools.cache
     def calibrated() -> Any:
-        sim = new()
+        sim = new(network_of())
         calibrate(sim, 1)
         return sim
 
@@ -76,8 +78,8 @@ def aimet(case: Case, channels_last: bool = False) -> dict[str, Step]:
             name: a_call(functools.partial(calibrate, count=count), case, calibrated)
             for name, count in CALIBRATIONS.items()
         },
-        INSERT: a_call(new, case),
-        FOLD: a_call(fold_all_batch_norms_to_scale, case, new),
+        INSERT: a_call(new, case, network_of),
+        FOLD: a_call(fold_all_batch_norms_to_scale, case, lambda: new(network_of())),
     }
 
 
@@ -89,10 +91,10 @@ def brevitas(case: Case) -> dict[str, Step]:
         warnings.simplefilter("ignore")  # that torch.jit goes
         from brevitas.graph.calibrate import calibration_mode
         from brevitas.graph.quantize import preprocess_for_quantize, quantize
-    model, batches, images, layers = case.network_of(), case.batches(), case.images(), _brevitas_layers(case)
+    batches, images, layers = case.batches(), case.images(), _brevitas_layers(case)
 
-    def new() -> nn.Module:
-        graph = preprocess_for_quantize(copy.deepcopy(model), merge_bn=False, relu6_to_relu=False)
+    def new(model: nn.Module) -> nn.Module:
+        graph = preprocess_for_quantize(model, merge_bn=False, relu6_to_relu=False)
         return quantize(graph, compute_layer_map=layers).to(case.device)
 
     def calibrate(network: nn.Module, count: int) -> None:
@@ -101,7 +103,7 @@ def brevitas(case: Case) -> dict[str, Step]:
 
     @functools.cache
     def inserted() -> nn.Module:
-        return new()
+        return new(case.network_of())
 
     @functools.cache
     def calibrated() -> nn.Module:
@@ -117,7 +119,7 @@ def brevitas(case: Case) -> dict[str, Step]:
             name: a_call(functools.partial(calibrate, count=count), case, lambda: copy.deepcopy(inserted()))
             for name, count in CALIBRATIONS.items()
         },
-        INSERT: a_call(new, case),
+        INSERT: a_call(new, case, case.network_of),
     }
 
 
@@ -141,9 +143,8 @@ def _brevitas_layers(case: Case) -> dict[Any, Any]:
 
 def missing() -> dict[str, str]:
     """Peers that cannot be imported here, and why."""
-    wanted = {"AIMET": "aimet_torch.quantsim", "Brevitas": "brevitas.graph.quantize", "fvcore": "fvcore.nn.precise_bn"}
     found: dict[str, str] = {}
-    for name, module in wanted.items():
+    for name, module in PEERS.items():
         try:
             with warnings.catch_warnings(), _quiet():
                 warnings.simplefilter("ignore")

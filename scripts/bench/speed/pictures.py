@@ -20,8 +20,8 @@ SHOWN = {QAT: "QAT step", REESTIMATE: "re-estimation batch", EVALUATE: "evaluati
 def bars(results: Mapping[str, Any], path: Path) -> None:
     """Seconds over those of the FP32 network: a panel a step, a group of bars a network and shape."""
     cases = results["cases"]
-    names = list(dict.fromkeys(row["contender"] for case in cases for row in case["timings"]))
-    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(name for name in names if name != "FP32")}
+    names = [name for name in results["contenders"] if name != "FP32"]
+    colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
     figure = Figure(figsize=(13, 1.6 + 1.25 * len(cases)), layout="constrained")
     drawn: dict[str, Any] = {}
     for axes, (step, title) in zip(figure.subplots(1, len(SHOWN), sharey=True), SHOWN.items()):
@@ -40,6 +40,7 @@ def bars(results: Mapping[str, Any], path: Path) -> None:
         axes.margins(x=0.15)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].invert_yaxis()
+    drawn = {name: drawn[name] for name in names if name in drawn}
     figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=min(len(drawn) or 1, 6), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -10,8 +10,10 @@ step the median over rounds is shown, with the smallest and the largest. They ha
 random images and labels. A batch's seconds are those between two requests for a batch to the loader that the
 library's own function is given, so that what is done once a call is not in them (it is in the first panel of the
 second picture); what is said to be a call is timed whole. Peak memory is the high-water mark of the resident set,
-each contender in a process of its own, above that process with all libraries read in and before the network is made
-(on a GPU: of torch's allocator). Taken on: {machine}.
+each contender in a process of its own, above that process with all libraries, the data and the float network in memory
+(on a GPU: of torch's allocator).
+
+Taken on: {machine}.
 
 The script is `scripts/bench/steps.py` (`pip install '.[bench]'` brings the other libraries); all raw figures are in
 the file of this page's name that ends in `.json`. To repeat it:"""
@@ -26,7 +28,7 @@ CONTENDERS = """\
 - **AIMET**: `prepare_model` and `QuantizationSimModel` with its own per-channel configuration (weights min-max,
   scales learned), in torch's default memory format, as its documentation has it; the same training loop as FP32; its
   `reestimate_bn_stats`; plain forward passes for evaluation; `compute_encodings`; `fold_all_batch_norms_to_scale`.
-  **AIMET, channels-last** (by `--contender`) is the same on a network and images in channels-last.
+  **AIMET, channels-last** is the same on a network and images in channels-last.
 - **Brevitas**: `preprocess_for_quantize(merge_bn=False)` and `quantize` of `brevitas.graph`, weights per channel with
   learned scales (`Int8WeightPerChannelFloat` at 4 bits, `PARAMETER_FROM_STATS`), activations with its own quantizers,
   biases float, in channels-last; the same training loop; plain forward passes for evaluation; `calibration_mode`.
@@ -42,5 +44,5 @@ error, AIMET by minimum and maximum, Brevitas by a percentile. Brevitas has no r
 are quantized. AIMET's folding fails on networks that are nested. Our `quantize` also compares the traced network with
 the original, in both modes and at two batch sizes, which is most of its seconds. In re-estimation, FP32, Brevitas and
 `update_bn` have all modules in training mode, ours and AIMET's only BN.""".format(
-    ours="31, 65 and 190", aimet="31, 82 and 288", brevitas="30, 55 and 148"
+    ours="31, 65 and 190", aimet="31, 82 and 288", brevitas="28, 55 and 148"
 )
