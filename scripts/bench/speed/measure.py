@@ -74,7 +74,6 @@ def _interleaved(step: str, of_step: Mapping[str, Step], rounds: Rounds, device:
 
     def play() -> float:
         began = now(device)
-        gc.collect()
         for name in [name for name in order if "seconds" in rows[name]]:
             try:
                 rows[name]["seconds"].append(of_step[name]())
@@ -83,6 +82,7 @@ def _interleaved(step: str, of_step: Mapping[str, Step], rounds: Rounds, device:
         order.append(order.pop(0))  # so that none always follows the same one
         return now(device) - began
 
+    gc.collect()
     took = 0.0
     if rounds.is_warm:
         took = play()
