@@ -18,7 +18,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 # As scripts/run has it, and before torch is imported: threads that spin while they wait take the cores from others.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch  # noqa: E402
 
 from scripts.bench.speed import contenders, page, peers, pictures, scaling  # noqa: E402
 from scripts.bench.speed.case import Case  # noqa: E402
@@ -45,7 +47,6 @@ from scripts.bench.speed.measure import (  # noqa: E402
 
 NETWORKS = ("resnet18", "mobilenet_v2", "efficientnet_b0")
 SHAPES = ("32x128", "224x16")
-BY_NAME_ONLY = ("AIMET, channels-last",)
 PLAIN = Variant()
 
 
@@ -63,7 +64,7 @@ def all_makes(more: Sequence[Variant]) -> dict[str, Make]:
         "ours": partial(contenders.ours, variant=PLAIN),
         "ours, weights only": partial(contenders.ours_weights_only, variant=PLAIN),
         "AIMET": peers.aimet,
-        "AIMET, channels-last": partial(peers.aimet, channels_last=True),
+        "AIMET, channels-last": peers.aimet_channels_last,
         "Brevitas": peers.brevitas,
         "update_bn": peers.torch_update_bn,
         "fvcore": peers.fvcore,
@@ -75,14 +76,15 @@ def all_makes(more: Sequence[Variant]) -> dict[str, Make]:
 
 
 def chosen(makes: dict[str, Make], names: Sequence[str], missing: dict[str, str]) -> dict[str, Make]:
-    """Those asked for (all but BY_NAME_ONLY, if none is), without what needs a library that is missing."""
-    wanted = [name for name in makes if name in names or (not names and name not in BY_NAME_ONLY)]
+    """Those asked for (all, if none is), without what needs a library that is missing."""
+    wanted = [name for name in makes if name in names or not names]
     return {name: makes[name] for name in wanted if name.partition(",")[0] not in missing}
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """All that is asked for, as JSON."""
-    more, missing = variants(options.compile, options.precision), peers.missing()
+def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All that is asked for, as JSON: what there is of it after every case, and all at the end."""
+    more = variants(options.compile, options.precision)
+    missing = peers.missing(options.contender or all_makes(more))
     makes = chosen(all_makes(more), options.contender, missing)
     cases = [
         Case(network, *shape, options.weight_bits, options.act_bits, options.device, 1 if options.quick else 2)
@@ -102,18 +104,20 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     rounds = QUICK if options.quick else Rounds(options.seconds)
     for case in cases:
+        torch.compiler.reset()  # or what was compiled for another shape is compiled for every shape now
         rows: list[Row] = []
         for row in timings(case, makes, rounds):
             rows.append(row)
             _say(f"{case.name}: {row['step']}, {row['contender']}: {row.get('error') or f'{median(row):.3f} s'}")
         known = {"name": case.name, **case.as_json()}
         results["cases"].append({**known, "timings": rows, "memory": memory.get(case, [])})
+        yield results
     if options.scaling:
         for row in scaling.series(cases[0], QUICK if options.quick else Rounds(options.seconds / 5, most=7)):
             results["scaling"].append(row)
             _say(f"by {row['along']}, {row['at']}: {row['step']}, {row['contender']}: "
                  f"{row.get('error') or f'{median(row):.3f} s'}")  # fmt: skip
-    return results
+    yield results
 
 
 def render(results: dict[str, Any], output: Path) -> None:
@@ -173,10 +177,10 @@ def main(arguments: Sequence[str]) -> int:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     gc.freeze()  # what the libraries made at import is not looked through again and again
-    results = measure(options)
     table.parent.mkdir(parents=True, exist_ok=True)
-    table.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    render(results, options.output)
+    for results in measure(options):
+        table.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        render(results, options.output)
     _say(f"{table}, {options.output.with_suffix('.md')} and {options.output.parent / 'images'}")
     return 0
 

@@ -38,17 +38,16 @@ BY_MEMORY = (INSERT, EVALUATE, CALIBRATE_2, CALIBRATE_8, REESTIMATE, QAT, FOLD)
 
 @dataclass(frozen=True)
 class Rounds:
-    """How often each step is measured: as often as ``seconds`` allow (for batches, half of it for whole calls), within
-    bounds; is_warm: after a round that does not count, from whose length that is reckoned."""
+    """How often each step is measured: as often as ``seconds`` allow, within bounds, in rounds as long as the first.
+    is_warm: of a batch's steps the first round does not count. (Whole calls come last, when all is warm.)"""
 
-    seconds: float = 25.0
+    seconds: float = 12.0
     least: int = 3
-    most: int = 15
+    most: int = 11
     is_warm: bool = True
 
-    def count(self, step: str, took: float) -> int:
-        seconds = self.seconds if step in BATCHES else self.seconds / 2
-        return max(self.least, min(self.most, round(seconds / max(took, 1e-9))))
+    def count(self, took: float) -> int:
+        return max(self.least, min(self.most, round(self.seconds / max(took, 1e-9))))
 
 
 QUICK = Rounds(least=1, most=1, is_warm=False)
@@ -83,12 +82,12 @@ def _interleaved(step: str, of_step: Mapping[str, Step], rounds: Rounds, device:
         return now(device) - began
 
     gc.collect()
-    took = 0.0
-    if rounds.is_warm:
-        took = play()
+    took, counted = play(), 1
+    if rounds.is_warm and step in BATCHES:
+        counted = 0
         for row in rows.values():
             row.get("seconds", []).clear()
-    for _ in range(rounds.count(step, took)):
+    for _ in range(rounds.count(took) - counted):
         play()
     yield from rows.values()
 

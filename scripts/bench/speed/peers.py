@@ -7,6 +7,7 @@ import copy
 import functools
 import io
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -37,6 +38,11 @@ def fvcore(case: Case) -> dict[str, Step]:
     return {
         REESTIMATE: a_batch(lambda loader: update_bn_stats(model, loader, len(loader)), case, case.images(), extra=1)
     }
+
+
+def aimet_channels_last(case: Case) -> dict[str, Step]:
+    """The steps of AIMET that are counted by batches, in the memory format that the others have."""
+    return {name: step for name, step in aimet(case, channels_last=True).items() if name in (QAT, REESTIMATE, EVALUATE)}
 
 
 def aimet(case: Case, channels_last: bool = False) -> dict[str, Step]:
@@ -141,10 +147,12 @@ def _brevitas_layers(case: Case) -> dict[Any, Any]:
     }
 
 
-def missing() -> dict[str, str]:
-    """Peers that cannot be imported here, and why."""
+def missing(wanted: Collection[str]) -> dict[str, str]:
+    """Those of the contenders that cannot be imported here, and why."""
     found: dict[str, str] = {}
     for name, module in PEERS.items():
+        if not any(contender.startswith(name) for contender in wanted):
+            continue
         try:
             with warnings.catch_warnings(), _quiet():
                 warnings.simplefilter("ignore")

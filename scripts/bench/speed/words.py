@@ -5,13 +5,13 @@ from __future__ import annotations
 HOW = """\
 What a step costs in `bnre_exp`, beside the same network in floating point, which is the limit, and beside other
 libraries: per-channel weights at 4 bits and per-tensor activations at 8, unless said otherwise. All contenders are in
-one process and take turns, round by round, each round in another order, after a round that does not count; of every
-step the median over rounds is shown, with the smallest and the largest. They have the same weights, BN statistics,
-random images and labels. A batch's seconds are those between two requests for a batch to the loader that the
-library's own function is given, so that what is done once a call is not in them (it is in the first panel of the
+one process and take turns, round by round, each round in another order; of what is timed by batches the first round
+does not count. Shown is the median over rounds, with the smallest and the largest. They have the same weights, BN
+statistics, random images and labels. A batch's seconds are those between two requests for a batch to the loader that
+the library's own function is given, so that what is done once a call is not in them (it is in the first panel of the
 second picture); what is said to be a call is timed whole. Peak memory is the high-water mark of the resident set,
-each contender in a process of its own, above that process with all libraries, the data and the float network in memory
-(on a GPU: of torch's allocator).
+each contender in a process of its own, above that process with all libraries, the data and the float network in
+memory (on a GPU: of torch's allocator).
 
 Taken on: {machine}.
 
@@ -28,12 +28,14 @@ CONTENDERS = """\
 - **AIMET**: `prepare_model` and `QuantizationSimModel` with its own per-channel configuration (weights min-max,
   scales learned), in torch's default memory format, as its documentation has it; the same training loop as FP32; its
   `reestimate_bn_stats`; plain forward passes for evaluation; `compute_encodings`; `fold_all_batch_norms_to_scale`.
-  **AIMET, channels-last** is the same on a network and images in channels-last.
+  **AIMET, channels-last** is the same on a network and images in channels-last, for the steps by batches.
 - **Brevitas**: `preprocess_for_quantize(merge_bn=False)` and `quantize` of `brevitas.graph`, weights per channel with
   learned scales (`Int8WeightPerChannelFloat` at 4 bits, `PARAMETER_FROM_STATS`), activations with its own quantizers,
   biases float, in channels-last; the same training loop; plain forward passes for evaluation; `calibration_mode`.
 - **update_bn** and **fvcore**: `torch.optim.swa_utils.update_bn` and `fvcore.nn.precise_bn.update_bn_stats` on the
-  FP32 network."""
+  FP32 network.
+- **compiled** and **bfloat16** (with `--compile`, `--precision bfloat16`): for FP32 `torch.compile` of the network, and
+  autocast around its forward pass; for ours the arguments of these names."""
 
 NOT_THE_SAME = """\
 Not the same work, so to be read with care: the libraries place activation quantizers differently (of resnet18,
