@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What the steps of re-estimation and of QAT cost, beside the float network and other libraries: seconds and memory.
 
-    python scripts/bench/steps.py                                # all networks and shapes; some 20 minutes on two cores
+    python scripts/bench/steps.py                                # all networks and shapes; half an hour on two cores
     python scripts/bench/steps.py --quick --network resnet18     # a try
     python scripts/bench/steps.py --device cuda --compile --precision bfloat16
 
@@ -16,6 +16,7 @@ import gc
 import json
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -86,8 +87,9 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     more = variants(options.compile, options.precision)
     missing = peers.missing(options.contender or all_makes(more))
     makes = chosen(all_makes(more), options.contender, missing)
+    gc.freeze()  # what the libraries made at import is not looked through again and again
     cases = [
-        Case(network, *shape, options.weight_bits, options.act_bits, options.device, 1 if options.quick else 2)
+        Case(network, *shape, options.weight_bits, options.act_bits, options.device, timed(options, shape[0]))
         for shape in options.shape
         for network in options.network
     ]
@@ -131,6 +133,11 @@ def render(results: dict[str, Any], output: Path) -> None:
     output.with_suffix(".md").write_text(page.markdown(results, f"images/{bars.name}", shown))
 
 
+def timed(options: argparse.Namespace, size: int) -> int:
+    """Batches that are timed in a call: one where they take long."""
+    return 1 if options.quick or size > 64 else 2
+
+
 def _say(text: str) -> None:
     print(text, flush=True)
 
@@ -164,7 +171,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     unknown = set(options.contender) - set(all_makes(variants(options.compile, options.precision)))
     if unknown:
         parser.error(f"no contender is called {', '.join(sorted(unknown))}")
-    options.command = " ".join(["python scripts/bench/steps.py", *arguments])
+    options.command = shlex.join(["python", "scripts/bench/steps.py", *arguments])
     return options
 
 
@@ -176,7 +183,6 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    gc.freeze()  # what the libraries made at import is not looked through again and again
     table.parent.mkdir(parents=True, exist_ok=True)
     for results in measure(options):
         table.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from scripts.bench.speed.case import (
-    CALIBRATE_2,
     CALIBRATE_8,
     EVALUATE,
     FOLD,
@@ -33,24 +32,27 @@ from scripts.bench.speed.case import (
 Make = Callable[[Case], dict[str, Step]]
 Row = dict[str, Any]
 BATCHES = (QAT, REESTIMATE, EVALUATE)
-BY_MEMORY = (INSERT, EVALUATE, CALIBRATE_2, CALIBRATE_8, REESTIMATE, QAT, FOLD)
+BY_MEMORY = (INSERT, EVALUATE, CALIBRATE_8, REESTIMATE, QAT, FOLD)
 
 
 @dataclass(frozen=True)
 class Rounds:
-    """How often each step is measured: as often as ``seconds`` allow, within bounds, in rounds as long as the first.
-    is_warm: of a batch's steps the first round does not count. (Whole calls come last, when all is warm.)"""
+    """How often each step is measured: as often as ``seconds`` allow in rounds as long as the first, within bounds.
 
-    seconds: float = 12.0
+    least_calls: in place of ``least`` for whole calls, which take long and vary little.
+    """
+
+    seconds: float = 10.0
     least: int = 3
+    least_calls: int = 2
     most: int = 11
-    is_warm: bool = True
 
-    def count(self, took: float) -> int:
-        return max(self.least, min(self.most, round(self.seconds / max(took, 1e-9))))
+    def count(self, step: str, took: float) -> int:
+        least = self.least if step in BATCHES else self.least_calls
+        return max(least, min(self.most, round(self.seconds / max(took, 1e-9))))
 
 
-QUICK = Rounds(least=1, most=1, is_warm=False)
+QUICK = Rounds(least=1, least_calls=1, most=1)
 
 
 def timings(case: Case, makes: Mapping[str, Make], rounds: Rounds) -> Iterator[Row]:
@@ -82,12 +84,7 @@ def _interleaved(step: str, of_step: Mapping[str, Step], rounds: Rounds, device:
         return now(device) - began
 
     gc.collect()
-    took, counted = play(), 1
-    if rounds.is_warm and step in BATCHES:
-        counted = 0
-        for row in rows.values():
-            row.get("seconds", []).clear()
-    for _ in range(rounds.count(took) - counted):
+    for _ in range(rounds.count(step, play()) - 1):
         play()
     yield from rows.values()
 

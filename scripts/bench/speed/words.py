@@ -5,13 +5,13 @@ from __future__ import annotations
 HOW = """\
 What a step costs in `bnre_exp`, beside the same network in floating point, which is the limit, and beside other
 libraries: per-channel weights at 4 bits and per-tensor activations at 8, unless said otherwise. All contenders are in
-one process and take turns, round by round, each round in another order; of what is timed by batches the first round
-does not count. Shown is the median over rounds, with the smallest and the largest. They have the same weights, BN
-statistics, random images and labels. A batch's seconds are those between two requests for a batch to the loader that
-the library's own function is given, so that what is done once a call is not in them (it is in the first panel of the
-second picture); what is said to be a call is timed whole. Peak memory is the high-water mark of the resident set,
-each contender in a process of its own, above that process with all libraries, the data and the float network in
-memory (on a GPU: of torch's allocator).
+one process and take turns, round by round, each round in another order; shown is the median over rounds, with the
+smallest and the largest. They have the same weights, BN statistics, random images and labels. A batch's seconds are
+those between two requests for a batch to the loader that the library's own function is given, the first batch of
+every call left out, so that what is done once a call is not in them (it is in the first panel of the second picture);
+what is said to be a call is timed whole. Peak memory is the high-water mark of the resident set, each contender in a
+process of its own, above that process with all libraries, the data and the float network in memory (on a GPU: of
+torch's allocator).
 
 Taken on: {machine}.
 
