@@ -58,8 +58,7 @@ def markdown(results: Mapping[str, Any], picture: str, scaling: str | None) -> s
     cases, names = results["cases"], results["contenders"]
     lines = ["# Speed and memory beside other libraries", "", HOW.format(machine=sentence(results["machine"])), ""]
     lines += ["```bash", results["command"], "```", ""]
-    if results["is_quick"]:
-        lines += ["**These figures are rough: a quick run, of one round.**", ""]
+    lines += [line for caveat in _caveats(results) for line in (f"**{caveat}**", "")]
     lines += [*_left_out(results), "## Ratios", ""]
     lines += _ratio_table(cases)
     lines += ["", f"![seconds of each contender over those of the FP32 network]({picture})", ""]
@@ -73,6 +72,17 @@ def markdown(results: Mapping[str, Any], picture: str, scaling: str | None) -> s
             lines += ["", *_table(case["memory"], names, _mebibytes, "peak MiB above the idle process")]
         lines += [*_errors([*case["timings"], *case["memory"]]), ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _caveats(results: Mapping[str, Any]) -> list[str]:
+    """Why the figures are not to be relied on, if they are not."""
+    found, load, cores = [], results["machine"]["load before"] or 0.0, results["machine"]["cores"]
+    if results["is_quick"]:
+        found.append("These figures are rough: a quick run, of one round.")
+    if load > cores / 2:
+        found.append(f"The machine was busy with other work (a load of {load:.0f} on {cores} cores): seconds and their "
+                     "ratios are not to be relied on, memory is.")  # fmt: skip
+    return found
 
 
 def _left_out(results: Mapping[str, Any]) -> list[str]:

@@ -34,7 +34,7 @@ def bars(results: Mapping[str, Any], path: Path) -> None:
                 y = place - 0.4 + (index + 0.5) * height
                 drawn[name] = axes.barh(y, ratio, 0.9 * height, color=colours[name])
                 axes.text(ratio, y, f" {ratio:.2f}", va="center", fontsize=8)
-        axes.axvline(1, color="black", linewidth=1)
+        axes.axvline(1, color="black", linewidth=1, zorder=0)
         axes.set(title=title, xlabel="seconds / seconds of the FP32 network")
         axes.set_yticks(range(len(cases)), [case["name"].replace(", ", "\n") for case in cases])
         axes.margins(x=0.15)
@@ -48,24 +48,25 @@ def bars(results: Mapping[str, Any], path: Path) -> None:
 
 def growth(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Three panels: re-estimation by its number of batches, steps by channels, steps by depth."""
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    along = {"batches": "batches of re-estimation", "channels": "width of MobileNetV2", "depth": ""}
-    of_batches, of_channels, of_depth = figure.subplots(1, 3)
-    for axes, (name, label) in zip((of_batches, of_channels, of_depth), along.items()):
-        of_panel = [row for row in rows if row["along"] == name and row.get("seconds")]
+    figure = Figure(figsize=(13, 4.4), layout="constrained")
+    panels = {"batches": "number of batches", "channels": "width of MobileNetV2", "depth": "network"}
+    titles = ("re-estimation of MobileNetV2, the whole call", "a batch, by channels", "a batch, by depth")
+    lines: dict[str, Any] = {}
+    for axes, title, (along, label) in zip(figure.subplots(1, len(panels)), titles, panels.items()):
+        of_panel = [row for row in rows if row["along"] == along and row.get("seconds")]
         for step, contender in dict.fromkeys((row["step"], row["contender"]) for row in of_panel):
             points = [row for row in of_panel if (row["step"], row["contender"]) == (step, contender)]
-            is_ours, words = contender == "ours", "a whole call" if name == "batches" else step
-            axes.plot(
+            is_ours = contender == "ours"
+            (line,) = axes.plot(
                 [row["at"] for row in points], [median(row) for row in points], marker="o" if is_ours else "s",
                 linestyle="-" if is_ours else "--", color=COLOURS[0 if step == QAT else 2],
-                label=f"{contender}, {words}",
             )  # fmt: skip
-        axes.set(xlabel=label, ylim=(0, None))
-        axes.legend(frameon=False, fontsize=8)
+            lines[f"{contender}, {'QAT step' if step == QAT else 're-estimation' if is_ours else 'forward pass'}"] = (
+                line
+            )
+        axes.set(xlabel=label, ylabel="seconds", title=title)
+        axes.set_ylim(bottom=0)
         axes.spines[["top", "right"]].set_visible(False)
-    of_batches.set(ylabel="seconds", title="by batches: MobileNetV2, re-estimation")
-    of_channels.set(title="by channels: MobileNetV2")
-    of_depth.set(title="by depth: ResNets")
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=4, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

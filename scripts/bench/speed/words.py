@@ -39,12 +39,10 @@ CONTENDERS = """\
 
 NOT_THE_SAME = """\
 Not the same work, so to be read with care: the libraries place activation quantizers differently (of resnet18,
-mobilenet_v2 and efficientnet_b0: ours {ours}, AIMET {aimet}, Brevitas {brevitas}), and Brevitas's are symmetric
-around zero where others have a zero point. Calibration fits by the library's own default: ours by the mean square
-error, AIMET by minimum and maximum, Brevitas by a percentile. Brevitas has no re-estimation of BN: it is torch's
-`update_bn` on its network. Nor does it fold a BN into the scale of a quantized layer, only into weights before they
-are quantized. AIMET's folding fails on networks that are nested. Our `quantize` also compares the traced network with
-the original, in both modes and at two batch sizes, which is most of its seconds. In re-estimation, FP32, Brevitas and
-`update_bn` have all modules in training mode, ours and AIMET's only BN.""".format(
-    ours="31, 65 and 190", aimet="31, 82 and 288", brevitas="28, 55 and 148"
-)
+mobilenet_v2 and efficientnet_b0: ours 31, 65 and 190, AIMET 31, 82 and 288, Brevitas 28, 55 and 148), and Brevitas's
+are symmetric around zero where others have a zero point. Calibration fits by the library's own default: ours by the
+mean square error, AIMET by minimum and maximum, Brevitas by a percentile. Brevitas has no re-estimation of BN: it is
+torch's `update_bn` on its network. Nor does it fold a BN into the scale of a quantized layer, only into weights
+before they are quantized. AIMET's folding fails on networks that are nested. Our `quantize` also compares the traced
+network with the original, in both modes and at two batch sizes. In re-estimation, FP32, Brevitas and `update_bn` have
+all modules in training mode, ours and AIMET's only BN."""
