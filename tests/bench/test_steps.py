@@ -156,6 +156,10 @@ def test_ratios_are_those_of_medians():
     text = page.markdown(results, "a.png", None)
     assert "| QAT step, ours / FP32 | 1.50 | ≤ 1.3 |" in text and "| QAT step, AIMET / ours | 2.50 | ≥ 2.5" in text
     assert "| peak memory of a QAT step, ours / FP32 | 1.50 | ≤ 1.35 |" in text
+    known_as = known(**{"FP32, compiled": [2.0], "ours": [4.0], "ours, compiled": [1.0], "ours, weights only": [1.0]})
+    more = page.markdown(known_as, "a.png", None)
+    assert "| QAT step, ours, compiled / FP32, compiled | 0.50 |" in more and "weights only /" not in more
+    assert "| QAT step, ours, compiled / ours | 0.25 |" in more
     assert "Brevitas / ours" not in text and "evaluation batch, ours" not in text
     assert "| QAT step | 2.00 (1.00–90.00) | 3.00 (0.100–4.00) | 7.50 (6.00–9.00) |" in text
     assert "| folding | – | – | fails |" in text and "- AIMET, folding: `KeyError: 'x'`" in text
