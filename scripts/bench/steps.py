@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What the steps of re-estimation and of QAT cost, beside the float network and other libraries: seconds and memory.
 
-    python scripts/bench/steps.py                                # all networks and shapes; half an hour on two cores
+    python scripts/bench/steps.py                                # all networks and shapes; some 20 minutes on two cores
     python scripts/bench/steps.py --quick --network resnet18     # a try
     python scripts/bench/steps.py --device cuda --compile --precision bfloat16
 
