@@ -71,6 +71,7 @@ SMALL = {
     r"bnre-exp .*optuna": "hydra.sweeper.n_trials=2",
     r"bnre-exp .*experiment=(bits|batches|per_channel)": "hydra.mode=RUN",  # ptq is run as the sweep it is
     r"bnre-exp .*experiment=smoke": "dataset.train_limit=128",
+    r"python .*steps.py": "--quick --network resnet18 --shape 8x4 --contender FP32 ours --no-scaling --output tried",
     r"python .*zoo.py": "--filter mobilenetv3_small_050 --output zoo",
 }
 
