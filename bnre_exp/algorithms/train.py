@@ -74,9 +74,9 @@ def train(
     model: nn.Module, dataloader: Iterable[Any], epochs: int, *, lr: float = 0.01, optimizer: str = "sgd",
     momentum: float = 0.9, weight_decay: float = 0.0, schedule: str = "cosine", label_smoothing: float = 0.0,
     precision: str = "float32", compile: bool = False, steps_per_epoch: int | None = None,
-    validation: Iterable[Any] | None = None, forward_fn: ForwardFn | None = None, target_fn: TargetFn | None = None, loss_fn: LossFn | None = None,
-    task: Task | None = None, on_epoch: Callable[[Epoch], None] | None = None, progress: Progress = no_progress,
-    description: str = "train", snapshots: Snapshots | None = None,
+    validation: Iterable[Any] | None = None, forward_fn: ForwardFn | None = None, target_fn: TargetFn | None = None,
+    loss_fn: LossFn | None = None, task: Task | None = None, on_epoch: Callable[[Epoch], None] | None = None,
+    progress: Progress = no_progress, description: str = "train", snapshots: Snapshots | None = None,
 ) -> list[Epoch]:  # fmt: skip
     """Train in place for ``epochs`` passes over ``dataloader``.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from bnre_exp.quantsim.quantizers.state import precise
 
 MIN_SCALE = 1e-10  # far below any range that training reaches; keeps a learned scale off zero
+COARSE = 255  # the largest code up to which values are near enough to steps for sums of values
 CHUNK = 2**18  # products that are added up in float32, before their sums are
 _where_inside = torch.ops.aten.hardtanh_backward  # (values, x, low, high): the values where low < x < high, else 0
 
@@ -77,8 +78,12 @@ class _FakeQuantize(torch.autograd.Function):
         grad_x = _where_inside(grad, compared, low, high)
         grad_scale = grad_zero = None
         if ctx.needs_input_grad[1]:
-            slope = y - _where_inside(x, compared, low, high)
-            grad_scale = _product(grad, slope, scale.shape).div_(scale).mul_(raw_scale.sgn()).mul_(ctx.gradient_scale)
+            if ctx.high <= COARSE:
+                slope = _products([(grad, y), (grad_x, x)], scale.shape)
+            else:  # the difference of two sums of values would be the rounding of these sums
+                inside = _where_inside(x, compared, low, high)
+                slope = _products([(grad, torch.sub(y, inside, out=inside))], scale.shape)
+            grad_scale = slope.div_(scale).mul_(raw_scale.sgn()).mul_(ctx.gradient_scale)
         if zero_point is not None and ctx.needs_input_grad[2]:
             outside = grad_x.sum_to_size(zero_point.shape) - grad.sum_to_size(zero_point.shape)
             grad_zero = outside.mul_(scale).mul_(ctx.gradient_scale)
@@ -113,13 +118,21 @@ def _range(x: Tensor, scale: Tensor, zero_point: Tensor | None, ctx: Any) -> tup
     return position, 0.0 if ctx.after_relu else ctx.low - rounding, ctx.high + rounding
 
 
-def _product(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
-    """Products of two tensors, added up to a shape that broadcasts against them. b: made by an operation, so it lies in
-    memory without gaps."""
-    if shape.numel() > 1 or a.stride() != b.stride() or torch.compiler.is_compiling():
-        return (a * b).sum_to_size(shape)
-    chunks = [t.as_strided((t.numel(),), (1,), t.storage_offset()).split(CHUNK) for t in (a, b)]
-    return torch.stack([torch.dot(*pair) for pair in zip(*chunks)]).sum().reshape(shape)
+def _products(pairs: list[tuple[Tensor, Tensor]], shape: torch.Size) -> Tensor:
+    """The products of the first pair, minus those of a second one, added up to a shape that broadcasts against them."""
+    made = pairs[0][1]  # by an operation, so it lies in memory without gaps, as do others of the same strides
+    is_flat = all(t.stride() == made.stride() for pair in pairs for t in pair)
+    if shape.numel() > 1 or not is_flat or torch.compiler.is_compiling():
+        products = pairs[0][0] * made
+        for a, b in pairs[1:]:
+            products.addcmul_(a, b, value=-1)
+        return products.sum_to_size(shape)
+    sums = [torch.stack([torch.dot(*both) for both in zip(*map(_chunks, pair))]) for pair in pairs]
+    return (sums[0] - sums[1] if len(sums) > 1 else sums[0]).sum().reshape(shape)
+
+
+def _chunks(dense: Tensor) -> tuple[Tensor, ...]:
+    return dense.as_strided((dense.numel(),), (1,), dense.storage_offset()).split(CHUNK)
 
 
 def positive(scale: Tensor) -> Tensor:

@@ -176,7 +176,7 @@ class ActivationQuantizer(Quantizer):
         if torch.compiler.is_compiling() or not self.is_in_use or _is_watched(self) or _is_watched(relu):
             return self(x if relu is None else relu(x))  # type: ignore[no-any-return]
         is_taken_in = relu is not None and self._takes_in(relu, x)
-        is_own = maker if isinstance(maker, bool) else not _is_watched(maker)
+        is_own = maker if isinstance(maker, bool) else not _is_output_seen(maker)
         if relu is not None and not is_taken_in:
             x, is_own = relu(x), True
         return self._quantize(x, is_taken_in, is_own and not torch.is_grad_enabled())
@@ -191,7 +191,7 @@ class ActivationQuantizer(Quantizer):
         if type(relu) is nn.ReLU:
             return self.unsigned
         is_known = type(relu) is nn.ReLU6 and self.unsigned and x.device.type == "cpu"  # others are not waited for
-        return is_known and abs(float(self.scale)) * self.quant_max < 6 * (1 - 1e-6)
+        return is_known and abs(float(self.scale.detach())) * self.quant_max < 6 * (1 - 1e-6)
 
     def _quantize(self, x: Tensor, after_relu: bool = False, in_place: bool = False) -> Tensor:
         features = x.numel() // max(1, x.shape[0]) if x.dim() else 1
@@ -209,12 +209,15 @@ def _is_watched(module: nn.Module | None) -> bool:
     """Whether hooks see what goes into the module or comes out of it."""
     hooks = torch.nn.modules.module
     return module is not None and bool(
-        module._forward_hooks
+        _is_output_seen(module)
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or hooks._global_forward_hooks
         or hooks._global_forward_pre_hooks
         or hooks._global_backward_hooks
         or hooks._global_backward_pre_hooks
     )
+
+
+def _is_output_seen(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or torch.nn.modules.module._global_forward_hooks)
