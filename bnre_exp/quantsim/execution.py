@@ -1,14 +1,16 @@
-"""How the graph of a simulation is executed: a quantizer takes in the ReLU before it, and may overwrite its input."""
+"""How the graph of a simulation is executed: a quantizer takes in the ReLU before it, and what nobody else reads is
+overwritten. (Networks do so themselves, by ``inplace=True``, which tracing takes from them.)"""
 
 from __future__ import annotations
 
 import operator
 
 import torch
-from torch import fx
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 
 from bnre_exp.quantsim.nodes import is_bn, is_layer, module_of, sole_user, source_of
-from bnre_exp.quantsim.quantizers.quantizer import RELUS, ActivationQuantizer
+from bnre_exp.quantsim.quantizers.quantizer import RELUS, ActivationQuantizer, is_own, is_watched
 
 MAKES_NEW = {operator.add, operator.mul, torch.add, torch.mul, "add", "mul"}
 
@@ -20,29 +22,47 @@ def executed_graph(network: fx.GraphModule) -> fx.Graph:
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(network.graph, copies))
     graph.set_codegen(network.graph._codegen)
-    for node in network.graph.nodes:
+    taken_in: set[fx.Node] = set()
+    for node in reversed(network.graph.nodes):
         if isinstance(module_of(node), ActivationQuantizer):
-            _take_in(node, graph, copies)
+            source = source_of(node)
+            is_taken_in = type(module_of(source)) in RELUS and sole_user(source) is node
+            relu = source if is_taken_in else None
+            taken_in |= {source} if is_taken_in else set()
+            _replace(node, source_of(source) if is_taken_in else source, relu, graph, copies)
+        elif type(module_of(node)) in RELUS and node not in taken_in:
+            _replace(node, source_of(node), node, graph, copies)
+    for node in taken_in:
+        graph.erase_node(copies[node])
     return graph
 
 
-def _take_in(node: fx.Node, graph: fx.Graph, copies: dict[fx.Node, fx.Node]) -> None:
-    activation, source = None, source_of(node)
-    if type(module_of(source)) in RELUS and sole_user(source) is node:
-        activation, source = source, source_of(source)
-    is_own = sole_user(source) is (activation or node) and _makes_new(source)
-    if activation is None and not is_own:
+def relu_in_place(x: Tensor, relu: nn.Module, maker: nn.Module | bool) -> Tensor:
+    """``relu(x)``; ``x`` is overwritten, if nobody looks at it by a hook. Arguments as for
+    :meth:`ActivationQuantizer.after`."""
+    if torch.compiler.is_compiling() or is_watched(relu) or not is_own(maker):
+        return relu(x)  # type: ignore[no-any-return]
+    return F.relu(x, inplace=True) if type(relu) is nn.ReLU else F.relu6(x, inplace=True)
+
+
+def _replace(
+    node: fx.Node, source: fx.Node, relu: fx.Node | None, graph: fx.Graph, copies: dict[fx.Node, fx.Node]
+) -> None:
+    """Let a copied graph call a quantizer, or a ReLU alone (``relu`` is ``node``), on the value of ``source``."""
+    is_new = _makes_new(source) and sole_user(source) is (relu or node)
+    if not is_new and (relu is None or relu is node):
         return
     old = copies[node]
     with graph.inserting_before(old):
-        quantizer = graph.get_attr(str(node.target))
-        relu = None if activation is None else graph.get_attr(str(activation.target))
-        maker = graph.get_attr(str(source.target)) if is_own and source.op == "call_module" else is_own
-        new = graph.call_method("after", (quantizer, copies[source], relu, maker))
+        module = graph.get_attr(str(node.target))
+        maker = graph.get_attr(str(source.target)) if is_new and source.op == "call_module" else is_new
+        if relu is node:
+            new = graph.call_function(relu_in_place, (copies[source], module, maker))
+        else:
+            taken_in = None if relu is None else graph.get_attr(str(relu.target))
+            new = graph.call_method("after", (module, copies[source], taken_in, maker))
     old.replace_all_uses_with(new)
     graph.erase_node(old)
-    if activation is not None:
-        graph.erase_node(copies[activation])
 
 
 def _makes_new(node: fx.Node) -> bool:

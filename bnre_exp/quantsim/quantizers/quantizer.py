@@ -173,13 +173,13 @@ class ActivationQuantizer(Quantizer):
         maker: the module that made ``x``, for this alone; True: a function did. If nobody looks at ``x`` by a hook, and
         gradients are off, it is overwritten.
         """
-        if torch.compiler.is_compiling() or not self.is_in_use or _is_watched(self) or _is_watched(relu):
+        if torch.compiler.is_compiling() or not self.is_in_use or is_watched(self) or is_watched(relu):
             return self(x if relu is None else relu(x))  # type: ignore[no-any-return]
         is_taken_in = relu is not None and self._takes_in(relu, x)
-        is_own = maker if isinstance(maker, bool) else not _is_output_seen(maker)
+        may_overwrite = is_own(maker)
         if relu is not None and not is_taken_in:
-            x, is_own = relu(x), True
-        return self._quantize(x, is_taken_in, is_own and not torch.is_grad_enabled())
+            x, may_overwrite = relu(x), True
+        return self._quantize(x, is_taken_in, may_overwrite and not torch.is_grad_enabled())
 
     @property
     def is_in_use(self) -> bool:
@@ -205,7 +205,7 @@ class ActivationQuantizer(Quantizer):
         return f"bits={self.bits}, unsigned={self.unsigned}, learned={self.learned}, label={self.label!r}"
 
 
-def _is_watched(module: nn.Module | None) -> bool:
+def is_watched(module: nn.Module | None) -> bool:
     """Whether hooks see what goes into the module or comes out of it."""
     hooks = torch.nn.modules.module
     return module is not None and bool(
@@ -217,6 +217,11 @@ def _is_watched(module: nn.Module | None) -> bool:
         or hooks._global_backward_hooks
         or hooks._global_backward_pre_hooks
     )
+
+
+def is_own(maker: nn.Module | bool) -> bool:
+    """Whether what a module made for one reader is seen by that alone. A bool: it is known."""
+    return maker if isinstance(maker, bool) else not _is_output_seen(maker)
 
 
 def _is_output_seen(module: nn.Module) -> bool:
