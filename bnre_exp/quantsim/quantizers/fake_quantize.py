@@ -24,7 +24,7 @@ def fake_quantize(
     quant_max: int,
     gradient_scale: float = 1.0,
     *,
-    after_relu: bool = False,
+    relu_end: float | None = None,
     in_place: bool = False,
 ) -> Tensor:
     """Round ``x`` to the grid ``(k - zero_point) * scale``, quant_min <= k <= quant_max, ``x / scale`` half to even.
@@ -33,7 +33,8 @@ def fake_quantize(
     zero point is rounded to the grid. Works in the dtype of ``x`` (half types: in float32). The gradients of scale and
     zero_point are multiplied by ``gradient_scale``.
 
-    after_relu: the result, and the gradient, are those of ``relu(x)``, for a grid from 0 without a zero point.
+    relu_end: the result and the gradients are those for ``clamp(x, 0, relu_end)``, a ReLU (infinity) or ReLU6, for a
+    grid from 0 without a zero point; an end that is finite is for values of a CPU.
     in_place: ``x`` may be overwritten, which needs gradients to be off.
     """
     dtype = precise(x.dtype)
@@ -41,9 +42,11 @@ def fake_quantize(
     values, scale = x.to(dtype), scale.to(dtype)
     if in_place or values is not x and not torch.is_grad_enabled():
         used, zero = _used(scale), _on_grid(zero_point, quant_min, quant_max)
+        if _ends_first(relu_end, used, quant_max):
+            values.clamp_(0, relu_end)
         y = _codes_to_values(values.div_(used), used, zero, quant_min, quant_max)
     else:
-        y = _FakeQuantize.apply(values, scale, zero_point, quant_min, quant_max, gradient_scale, after_relu)
+        y = _FakeQuantize.apply(values, scale, zero_point, quant_min, quant_max, gradient_scale, relu_end)
     return y.to(x.dtype)
 
 
@@ -61,28 +64,32 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int, gradient_scale: float,
-        after_relu: bool,
+        relu_end: float | None,
     ) -> Tensor:  # fmt: skip
         used, zero = _used(scale), _on_grid(zero_point, low, high)
+        ctx.is_relu_first = _ends_first(relu_end, used, high)
+        if ctx.is_relu_first:
+            x = x.clamp(0, relu_end)
         y = _codes_to_values(x / used, used, zero, low, high)
-        ctx.save_for_backward(x, y, scale, zero_point)
-        ctx.low, ctx.high, ctx.gradient_scale, ctx.after_relu = low, high, gradient_scale, after_relu
+        ctx.save_for_backward(x, y, used, scale, zero)
+        ctx.low, ctx.high, ctx.gradient_scale, ctx.relu_end = low, high, gradient_scale, relu_end
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, y, raw_scale, raw_zero_point = ctx.saved_tensors
-        scale, zero_point = _used(raw_scale), _on_grid(raw_zero_point, ctx.low, ctx.high)
+        x, y, scale, raw_scale, zero_point = ctx.saved_tensors
         (grad,) = gradients
         compared, low, high = _range(x, scale, zero_point, ctx)
         grad_x = _where_inside(grad, compared, low, high)
         grad_scale = grad_zero = None
         if ctx.needs_input_grad[1]:
+            # What the ReLU clips lies inside the range, if that does not end first.
+            inside = x if ctx.is_relu_first else None
             if ctx.high <= COARSE:
-                slope = _products([(grad, y), (grad_x, x)], scale.shape)
+                slope = _products([(grad, y), (grad_x, x) if inside is None else (grad, x)], scale.shape)
             else:  # the difference of two sums of values would be the rounding of these sums
-                inside = _where_inside(x, compared, low, high)
-                slope = _products([(grad, torch.sub(y, inside, out=inside))], scale.shape)
+                inside = _where_inside(x, compared, low, high) if inside is None else inside
+                slope = _products([(grad, y - inside)], scale.shape)
             grad_scale = slope.div_(scale).mul_(raw_scale.sgn()).mul_(ctx.gradient_scale)
         if zero_point is not None and ctx.needs_input_grad[2]:
             outside = grad_x.sum_to_size(zero_point.shape) - grad.sum_to_size(zero_point.shape)
@@ -92,6 +99,11 @@ class _FakeQuantize(torch.autograd.Function):
 
 def _used(scale: Tensor) -> Tensor:
     return scale.abs().clamp_min_(MIN_SCALE)
+
+
+def _ends_first(relu_end: float | None, scale: Tensor, quant_max: int) -> bool:
+    """Whether a ReLU ends where the grid does, or before."""
+    return relu_end is not None and math.isfinite(relu_end) and relu_end <= float(scale) * quant_max * (1 + 1e-6)
 
 
 def _on_grid(zero_point: Tensor | None, low: int, high: int) -> Tensor | None:
@@ -106,16 +118,19 @@ def _codes_to_values(steps: Tensor, scale: Tensor, zero_point: Tensor | None, lo
 
 
 def _range(x: Tensor, scale: Tensor, zero_point: Tensor | None, ctx: Any) -> tuple[Tensor, float, float]:
-    """What has to lie between which two numbers for x to be inside the range: its ends are, but for 0 after a ReLU."""
+    """What has to lie between which two numbers for x to be inside the range: its ends are, but for those
+    of a ReLU."""
+    if ctx.is_relu_first:
+        return x, 0.0, ctx.relu_end
     rounding = torch.finfo(x.dtype).eps * 2 ** math.floor(math.log2(ctx.high))  # from the largest code to the next
     if scale.numel() == 1 and x.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = 0.0 if ctx.after_relu else ctx.low - 4 * rounding, ctx.high + 4 * rounding
+        low, high = ctx.low - 4 * rounding, ctx.high + 4 * rounding
         step, zero = float(scale), 0.0 if zero_point is None else float(zero_point)
-        return x, (low - zero) * step, (high - zero) * step
+        return x, 0.0 if ctx.relu_end is not None else (low - zero) * step, (high - zero) * step
     position = x / scale  # a scale that another device holds is not waited for
     if zero_point is not None:
         position += zero_point
-    return position, 0.0 if ctx.after_relu else ctx.low - rounding, ctx.high + rounding
+    return position, 0.0 if ctx.relu_end is not None else ctx.low - rounding, ctx.high + rounding
 
 
 def _products(pairs: list[tuple[Tensor, Tensor]], shape: torch.Size) -> Tensor:

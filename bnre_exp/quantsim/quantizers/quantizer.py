@@ -16,7 +16,7 @@ from bnre_exp.quantsim.quantizers.observer import RangeObserver
 from bnre_exp.quantsim.quantizers.ranges import affine_grid
 from bnre_exp.quantsim.quantizers.state import Quantizer, precise
 
-RELUS = (nn.ReLU, nn.ReLU6)
+RELUS: dict[type, float] = {nn.ReLU: math.inf, nn.ReLU6: 6.0}  # where each ends
 
 
 def narrow_quant_max(bits: int) -> int:
@@ -175,30 +175,29 @@ class ActivationQuantizer(Quantizer):
         """
         if torch.compiler.is_compiling() or not self.is_in_use or is_watched(self) or is_watched(relu):
             return self(x if relu is None else relu(x))  # type: ignore[no-any-return]
-        is_taken_in = relu is not None and self._takes_in(relu, x)
+        relu_end = None if relu is None else self._relu_end(relu, x)
         may_overwrite = is_own(maker)
-        if relu is not None and not is_taken_in:
+        if relu is not None and relu_end is None:
             x, may_overwrite = relu(x), True
-        return self._quantize(x, is_taken_in, may_overwrite and not torch.is_grad_enabled())
+        return self._quantize(x, relu_end, may_overwrite and not torch.is_grad_enabled())
 
     @property
     def is_in_use(self) -> bool:
         """Whether it quantizes: it has a range, and neither observes nor is bypassed."""
         return self.has_range and not self.bypassed and self.observer is None
 
-    def _takes_in(self, relu: nn.Module, x: Tensor) -> bool:
-        """Whether the grid ends before the ReLU does, so that nothing is clipped by it at the grid's upper end."""
-        if type(relu) is nn.ReLU:
-            return self.unsigned
-        is_known = type(relu) is nn.ReLU6 and self.unsigned and x.device.type == "cpu"  # others are not waited for
-        return is_known and abs(float(self.scale.detach())) * self.quant_max < 6 * (1 - 1e-6)
+    def _relu_end(self, relu: nn.Module, x: Tensor) -> float | None:
+        """Where a ReLU ends that is taken in; None: it is not."""
+        end = RELUS.get(type(relu)) if self.unsigned else None
+        is_waited_for = end is not None and math.isfinite(end) and x.device.type != "cpu"  # to know which ends first
+        return None if is_waited_for else end
 
-    def _quantize(self, x: Tensor, after_relu: bool = False, in_place: bool = False) -> Tensor:
+    def _quantize(self, x: Tensor, relu_end: float | None = None, in_place: bool = False) -> Tensor:
         features = x.numel() // max(1, x.shape[0]) if x.dim() else 1
         gradient_scale = 1 / math.sqrt(max(1, features) * self.quant_max)
         zero_point = None if self.unsigned else self.zero_point
         return fake_quantize(
-            x, self.scale, zero_point, 0, self.quant_max, gradient_scale, after_relu=after_relu, in_place=in_place
+            x, self.scale, zero_point, 0, self.quant_max, gradient_scale, relu_end=relu_end, in_place=in_place
         )
 
     def extra_repr(self) -> str:
