@@ -96,6 +96,6 @@ def check_compiler(device_type: str) -> None:
     except Exception as error:
         needed = "a C++ compiler (Debian and Ubuntu: apt-get install g++)" if device_type == "cpu" else "Triton"
         raise UserError(
-            f"runtime.compile: torch.compile does not work here; it needs {needed}. Install that, or leave "
-            f"compile=False. ({first_line(error)})"
+            f"compile=true: torch.compile does not work here; it needs {needed}. Install that, or leave "
+            f"compile=false. ({first_line(error)})"
         ) from error

@@ -19,7 +19,12 @@ class RuntimeConfig:
 
     group: ClassVar[str] = "runtime"
     device: Device = opt(Device.auto, "cpu, cuda, or auto: cuda where there is one")
-    precision: Precision = opt(Precision.float32, "of training: float32, or bfloat16 (autocast)")
+    precision: Precision = opt(
+        Precision.float32, "of training, re-estimation and evaluation before the fold: float32, or bfloat16 (autocast)"
+    )
+    compile: bool = opt(
+        False, "true: these are compiled by torch.compile, which takes a minute or more a network first"
+    )
     threads: int | None = opt(None, "CPU threads of torch; null: torch's own choice", ge=1, le=4096)
     memory_format: MemoryFormat = opt(MemoryFormat.channels_last, "channels_last or contiguous")
     workers: int = opt(0, "data-loading processes; 0: load in the main process", ge=0, le=1024)

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 VECTORS = ("avx", "amx", "fma", "sve")  # instructions by which kernels are chosen
 CHOOSING = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS")  # so that others are
-SHOWN = ("model.", "dataset.", "task.", "runtime.precision", "runtime.memory_format")
+SHOWN = ("model.", "dataset.", "task.", "runtime.precision", "runtime.compile", "runtime.memory_format")
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ def _origin(setting: Setting) -> dict[str, Any]:
         "runtime": {
             "device": _device(setting.device),
             "precision": config.runtime.precision.value,
+            "compile": config.runtime.compile,
             "memory_format": config.runtime.memory_format.value,
             "torch": [
                 str(torch.get_default_dtype()),

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from bnre_exp.algorithms.bn_statistics import has_running_statistics
+from bnre_exp.algorithms.speed import check_compiler
 from bnre_exp.config import Config, Device, MemoryFormat
 from bnre_exp.data.classes import count_classes
 from bnre_exp.data.loaders import Loaders, build_loaders
@@ -57,6 +58,8 @@ def prepare(
         config = _with_classes(config, seen)
         task = build_task(config.task._target_, config.task.kwargs)
     setting = Setting(config, device, task, loaders, built, progress, log.metrics, say)
+    if config.runtime.compile:
+        check_compiler(device.type)
     _check(setting)
     summary = Summary(name, task.headline.label)
     job, planned = Job(config, run_dir, log, console, store, setting, Results({}, summary)), plan(setting)

@@ -62,7 +62,7 @@ def fold(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
             f"Folding changed the network: its logits differ by {difference.relative:.2e} of the largest. This is a "
             "defect of bnre_exp; please report it with the network and the configuration."
         )
-    unrounded = setting.evaluate(folded, "fold: evaluate")
+    unrounded = setting.evaluate(folded, "fold: evaluate", as_shipped=True)
     metrics = {
         "max_abs_logit_diff": difference.largest,
         "max_rel_logit_diff": difference.relative,
@@ -73,12 +73,12 @@ def fold(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
     if config.fold.bias_bits is not None:
         _report_biases(outcome, quantize_biases(folded, config.fold.bias_bits))
     shipped = integer_simulation(folded)
-    evaluation = setting.evaluate(shipped, "fold: evaluate")
+    evaluation = setting.evaluate(shipped, "fold: evaluate", as_shipped=True)
     if config.fold.bias_bits is not None:
         metrics[f"bias_delta_{headline.name}"] = evaluation.value - unrounded.value
     metrics["megabytes"] = packed_megabytes(folded)
     if setting.loaders.validation is not None:  # what a search may use: test data are only reported
-        held_out = setting.evaluate(shipped, "fold: validate", on_validation=True)
+        held_out = setting.evaluate(shipped, "fold: validate", on_validation=True, as_shipped=True)
         metrics[f"val_{headline.name}"] = held_out.value
     note = _note(report, difference.relative)
     outcome.measured.append(Measured("fold", "fold", evaluation, seconds, given.before, note, metrics))

@@ -23,7 +23,7 @@ def qat(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
     if activation_quantizers(sim) and has_running_statistics(sim):
         with bypassed(sim):
             batches = setting.loaders.fresh("calibration")
-            reestimate_bn_stats(sim, batches, setting.config.quant.calib_batches, setting.task.feed)
+            reestimate_bn_stats(sim, batches, setting.config.quant.calib_batches, setting.task.feed, **setting.speed)
         calibrate_stage(setting, sim, "qat")
     seconds = train_stage(setting, "qat", given, how.epochs, how, outcome)
     evaluation = setting.evaluate(sim, "qat: evaluate")

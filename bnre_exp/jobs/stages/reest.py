@@ -40,7 +40,7 @@ def reest(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
         with bypassed(sim, activations=bypass):
             return reestimate_bn_stats(
                 sim, setting.loaders.fresh("reestimation"), how.num_batches, setting.task.feed,
-                method=how.method.value, momentum=how.momentum, progress=setting.progress,
+                method=how.method.value, momentum=how.momentum, **setting.speed, progress=setting.progress,
             )  # fmt: skip
 
     handle, seconds = timed(work)

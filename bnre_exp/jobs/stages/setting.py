@@ -39,10 +39,19 @@ class Setting:
     trial_notes: tuple[str, ...] | None = None
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
 
-    def evaluate(self, network: nn.Module, description: str, on_validation: bool = False) -> Evaluation:
-        """What a network gives on the test data, or on the validation data."""
+    @property
+    def speed(self) -> dict[str, Any]:
+        """How networks are computed before they are folded, as arguments of the algorithms."""
+        return {"precision": self.config.runtime.precision.value, "compile": self.config.runtime.compile}
+
+    def evaluate(
+        self, network: nn.Module, description: str, on_validation: bool = False, as_shipped: bool = False
+    ) -> Evaluation:
+        """What a network gives on the test data, or on the validation data. as_shipped: in float32, operation by
+        operation."""
         data = self.loaders.validation if on_validation else self.loaders.test
-        return evaluate(network, data or (), task=self.task, progress=self.progress, description=description)
+        speed = {} if as_shipped else self.speed
+        return evaluate(network, data or (), task=self.task, **speed, progress=self.progress, description=description)
 
     def example(self) -> Tensor:
         """Two training images on the device."""

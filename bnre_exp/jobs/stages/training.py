@@ -30,7 +30,7 @@ def train_stage(
     history = train(
         given.network, setting.loaders.fresh("train"), epochs, lr=how.lr, optimizer=how.optimizer.value,
         momentum=how.momentum, weight_decay=how.weight_decay, schedule=how.schedule.value,
-        label_smoothing=how.label_smoothing, precision=setting.config.runtime.precision.value, task=setting.task,
+        label_smoothing=how.label_smoothing, **setting.speed, task=setting.task,
         validation=setting.loaders.validation, on_epoch=on_epoch, snapshots=given.snapshots, progress=setting.progress,
         description=f"{stage}: epoch",
     )  # fmt: skip
