@@ -220,6 +220,8 @@ def test_files_that_are_named_exist() -> None:
 def test_examples_of_the_library(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))  # a page's modules import each other
+    for name in [path.stem for path in folder.glob("*.py")]:
+        monkeypatch.delitem(sys.modules, name, raising=False)  # another test's
     batches = [(torch.randn(16, 3, 32, 32), torch.randint(0, 10, (16,))) for _ in range(3)]
     model, example_input = Small(), batches[0][0]
     sim = bnre_exp.quantize(model, example_input, bnre_exp.QuantScheme(weight_bits=4, act_bits=8, per_channel=True))

@@ -196,7 +196,7 @@ class Recorder:
         self._is_plain = True
         with ExitStack() as stack:
             for group in self._groups:
-                torch._foreach_zero_([*group.means, *group.vars])  # what is not finite survives a weight of zero
+                group.start()
                 scratch = tracked.to(group.means[0].device)
                 for bn, mean, var in zip(group.estimators, group.means, group.vars):
                     stack.callback(_restore, bn, dict(bn._buffers), bn.momentum, bn.training)
@@ -220,8 +220,6 @@ class Recorder:
         if bn in self._calls:
             self._is_plain = False
             self.estimators[bn].add(bn.running_mean, bn.running_var, self._calls[bn])
-            bn.running_mean.zero_()
-            bn.running_var.zero_()
         self._calls[bn] = count
 
     def check_finite(self, batch: int) -> None:
@@ -250,6 +248,13 @@ class _Group:
         ):
             each.mean, each.spread = mean, spread
         self._sizes = torch.tensor(sizes)
+        old = [*(bn.running_mean for bn in bns), *(bn.running_var for bn in bns)]
+        # What is not finite survives its weight of zero.
+        self._old = [x if bool(x.isfinite().all()) else torch.zeros_like(x) for x in old]
+
+    def start(self) -> None:
+        """The old statistics, which a module around a BN may read before that is called."""
+        torch._foreach_copy_([*self.means, *self.vars], self._old)
 
     def take_in(self, calls: Mapping[Any, int], is_plain: bool) -> None:
         """The last calls of a batch. is_plain: they are the only ones."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,21 +88,10 @@ def reestimate_bn_stats(
     }
     frozen = tuple(name for name, module in model.named_modules() if isinstance(module, FrozenBatchNorm2d))
     _check_any(model, bns, frozen)
-    device, count = device_of(model), Passes()
+    count = Passes()
     recorder = Recorder(bns, method, momentum)
     recorder.check_finite(0)
-    calls: dict[Any, dict[Any, int] | None] = {}  # of batch norms in a batch of a shape
-
-    def observe(batch: Any) -> None:
-        shape = _shape_of(batch) if compile and isinstance(model, fx.GraphModule) else None
-        known = calls.get(shape)
-        speed = compiled(model, known is not None), autocast(device, precision)
-        with evaluation_mode(model), recorder.batch(known), speed[0], speed[1]:
-            feed(model, batch, device, forward_fn)
-        if shape is not None and known is None:
-            calls[shape] = recorder.plain_calls()
-        recorder.check_finite(count.batches)
-
+    observe = _observer(model, recorder, count, forward_fn, precision, compile)
     with cached_weights(model, forward_fn), unchanged(model):
         for _ in observe_batches(dataloader, num_batches, observe, count, progress):
             pass
@@ -117,6 +106,27 @@ def reestimate_bn_stats(
         functional=callers_of_batch_norm(model),
         _undo=commit(bns, results, write_statistics),
     )
+
+
+def _observer(
+    model: nn.Module, recorder: Recorder, count: Passes, forward_fn: ForwardFn | None, precision: str, compile: bool
+) -> Callable[[Any], None]:
+    """What takes in a batch. Only the code of a simulation is compiled, whose calls of batch norms depend on nothing
+    but the shape of the input: the first batch of a shape counts them."""
+    device, can_compile = device_of(model), compile and isinstance(model, fx.GraphModule)
+    calls: dict[Any, dict[Any, int] | None] = {}
+
+    def observe(batch: Any) -> None:
+        shape = _shape_of(batch) if can_compile else None
+        known = calls.get(shape)
+        speed = compiled(model, known is not None), autocast(device, precision)
+        with evaluation_mode(model), recorder.batch(known), speed[0], speed[1]:
+            feed(model, batch, device, forward_fn)
+        recorder.check_finite(count.batches)
+        if shape is not None and known is None:
+            calls[shape] = recorder.plain_calls()
+
+    return observe
 
 
 def _shape_of(batch: Any) -> torch.Size | None:

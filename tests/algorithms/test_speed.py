@@ -11,7 +11,7 @@ from torch import nn
 from bnre_exp import QuantScheme, UserError, calibrate, evaluate, quantize, reestimate_bn_stats, train
 from bnre_exp.algorithms import evaluate as evaluation
 from bnre_exp.algorithms import speed
-from tests.networks import flat_cnn, randomize
+from tests.networks import flat_cnn
 
 torch.manual_seed(0)
 LABELS = torch.arange(24) % 10

@@ -5,35 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
-from bnre_exp.quantsim.execution import executed_graph
 from bnre_exp.quantsim.wrappers import copied, unwrapped
 
 MARK = "_stays_in_evaluation"  # of a module that a training found so; after it all modules are in evaluation mode
 META = "stays_in_evaluation"  # of a traced network: the names
-
-
-class TracedNetwork(fx.GraphModule):
-    """A traced network in which modules named in its ``meta`` stay in evaluation mode, as ``bn.eval()`` asks for."""
-
-    def train(self, mode: bool = True) -> TracedNetwork:
-        """As of any module, but for those."""
-        super().train(mode)
-        _hold(self, self.meta.get(META, ()))
-        return self
-
-    def recompile(self) -> Any:
-        """Compile the graph as it is executed; ``code`` is that of the graph as it is."""
-        graph = self._graph
-        self._graph = executed_graph(self)
-        try:
-            super().recompile()
-        finally:
-            self._graph = graph
-        plain = graph.python_code(root_module="self")
-        self._code, self._lineno_map, self._prologue_start = plain.src, plain._lineno_map, plain._prologue_start
-        return plain
 
 
 def frozen_modules(model: nn.Module) -> frozenset[str]:
@@ -72,10 +49,11 @@ def train_mode(model: nn.Module) -> list[nn.Module]:
 def set_mode(model: nn.Module, training: bool, frozen: Iterable[str]) -> None:
     """Put a network into a mode, in place, but for the modules in ``frozen``, which are in evaluation mode."""
     model.train(training)
-    _hold(model, frozen)
+    hold(model, frozen)
 
 
-def _hold(model: Any, names: Iterable[str]) -> None:
+def hold(model: Any, names: Iterable[str]) -> None:
+    """Put modules into evaluation mode, by name, in place."""
     modules = dict(model.named_modules()) if names else {}
     for name in names:
         if name in modules:

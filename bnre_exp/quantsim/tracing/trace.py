@@ -16,8 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnre_exp.errors import UserError
 from bnre_exp.quantsim.quantizers.layout import BATCH_NORMS, LAYERS
-from bnre_exp.quantsim.tracing.frozen import META, TracedNetwork, frozen_modules
+from bnre_exp.quantsim.tracing.frozen import META, frozen_modules
 from bnre_exp.quantsim.tracing.functional import replace_calls
+from bnre_exp.quantsim.tracing.network import TracedNetwork
 from bnre_exp.quantsim.tracing.subclasses import make_plain
 from bnre_exp.quantsim.tracing.tracer import Tracer, check_decision, explain_failure, mentions, reads_training
 from bnre_exp.quantsim.wrappers import copied

@@ -30,7 +30,7 @@ TEST = [(IMAGES, torch.tensor([1, 2, 3])), (IMAGES[:2].flip(3), torch.tensor([4,
 
 
 def setting_of(data: Any) -> Any:
-    return SimpleNamespace(evaluate=lambda network, description: evaluate(network, data))
+    return SimpleNamespace(evaluate=lambda network, description, as_shipped: evaluate(network, data))
 
 
 SETTING = setting_of(TEST)
