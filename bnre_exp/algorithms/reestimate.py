@@ -88,10 +88,10 @@ def reestimate_bn_stats(
     }
     frozen = tuple(name for name, module in model.named_modules() if isinstance(module, FrozenBatchNorm2d))
     _check_any(model, bns, frozen)
-    count = Passes()
+    device, count = device_of(model), Passes()
     recorder = Recorder(bns, method, momentum)
     recorder.check_finite(0)
-    observe = _observer(model, recorder, count, forward_fn, precision, compile)
+    observe = _observer(model, device, recorder, count, forward_fn, precision, compile)
     with cached_weights(model, forward_fn), unchanged(model):
         for _ in observe_batches(dataloader, num_batches, observe, count, progress):
             pass
@@ -109,11 +109,12 @@ def reestimate_bn_stats(
 
 
 def _observer(
-    model: nn.Module, recorder: Recorder, count: Passes, forward_fn: ForwardFn | None, precision: str, compile: bool
-) -> Callable[[Any], None]:
+    model: nn.Module, device: torch.device, recorder: Recorder, count: Passes, forward_fn: ForwardFn | None,
+    precision: str, compile: bool,
+) -> Callable[[Any], None]:  # fmt: skip
     """What takes in a batch. Only the code of a simulation is compiled, whose calls of batch norms depend on nothing
     but the shape of the input: the first batch of a shape counts them."""
-    device, can_compile = device_of(model), compile and isinstance(model, fx.GraphModule)
+    can_compile = compile and isinstance(model, fx.GraphModule)
     calls: dict[Any, dict[Any, int] | None] = {}
 
     def observe(batch: Any) -> None:

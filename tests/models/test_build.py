@@ -235,6 +235,7 @@ def test_pretrained_weights_are_loaded_and_the_head_replaced(cached_weights: dic
 
 def test_a_failed_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    monkeypatch.setattr("urllib.request._opener", None)  # it keeps the proxies of its making
     for name in ("http_proxy", "https_proxy", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"resnet18.*\.pth could not be fetched.*model\.checkpoint=FILE"):
