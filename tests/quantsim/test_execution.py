@@ -102,6 +102,15 @@ def test_a_hook_sees_and_keeps_what_its_module_computes(name):
             assert torch.equal(sim(BATCHES[0]), expected)
 
 
+@pytest.mark.parametrize("name", ["bn1", "third", "relu1"])
+@pytest.mark.parametrize("scheme", ["w4a8", "weights"])
+def test_backward_hooks_work(name, scheme):
+    sim, seen = made(SCHEMES[scheme]).train(), []
+    sim.get_submodule(name).register_full_backward_hook(lambda _, into, outof: seen.append(outof[0]))
+    sim(BATCHES[0]).sum().backward()
+    assert len(seen) == 1 and seen[0].shape[:2] == (8, 8)
+
+
 def test_inputs_of_the_network_and_values_with_other_readers_are_left_alone():
     sim, batch = made(SCHEMES["w4a8"]), BATCHES[0].clone()
     with torch.no_grad():

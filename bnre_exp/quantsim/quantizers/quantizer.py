@@ -206,22 +206,20 @@ class ActivationQuantizer(Quantizer):
 
 def is_watched(module: nn.Module | None) -> bool:
     """Whether hooks see what goes into the module or comes out of it."""
-    hooks = torch.nn.modules.module
-    return module is not None and bool(
-        _is_output_seen(module)
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or hooks._global_forward_pre_hooks
-        or hooks._global_backward_hooks
-        or hooks._global_backward_pre_hooks
-    )
+    before = torch.nn.modules.module._global_forward_pre_hooks
+    return module is not None and bool(module._forward_pre_hooks or before or not is_own(module))
 
 
 def is_own(maker: nn.Module | bool) -> bool:
     """Whether what a module made for one reader is seen by that alone. A bool: it is known."""
-    return maker if isinstance(maker, bool) else not _is_output_seen(maker)
-
-
-def _is_output_seen(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or torch.nn.modules.module._global_forward_hooks)
+    if isinstance(maker, bool):
+        return maker
+    known = torch.nn.modules.module
+    return not (
+        maker._forward_hooks
+        or maker._backward_hooks
+        or maker._backward_pre_hooks
+        or known._global_forward_hooks
+        or known._global_backward_hooks
+        or known._global_backward_pre_hooks
+    )
