@@ -164,12 +164,16 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
                 module.training = training
 
 
+def is_ours(forward_fn: ForwardFn | None) -> bool:
+    """Whether a network is fed by a function of this package, which calls it once and looks at nothing else of it."""
+    return forward_fn is None or str(forward_fn.__module__).startswith("bnre_exp.")
+
+
 @contextmanager
 def cached_weights(model: nn.Module, forward_fn: ForwardFn | None = None) -> Iterator[None]:
     """Quantize each weight once for the whole block. Only for graphs of ours, under ``no_grad``, and while weights do
     not change: the cache of parametrize is global and knows no invalidation; never around a user's ``forward_fn``."""
-    is_ours = forward_fn is None or str(forward_fn.__module__).startswith("bnre_exp.")
-    if is_ours and isinstance(model, fx.GraphModule) and not torch.is_grad_enabled():
+    if is_ours(forward_fn) and isinstance(model, fx.GraphModule) and not torch.is_grad_enabled():
         with parametrize.cached():
             yield
     else:

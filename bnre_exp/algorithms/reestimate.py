@@ -20,7 +20,7 @@ from bnre_exp.algorithms.bn_statistics import (
     observe_batches,
     write_statistics,
 )
-from bnre_exp.algorithms.feeding import ForwardFn, Passes, cached_weights, device_of, evaluation_mode, feed
+from bnre_exp.algorithms.feeding import ForwardFn, Passes, cached_weights, device_of, evaluation_mode, feed, is_ours
 from bnre_exp.algorithms.speed import autocast, check_precision, compiled
 from bnre_exp.algorithms.unchanged import unchanged, warn_of_stale_ranges
 from bnre_exp.errors import UserError
@@ -29,6 +29,7 @@ from bnre_exp.quantsim.admission import is_exported, refuse_inference, refuse_ki
 from bnre_exp.quantsim.quantizers.affine import ChannelAffine
 from bnre_exp.quantsim.quantizers.quantizer import Dequantize
 from bnre_exp.quantsim.tracing.functional import callers_of_batch_norm
+from bnre_exp.quantsim.tracing.network import up_to_batch_norms
 from bnre_exp.tasks.task import first_tensor
 
 
@@ -112,17 +113,19 @@ def _observer(
     model: nn.Module, device: torch.device, recorder: Recorder, count: Passes, forward_fn: ForwardFn | None,
     precision: str, compile: bool,
 ) -> Callable[[Any], None]:  # fmt: skip
-    """What takes in a batch. Only the code of a simulation is compiled, whose calls of batch norms depend on nothing
-    but the shape of the input: the first batch of a shape counts them."""
+    """What takes in a batch. A simulation is computed as far as its last batch norm, unless a user's function feeds it.
+    Only its code is compiled, whose calls of batch norms depend on nothing but the shape of the input: the first batch
+    of a shape counts them."""
     can_compile = compile and isinstance(model, fx.GraphModule)
+    network = up_to_batch_norms(model) if isinstance(model, fx.GraphModule) and is_ours(forward_fn) else model
     calls: dict[Any, dict[Any, int] | None] = {}
 
     def observe(batch: Any) -> None:
         shape = _shape_of(batch) if can_compile else None
         known = calls.get(shape)
-        speed = compiled(model, known is not None), autocast(device, precision)
+        speed = compiled(network, known is not None), autocast(device, precision)
         with evaluation_mode(model), recorder.batch(known), speed[0], speed[1]:
-            feed(model, batch, device, forward_fn)
+            feed(network, batch, device, forward_fn)
         recorder.check_finite(count.batches)
         if shape is not None and known is None:
             calls[shape] = recorder.plain_calls()

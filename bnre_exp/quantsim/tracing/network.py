@@ -1,4 +1,4 @@
-"""The class of traced networks."""
+"""The class of traced networks, and the part of one that re-estimation computes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 from torch import fx
 
 from bnre_exp.quantsim.execution import executed_graph
+from bnre_exp.quantsim.nodes import is_bn, module_of
+from bnre_exp.quantsim.quantizers.quantizer import is_watched
 from bnre_exp.quantsim.tracing.frozen import META, hold
 
 
@@ -30,3 +32,24 @@ class TracedNetwork(fx.GraphModule):
         plain = graph.python_code(root_module="self")
         self._code, self._lineno_map, self._prologue_start = plain.src, plain._lineno_map, plain._prologue_start
         return plain
+
+
+def up_to_batch_norms(network: fx.GraphModule) -> fx.GraphModule:
+    """A network of the same modules that computes what its batch norms get and no more, and returns None; where hooks
+    see the rest, the network itself."""
+    bns = [node for node in network.graph.nodes if is_bn(node)]
+    needed: set[fx.Node] = set()
+    while bns:
+        node = bns.pop()
+        if node not in needed:
+            needed.add(node)
+            bns += node.all_input_nodes
+    rest = [node for node in network.graph.nodes if node not in needed and node.op not in ("placeholder", "output")]
+    if is_watched(network) or any(is_watched(module_of(node)) for node in rest):
+        return network
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    graph.graph_copy(network.graph, copies)
+    for node in reversed(rest):
+        graph.erase_node(copies[node])
+    graph.output(None)
+    return TracedNetwork(network, graph)
