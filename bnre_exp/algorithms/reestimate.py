@@ -113,11 +113,12 @@ def _observer(
     model: nn.Module, device: torch.device, recorder: Recorder, count: Passes, forward_fn: ForwardFn | None,
     precision: str, compile: bool,
 ) -> Callable[[Any], None]:  # fmt: skip
-    """What takes in a batch. A simulation is computed as far as its last batch norm, unless a user's function feeds it.
-    Only its code is compiled, whose calls of batch norms depend on nothing but the shape of the input: the first batch
-    of a shape counts them."""
-    can_compile = compile and isinstance(model, fx.GraphModule)
-    network = up_to_batch_norms(model) if isinstance(model, fx.GraphModule) and is_ours(forward_fn) else model
+    """What takes in a batch. A simulation is computed as far as its last batch norm, unless a user's function feeds it,
+    or it is compiled, which is done once for the whole of it. Only its code is compiled, whose calls of batch norms
+    depend on nothing but the shape of the input: the first batch of a shape counts them."""
+    can_compile, network = compile and isinstance(model, fx.GraphModule), model
+    if isinstance(model, fx.GraphModule) and is_ours(forward_fn) and not compile:
+        network = up_to_batch_norms(model)
     calls: dict[Any, dict[Any, int] | None] = {}
 
     def observe(batch: Any) -> None:

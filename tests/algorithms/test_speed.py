@@ -95,6 +95,10 @@ def test_compiled_networks_compute_the_same(trained):
             assert handle.unreached == unreached
             for name, value in statistics(sim).items():
                 torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+    kept = len(speed._compiled[sim])
+    with reestimate_bn_stats(sim, BATCHES, 3, compile=True):
+        assert len(speed._compiled[sim]) == kept  # nothing is compiled again
+
     histories = [
         train(network, BATCHES, 2, lr=0.01, compile=is_compiled, validation=BATCHES)
         for network, is_compiled in ((copy.deepcopy(other), False), (copy.deepcopy(other), True))
