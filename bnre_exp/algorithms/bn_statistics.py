@@ -75,6 +75,9 @@ class Estimator:
             self.spread += var * (count - 1) + shift.square() * (self.count * count / total)
             self.count = total
 
+    def is_finite(self) -> bool:
+        return bool((self.mean + self.spread).isfinite().all())
+
     def result(self, dtype: torch.dtype) -> Statistics:
         """Mean and unbiased variance so far; later calls leave them alone."""
         spread = self.spread / (self.count - 1) if self.method == "pooled" else self.spread
@@ -88,27 +91,6 @@ def check_arguments(method: str, num_batches: int) -> None:
     if num_batches == 0:
         raise UserError("num_batches=0: expected at least 1; to leave re-estimation out, do not call it.")
     check_num_batches(num_batches)
-
-
-def check_finite(estimators: Mapping[str, Estimator], batch: int) -> None:
-    """Raise ``UserError`` naming batch norms whose statistics are not finite once ``batch`` (from 1) was taken in; 0:
-    before the first."""
-    if not estimators:
-        return
-    device = next(iter(estimators.values())).mean.device  # all are looked at in one go: a device answers slowly
-    sums = [(estimator.mean.sum() + estimator.spread.sum()).to(device) for estimator in estimators.values()]
-    finite = torch.stack(sums).isfinite().tolist()
-    bad = [name for name, is_finite in zip(estimators, finite) if not is_finite]
-    if bad and batch == 0:
-        raise UserError(
-            f"method=ema starts from the present statistics, and those of {few(bad)} are not finite; use "
-            "batch_average or pooled."
-        )
-    if bad:
-        raise UserError(
-            f"Re-estimation gave statistics that are not finite for {few(bad)}, in batch {batch} (from 1); the old "
-            "ones are kept. Look for NaN in that batch or the weights, and for values that its type does not hold."
-        )
 
 
 def check_count(name: str, count: int) -> None:
@@ -223,9 +205,20 @@ class Recorder:
         self._calls[bn] = count
 
     def check_finite(self, batch: int) -> None:
-        """As the function; one answer of the device, unless something is wrong."""
-        if not all(bool((group.joint.mean + group.joint.spread).isfinite().all()) for group in self._groups):
-            check_finite({self.names[bn]: estimator for bn, estimator in self.estimators.items()}, batch)
+        """Raise ``UserError`` naming batch norms whose statistics are not finite once ``batch`` (from 1) was taken in;
+        0: before the first. A device answers once, unless something is wrong."""
+        if all(group.joint.is_finite() for group in self._groups):
+            return
+        bad = few([self.names[bn] for bn, estimator in self.estimators.items() if not estimator.is_finite()])
+        if batch == 0:
+            raise UserError(
+                f"method=ema starts from the present statistics, and those of {bad} are not finite; use batch_average "
+                "or pooled."
+            )
+        raise UserError(
+            f"Re-estimation gave statistics that are not finite for {bad}, in batch {batch} (from 1); the old ones are "
+            "kept. Look for NaN in that batch or the weights, and for values that its type does not hold."
+        )
 
     def results(self) -> dict[Any, Statistics]:
         """Of the BNs that were called, in the type of their running statistics."""

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from bnre_exp.algorithms.feeding import device_of
 from bnre_exp.errors import UserError, first_line
 
 PRECISIONS = ("float32", "bfloat16")
@@ -43,12 +44,13 @@ def compiled(model: nn.Module, is_on: bool = True) -> Iterator[None]:
     if not is_on:
         yield
         return
-    check_compiler(next((p.device.type for p in model.parameters()), "cpu"))
+    device = device_of(model).type
+    check_compiler(device)
     before: Any = model._compiled_call_impl
     kept = _compiled.setdefault(model, {})
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        key = model.training, torch.is_grad_enabled(), torch.is_autocast_enabled(_device_type(args))
+        key = model.training, torch.is_grad_enabled(), torch.is_autocast_enabled(device)
         return kept.setdefault(key, _Compiled())(model, args, kwargs)
 
     model._compiled_call_impl = call
@@ -78,10 +80,6 @@ class _Compiled:
 
 def _shape(value: Any) -> Any:
     return (value.shape, value.dtype, value.stride()) if isinstance(value, Tensor) else type(value)
-
-
-def _device_type(args: Any) -> str:
-    return next((value.device.type for value in args if isinstance(value, Tensor)), "cpu")
 
 
 @functools.cache

@@ -83,8 +83,8 @@ def train(
     lr: its peak; schedule: "one_cycle", "cosine" or "constant", by batches. optimizer: "sgd" (Nesterov) or "adamw".
     weight_decay acts on weights of two or more axes only: never on BN parameters, biases or quantizer scales.
     precision: "bfloat16" computes under autocast; compile: by torch.compile; both also where the validation data
-    are evaluated. steps_per_epoch: an epoch is that many batches from the loader's
-    start, iterated again where it is shorter; None: all of it, whose length every schedule but a constant one needs.
+    are evaluated. steps_per_epoch: an epoch is that many batches from the loader's start, iterated again where it is
+    shorter; None: all of it, whose length every schedule but a constant one needs.
     task: None: classification, whose loader yields ``(input, label)``; ``forward_fn(model, batch)`` replaces its
     feeding, ``target_fn(batch)`` returns the labels of other batches, validation included, and ``loss_fn(output,
     label)`` replaces its loss with ``label_smoothing``. ``on_epoch`` is called after every epoch. The model is left in
@@ -107,14 +107,14 @@ def train(
     _name_frozen(model, description)
 
     def validate() -> Mapping[str, float] | None:
-        what = f"{description}: validation"
-        return (
-            None
-            if validation is None
-            else evaluate(
-                model, validation, forward_fn, task=task, precision=recipe.precision, compile=compile, description=what
-            ).metrics
-        )
+        if validation is None:
+            return None
+        how: dict[str, Any] = {
+            "precision": recipe.precision,
+            "compile": compile,
+            "description": f"{description}: validation",
+        }
+        return evaluate(model, validation, forward_fn, task=task, **how).metrics
 
     for epoch in range(len(history) + 1, recipe.epochs + 1):
         started = time.perf_counter()
