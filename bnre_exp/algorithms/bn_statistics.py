@@ -182,9 +182,10 @@ class Recorder:
                 scratch = tracked.to(group.means[0].device)
                 for bn, mean, var in zip(group.estimators, group.means, group.vars):
                     stack.callback(_restore, bn, dict(bn._buffers), bn.momentum, bn.training)
-                    bn.running_mean, bn.running_var, bn.momentum, bn.training = mean, var, 1.0, True
+                    bn._buffers.update(running_mean=mean, running_var=var)
                     if bn.num_batches_tracked is not None:
-                        bn.num_batches_tracked = scratch
+                        bn._buffers["num_batches_tracked"] = scratch
+                    vars(bn).update(momentum=1.0, training=True)  # to set attributes of modules costs ten times that
                     if known is None:
                         stack.callback(bn.register_forward_pre_hook(self._before, with_kwargs=True).remove)
             yield
@@ -276,4 +277,4 @@ def _kind(bn: Any) -> tuple[Any, Any]:
 
 def _restore(bn: Any, buffers: dict[str, Any], momentum: float | None, training: bool) -> None:
     bn._buffers.update(buffers)
-    bn.momentum, bn.training = momentum, training
+    vars(bn).update(momentum=momentum, training=training)

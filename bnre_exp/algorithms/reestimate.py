@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torchvision.ops import FrozenBatchNorm2d
@@ -29,8 +29,7 @@ from bnre_exp.quantsim.admission import is_exported, refuse_inference, refuse_ki
 from bnre_exp.quantsim.quantizers.affine import ChannelAffine
 from bnre_exp.quantsim.quantizers.quantizer import Dequantize
 from bnre_exp.quantsim.tracing.functional import callers_of_batch_norm
-from bnre_exp.quantsim.tracing.network import up_to_batch_norms
-from bnre_exp.tasks.task import first_tensor
+from bnre_exp.quantsim.tracing.network import calls_batch_norms_itself, up_to_batch_norms
 
 
 @dataclass(kw_only=True)
@@ -72,7 +71,7 @@ def reestimate_bn_stats(
     "pooled", the statistics of all samples together, weighted by their number; "ema", an exponential moving average
     that starts from the present statistics and gives the newest batch the weight ``momentum``, as training does.
     precision: "bfloat16" computes under autocast; statistics stay in their own type. compile: a simulation is computed
-    by torch.compile, from the second batch of a shape on.
+    by torch.compile, from the second batch of a shape on, unless ``forward_fn`` is given.
 
     Returns a handle that undoes it. Raises ``UserError`` if num_batches is below 1, the method is unknown, the loader
     is empty, a BN sees one value per channel, a statistic is not finite, or an observer has seen no data yet; the
@@ -114,17 +113,17 @@ def _observer(
     precision: str, compile: bool,
 ) -> Callable[[Any], None]:  # fmt: skip
     """What takes in a batch. A simulation is computed as far as its last batch norm, unless a user's function feeds it,
-    or it is compiled, which is done once for the whole of it. Only its code is compiled, whose calls of batch norms
-    depend on nothing but the shape of the input: the first batch of a shape counts them."""
-    can_compile, network = compile and isinstance(model, fx.GraphModule), model
+    or it is compiled, which is done once for the whole of it. What its code calls depends on nothing but the shape of
+    the input: the first batch of a shape counts its calls of batch norms, and later ones may be compiled."""
+    is_plain, network = is_ours(forward_fn) and calls_batch_norms_itself(model), model
     if isinstance(model, fx.GraphModule) and is_ours(forward_fn) and not compile:
         network = up_to_batch_norms(model)
     calls: dict[Any, dict[Any, int] | None] = {}
 
     def observe(batch: Any) -> None:
-        shape = _shape_of(batch) if can_compile else None
+        shape = _shapes_of(batch) if is_plain else None
         known = calls.get(shape)
-        speed = compiled(network, known is not None), autocast(device, precision)
+        speed = compiled(network, compile and known is not None), autocast(device, precision)
         with evaluation_mode(model), recorder.batch(known), speed[0], speed[1]:
             feed(network, batch, device, forward_fn)
         recorder.check_finite(count.batches)
@@ -134,9 +133,13 @@ def _observer(
     return observe
 
 
-def _shape_of(batch: Any) -> torch.Size | None:
-    given = first_tensor(batch)
-    return None if given is None else given.shape
+def _shapes_of(batch: Any) -> Any:
+    """The shapes of all tensors of a batch, at any depth."""
+    if isinstance(batch, Tensor):
+        return batch.shape
+    if isinstance(batch, dict):
+        return tuple((key, _shapes_of(value)) for key, value in batch.items())
+    return tuple(map(_shapes_of, batch)) if isinstance(batch, (tuple, list)) else None
 
 
 def _check_any(model: nn.Module, bns: dict[Any, str], frozen: tuple[str, ...]) -> None:

@@ -4,15 +4,30 @@ overwritten. (Networks do so themselves, by ``inplace=True``, which tracing take
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from bnre_exp.quantsim.nodes import is_bn, is_layer, module_of, sole_user, source_of
-from bnre_exp.quantsim.quantizers.quantizer import RELUS, ActivationQuantizer, is_own, is_watched
+from bnre_exp.quantsim.nodes import module_of, sole_user, source_of
+from bnre_exp.quantsim.quantizers.quantizer import (
+    ACTIVATIONS,
+    ALLOCATING,
+    RELUS,
+    ActivationQuantizer,
+    is_own,
+    is_watched,
+)
 
-MAKES_NEW = {operator.add, operator.mul, torch.add, torch.mul, "add", "mul"}
+ALLOCATING_CALLS = {operator.add, operator.mul, torch.add, torch.mul, "add", "mul"}
+IN_PLACE: dict[type, Callable[..., Tensor]] = {
+    nn.ReLU: F.relu,
+    nn.ReLU6: F.relu6,
+    nn.SiLU: F.silu,
+    nn.Hardswish: F.hardswish,
+    nn.Hardsigmoid: F.hardsigmoid,
+}
 
 
 def executed_graph(network: fx.GraphModule) -> fx.Graph:
@@ -30,19 +45,22 @@ def executed_graph(network: fx.GraphModule) -> fx.Graph:
             relu = source if is_taken_in else None
             taken_in |= {source} if is_taken_in else set()
             _replace(node, source_of(source) if is_taken_in else source, relu, graph, copies)
-        elif type(module_of(node)) in RELUS and node not in taken_in:
+        elif type(module_of(node)) in IN_PLACE and node not in taken_in:
             _replace(node, source_of(node), node, graph, copies)
     for node in taken_in:
         graph.erase_node(copies[node])
     return graph
 
 
-def relu_in_place(x: Tensor, relu: nn.Module, maker: nn.Module | bool) -> Tensor:
-    """``relu(x)``; ``x`` is overwritten, if nobody looks at it by a hook. Arguments as for
+def activated_in_place(x: Tensor, activation: nn.Module, maker: nn.Module | bool) -> Tensor:
+    """``activation(x)``; ``x`` is overwritten, if no hook looks at it and no gradient needs it. Arguments as for
     :meth:`ActivationQuantizer.after`."""
-    if torch.compiler.is_compiling() or is_watched(relu) or not is_own(maker):
-        return relu(x)  # type: ignore[no-any-return]
-    return F.relu(x, inplace=True) if type(relu) is nn.ReLU else F.relu6(x, inplace=True)
+    in_place = IN_PLACE.get(type(activation))
+    # The gradient of a ReLU needs its result only, that of many another activation what it is given, or its result.
+    is_needed = torch.is_grad_enabled() and (type(activation) not in RELUS or isinstance(maker, ACTIVATIONS))
+    if in_place is None or is_needed or torch.compiler.is_compiling() or is_watched(activation) or not is_own(maker):
+        return activation(x)  # type: ignore[no-any-return]
+    return in_place(x, inplace=True)
 
 
 def _replace(
@@ -57,7 +75,7 @@ def _replace(
         module = graph.get_attr(str(node.target))
         maker = graph.get_attr(str(source.target)) if is_new and source.op == "call_module" else is_new
         if relu is node:
-            new = graph.call_function(relu_in_place, (copies[source], module, maker))
+            new = graph.call_function(activated_in_place, (copies[source], module, maker))
         else:
             taken_in = None if relu is None else graph.get_attr(str(relu.target))
             new = graph.call_method("after", (module, copies[source], taken_in, maker))
@@ -67,4 +85,4 @@ def _replace(
 
 def _makes_new(node: fx.Node) -> bool:
     """Whether the node's value lies in memory of its own."""
-    return is_layer(node) or is_bn(node) or (node.op != "call_module" and node.target in MAKES_NEW)
+    return isinstance(module_of(node), ALLOCATING) or (node.op != "call_module" and node.target in ALLOCATING_CALLS)

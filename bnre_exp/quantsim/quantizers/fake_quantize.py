@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bnre_exp.quantsim.quantizers.state import precise
 
@@ -41,13 +42,57 @@ def fake_quantize(
     zero_point = None if zero_point is None else zero_point.to(dtype)
     values, scale = x.to(dtype), scale.to(dtype)
     if in_place or values is not x and not torch.is_grad_enabled():
-        used, zero = _used(scale), _on_grid(zero_point, quant_min, quant_max)
-        if _ends_first(relu_end, used, quant_max):
+        grid = _Grid.of(values, scale, zero_point, quant_min, quant_max)
+        if grid.reaches(relu_end):
             values.clamp_(0, relu_end)
-        y = _codes_to_values(values.div_(used), used, zero, quant_min, quant_max)
+        y = grid.values_(values.div_(grid.scale))
     else:
         y = _FakeQuantize.apply(values, scale, zero_point, quant_min, quant_max, gradient_scale, relu_end)
     return y.to(x.dtype)
+
+
+class _Grid(NamedTuple):
+    """The grid ``(k - zero) * scale``, low <= k <= high, as it is used.
+
+    A single scale for values of a CPU, and its zero point, are plain numbers: what is computed of them then costs no
+    operations, which for small tensors are most of the time.
+    """
+
+    scale: Tensor | float
+    zero: Tensor | float
+    low: int
+    high: int
+
+    @classmethod
+    def of(cls, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int) -> _Grid:
+        if scale.numel() == 1 and x.device.type == "cpu" and not torch.compiler.is_compiling():
+            zero = 0.0 if zero_point is None else min(max(float(zero_point), low), high)
+            return cls(max(abs(float(scale)), MIN_SCALE), zero if math.isnan(zero) else round(zero), low, high)
+        on_grid = 0.0 if zero_point is None else zero_point.round().clamp_(low, high)
+        return cls(scale.abs().clamp_min_(MIN_SCALE), on_grid, low, high)
+
+    def values_(self, steps: Tensor) -> Tensor:
+        """In place: from ``x / scale`` to the values that it is rounded to."""
+        low, high = self.low - self.zero, self.high - self.zero
+        return steps.round_().clamp_(low, high).mul_(self.scale)  # type: ignore[arg-type]
+
+    def reaches(self, relu_end: float | None) -> bool:
+        """Whether a ReLU ends where the grid does, or before."""
+        if relu_end is None or math.isinf(relu_end):
+            return False
+        return relu_end <= float(self.scale) * self.high * (1 + 1e-6)
+
+    def inside(self, x: Tensor, is_after_relu: bool) -> tuple[Tensor, float, float]:
+        """What has to lie between which two numbers for x to be inside the range: its ends are, but for zero after
+        a ReLU."""
+        rounding = torch.finfo(x.dtype).eps * 2 ** math.floor(math.log2(self.high))  # from the largest code to the next
+        if isinstance(self.scale, float) and isinstance(self.zero, float | int):
+            low, high = self.low - self.zero - 4 * rounding, self.high - self.zero + 4 * rounding
+            return x, 0.0 if is_after_relu else low * self.scale, high * self.scale
+        position = x / self.scale  # a scale that another device holds is not waited for
+        if isinstance(self.zero, Tensor):
+            position += self.zero
+        return position, 0.0 if is_after_relu else self.low - rounding, self.high + rounding
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -66,88 +111,68 @@ class _FakeQuantize(torch.autograd.Function):
         ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int, gradient_scale: float,
         relu_end: float | None,
     ) -> Tensor:  # fmt: skip
-        used, zero = _used(scale), _on_grid(zero_point, low, high)
-        ctx.is_relu_first = _ends_first(relu_end, used, high)
+        grid = _Grid.of(x, scale, zero_point, low, high)
+        ctx.is_relu_first = grid.reaches(relu_end)
         if ctx.is_relu_first:
             x = x.clamp(0, relu_end)
-        y = _codes_to_values(x / used, used, zero, low, high)
-        ctx.save_for_backward(x, y, used, scale, zero)
-        ctx.low, ctx.high, ctx.gradient_scale, ctx.relu_end = low, high, gradient_scale, relu_end
+        y = grid.values_(x / grid.scale)
+        ctx.save_for_backward(x, y, scale, zero_point)
+        ctx.grid, ctx.gradient_scale, ctx.relu_end = grid, gradient_scale, relu_end
         return y
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, y, scale, raw_scale, zero_point = ctx.saved_tensors
+        x, y, scale, zero_point = ctx.saved_tensors
         (grad,) = gradients
-        compared, low, high = _range(x, scale, zero_point, ctx)
+        grid: _Grid = ctx.grid
+        compared, low, high = (x, 0.0, ctx.relu_end) if ctx.is_relu_first else grid.inside(x, ctx.relu_end is not None)
         grad_x = _where_inside(grad, compared, low, high)
         grad_scale = grad_zero = None
         if ctx.needs_input_grad[1]:
             # What the ReLU clips lies inside the range, if that does not end first.
-            inside = x if ctx.is_relu_first else None
-            if ctx.high <= COARSE:
-                slope = _products([(grad, y), (grad_x, x) if inside is None else (grad, x)], scale.shape)
+            if grid.high <= COARSE:
+                pairs = [(grad, y), (grad, x) if ctx.is_relu_first else (x, grad_x)]
             else:  # the difference of two sums of values would be the rounding of these sums
-                inside = _where_inside(x, compared, low, high) if inside is None else inside
-                slope = _products([(grad, y - inside)], scale.shape)
-            grad_scale = slope.div_(scale).mul_(raw_scale.sgn()).mul_(ctx.gradient_scale)
+                pairs = [(grad, y - (x if ctx.is_relu_first else _where_inside(x, compared, low, high)))]
+            grad_scale = _slope(pairs, scale, grid.scale, ctx.gradient_scale)
         if zero_point is not None and ctx.needs_input_grad[2]:
-            outside = grad_x.sum_to_size(zero_point.shape) - grad.sum_to_size(zero_point.shape)
-            grad_zero = outside.mul_(scale).mul_(ctx.gradient_scale)
+            grad_zero = _shift(grad_x, grad, zero_point, grid.scale, ctx.gradient_scale)
         return grad_x, grad_scale, grad_zero, None, None, None, None
 
 
-def _used(scale: Tensor) -> Tensor:
-    return scale.abs().clamp_min_(MIN_SCALE)
+def _slope(pairs: list[tuple[Tensor, Tensor]], scale: Tensor, step: Tensor | float, gradient_scale: float) -> Tensor:
+    """The gradient of a scale, whose magnitude in use is ``step``: the product of the first pair, minus that of a
+    second one, over the step."""
+    if isinstance(step, float):
+        first, *second = (_inner(*pair) for pair in pairs)
+        slope = (first - sum(second)) / math.copysign(step, float(scale))
+        return torch.full_like(scale, slope * gradient_scale)
+    products = torch.mul(*pairs[0])
+    for a, b in pairs[1:]:
+        products.addcmul_(a, b, value=-1)
+    return products.sum_to_size(scale.shape).mul_(gradient_scale).div_(torch.copysign(step, scale))
 
 
-def _ends_first(relu_end: float | None, scale: Tensor, quant_max: int) -> bool:
-    """Whether a ReLU ends where the grid does, or before."""
-    return relu_end is not None and math.isfinite(relu_end) and relu_end <= float(scale) * quant_max * (1 + 1e-6)
+def _shift(grad_x: Tensor, grad: Tensor, zero_point: Tensor, step: Tensor | float, gradient_scale: float) -> Tensor:
+    """The gradient of a zero point: minus the sum of the gradients of clipped values, times the step."""
+    if isinstance(step, float):
+        return torch.full_like(zero_point, (float(grad_x.sum()) - float(grad.sum())) * step * gradient_scale)
+    clipped = grad_x.sum_to_size(zero_point.shape) - grad.sum_to_size(zero_point.shape)
+    return clipped.mul_(step).mul_(gradient_scale)
 
 
-def _on_grid(zero_point: Tensor | None, low: int, high: int) -> Tensor | None:
-    return None if zero_point is None else zero_point.round().clamp_(low, high)
+def _inner(a: Tensor, made: Tensor) -> float:
+    """The inner product; what an operation has made lies in memory without gaps, as do others of the same strides."""
+    if a.stride() != made.stride():
+        return float((a * made).sum())
+    if made.numel() <= CHUNK:
+        return float(torch.dot(_flat(a), _flat(made)))
+    return sum(float(torch.dot(*chunks)) for chunks in zip(_flat(a).split(CHUNK), _flat(made).split(CHUNK)))
 
 
-def _codes_to_values(steps: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int) -> Tensor:
-    """In place: from ``x / scale`` to the values that it is rounded to."""
-    if zero_point is None:
-        return steps.round_().clamp_(low, high).mul_(scale)
-    return steps.round_().add_(zero_point).clamp_(low, high).sub_(zero_point).mul_(scale)
-
-
-def _range(x: Tensor, scale: Tensor, zero_point: Tensor | None, ctx: Any) -> tuple[Tensor, float, float]:
-    """What has to lie between which two numbers for x to be inside the range: its ends are, but for those
-    of a ReLU."""
-    if ctx.is_relu_first:
-        return x, 0.0, ctx.relu_end
-    rounding = torch.finfo(x.dtype).eps * 2 ** math.floor(math.log2(ctx.high))  # from the largest code to the next
-    if scale.numel() == 1 and x.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = ctx.low - 4 * rounding, ctx.high + 4 * rounding
-        step, zero = float(scale), 0.0 if zero_point is None else float(zero_point)
-        return x, 0.0 if ctx.relu_end is not None else (low - zero) * step, (high - zero) * step
-    position = x / scale  # a scale that another device holds is not waited for
-    if zero_point is not None:
-        position += zero_point
-    return position, 0.0 if ctx.relu_end is not None else ctx.low - rounding, ctx.high + rounding
-
-
-def _products(pairs: list[tuple[Tensor, Tensor]], shape: torch.Size) -> Tensor:
-    """The products of the first pair, minus those of a second one, added up to a shape that broadcasts against them."""
-    made = pairs[0][1]  # by an operation, so it lies in memory without gaps, as do others of the same strides
-    is_flat = all(t.stride() == made.stride() for pair in pairs for t in pair)
-    if shape.numel() > 1 or not is_flat or torch.compiler.is_compiling():
-        products = pairs[0][0] * made
-        for a, b in pairs[1:]:
-            products.addcmul_(a, b, value=-1)
-        return products.sum_to_size(shape)
-    sums = [torch.stack([torch.dot(*both) for both in zip(*map(_chunks, pair))]) for pair in pairs]
-    return (sums[0] - sums[1] if len(sums) > 1 else sums[0]).sum().reshape(shape)
-
-
-def _chunks(dense: Tensor) -> tuple[Tensor, ...]:
-    return dense.as_strided((dense.numel(),), (1,), dense.storage_offset()).split(CHUNK)
+def _flat(dense: Tensor) -> Tensor:
+    return dense.as_strided((dense.numel(),), (1,), dense.storage_offset())
 
 
 def positive(scale: Tensor) -> Tensor:

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from bnre_exp.errors import UserError
 from bnre_exp.quantsim.quantizers.fake_quantize import MIN_SCALE, fake_quantize, positive
-from bnre_exp.quantsim.quantizers.layout import WeightLayout
+from bnre_exp.quantsim.quantizers.layout import BATCH_NORMS, LAYERS, WeightLayout
 from bnre_exp.quantsim.quantizers.observer import RangeObserver
 from bnre_exp.quantsim.quantizers.ranges import affine_grid
 from bnre_exp.quantsim.quantizers.state import Quantizer, precise
 
 RELUS: dict[type, float] = {nn.ReLU: math.inf, nn.ReLU6: 6.0}  # where each ends
+ACTIVATIONS = (nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.GELU, nn.Mish, nn.ELU, nn.Tanh, nn.LeakyReLU)
+ALLOCATING = (*BATCH_NORMS, *LAYERS, *ACTIVATIONS)  # unless in place, what these compute lies in memory of its own
 
 
 def narrow_quant_max(bits: int) -> int:
@@ -207,18 +209,24 @@ class ActivationQuantizer(Quantizer):
 def is_watched(module: nn.Module | None) -> bool:
     """Whether hooks see what goes into the module or comes out of it."""
     before = torch.nn.modules.module._global_forward_pre_hooks
-    return module is not None and bool(module._forward_pre_hooks or before or not is_own(module))
+    return module is not None and bool(module._forward_pre_hooks or before or _is_heard(module))
 
 
 def is_own(maker: nn.Module | bool) -> bool:
-    """Whether what a module made for one reader is seen by that alone. A bool: it is known."""
+    """Whether what a module made for one reader is seen by that alone, and lies in memory of its own. A bool: it is
+    known."""
     if isinstance(maker, bool):
         return maker
+    return isinstance(maker, ALLOCATING) and not getattr(maker, "inplace", False) and not _is_heard(maker)
+
+
+def _is_heard(module: nn.Module) -> bool:
+    """Whether hooks see what comes out of the module, or its gradients."""
     known = torch.nn.modules.module
-    return not (
-        maker._forward_hooks
-        or maker._backward_hooks
-        or maker._backward_pre_hooks
+    return bool(
+        module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
         or known._global_forward_hooks
         or known._global_backward_hooks
         or known._global_backward_pre_hooks

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from bnre_exp.quantsim.execution import executed_graph
 from bnre_exp.quantsim.nodes import is_bn, module_of
+from bnre_exp.quantsim.quantizers.layout import BATCH_NORMS
 from bnre_exp.quantsim.quantizers.quantizer import is_watched
 from bnre_exp.quantsim.tracing.frozen import META, hold
 
@@ -37,19 +38,36 @@ class TracedNetwork(fx.GraphModule):
 def up_to_batch_norms(network: fx.GraphModule) -> fx.GraphModule:
     """A network of the same modules that computes what its batch norms get and no more, and returns None; where hooks
     see the rest, the network itself."""
-    bns = [node for node in network.graph.nodes if is_bn(node)]
+    graph = executed_graph(network)
+    wanted = [node for node in graph.nodes if is_bn(node)]
     needed: set[fx.Node] = set()
-    while bns:
-        node = bns.pop()
+    while wanted:
+        node = wanted.pop()
         if node not in needed:
             needed.add(node)
-            bns += node.all_input_nodes
-    rest = [node for node in network.graph.nodes if node not in needed and node.op not in ("placeholder", "output")]
-    if is_watched(network) or any(is_watched(module_of(node)) for node in rest):
+            wanted += node.all_input_nodes
+    rest = [node for node in graph.nodes if node not in needed and node.op != "placeholder"]
+    if is_watched(network) or any(is_watched(_module_at(node)) for node in rest):
         return network
-    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
-    graph.graph_copy(network.graph, copies)
     for node in reversed(rest):
-        graph.erase_node(copies[node])
+        graph.erase_node(node)
     graph.output(None)
-    return TracedNetwork(network, graph)
+    return fx.GraphModule(network, graph)
+
+
+def calls_batch_norms_itself(network: nn.Module) -> bool:
+    """Whether all calls of batch norms are nodes of a graph, so that every batch calls the same."""
+    if not isinstance(network, fx.GraphModule):
+        return False
+    called = [module_of(node) for node in network.graph.nodes if node.op == "call_module"]
+    parts = (part for module in called for part in module.modules() if part is not module)
+    return not any(isinstance(part, BATCH_NORMS) for part in parts)
+
+
+def _module_at(node: fx.Node) -> nn.Module | None:
+    """The module that a node calls, or hands to a function."""
+    if node.op != "get_attr":
+        return module_of(node)  # type: ignore[no-any-return]
+    owner, _, name = str(node.target).rpartition(".")
+    value = getattr(node.graph.owning_module.get_submodule(owner), name)  # type: ignore[union-attr]
+    return value if isinstance(value, nn.Module) else None
