@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from bnre_exp.quantsim.nodes import module_of, sole_user, source_of
+from bnre_exp.quantsim.nodes import is_bn, module_of, sole_user, source_of
 from bnre_exp.quantsim.quantizers.quantizer import (
     ACTIVATIONS,
     ALLOCATING,
@@ -30,26 +31,18 @@ IN_PLACE: dict[type, Callable[..., Tensor]] = {
 }
 
 
-def executed_graph(network: fx.GraphModule) -> fx.Graph:
-    """A copy of the network's graph in which quantizers are called by :meth:`ActivationQuantizer.after`, where
-    something is gained by that. The graph itself stays what is analysed, folded and exported."""
-    graph = fx.Graph(owning_module=network)
-    copies: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(network.graph, copies))
-    graph.set_codegen(network.graph._codegen)
-    taken_in: set[fx.Node] = set()
-    for node in reversed(network.graph.nodes):
-        if isinstance(module_of(node), ActivationQuantizer):
-            source = source_of(node)
-            is_taken_in = type(module_of(source)) in RELUS and sole_user(source) is node
-            relu = source if is_taken_in else None
-            taken_in |= {source} if is_taken_in else set()
-            _replace(node, source_of(source) if is_taken_in else source, relu, graph, copies)
-        elif type(module_of(node)) in IN_PLACE and node not in taken_in:
-            _replace(node, source_of(node), node, graph, copies)
-    for node in taken_in:
-        graph.erase_node(copies[node])
-    return graph
+def executed_graph(plain: fx.Graph) -> fx.Graph:
+    """A copy of a network's graph in which quantizers are called by :meth:`ActivationQuantizer.after` or
+    :meth:`~ActivationQuantizer.after_batch_norm`, where something is gained by that. The graph itself stays what is
+    analysed, folded and exported."""
+    copy = _Copy(plain)
+    for node in reversed(plain.nodes):
+        if node in copy.taken_in:
+            copy.graph.erase_node(copy.of[node])
+        elif node.op == "call_module" and isinstance(source_of(node), fx.Node):
+            with copy.graph.inserting_before(copy.of[node]):
+                copy.rewrite(node)
+    return copy.graph
 
 
 def activated_in_place(x: Tensor, activation: nn.Module, maker: nn.Module | bool) -> Tensor:
@@ -63,26 +56,52 @@ def activated_in_place(x: Tensor, activation: nn.Module, maker: nn.Module | bool
     return in_place(x, inplace=True)
 
 
-def _replace(
-    node: fx.Node, source: fx.Node, relu: fx.Node | None, graph: fx.Graph, copies: dict[fx.Node, fx.Node]
-) -> None:
-    """Let a copied graph call a quantizer, or a ReLU alone (``relu`` is ``node``), on the value of ``source``."""
-    is_new = _makes_new(source) and sole_user(source) is (relu or node)
-    if not is_new and (relu is None or relu is node):
-        return
-    old = copies[node]
-    with graph.inserting_before(old):
-        module = graph.get_attr(str(node.target))
-        maker = graph.get_attr(str(source.target)) if is_new and source.op == "call_module" else is_new
-        if relu is node:
-            new = graph.call_function(activated_in_place, (copies[source], module, maker))
-        else:
-            taken_in = None if relu is None else graph.get_attr(str(relu.target))
-            new = graph.call_method("after", (module, copies[source], taken_in, maker))
-    old.replace_all_uses_with(new)
-    graph.erase_node(old)
+class _Copy:
+    """A graph that is being rewritten from its end. of: the copies of the plain graph's nodes; taken_in: the nodes that
+    their readers compute."""
 
+    def __init__(self, plain: fx.Graph) -> None:
+        self.graph = fx.Graph(owning_module=plain.owning_module)
+        self.of: dict[fx.Node, fx.Node] = {}
+        self.taken_in: set[fx.Node] = set()
+        self.graph.output(self.graph.graph_copy(plain, self.of))
+        self.graph.set_codegen(plain._codegen)
 
-def _makes_new(node: fx.Node) -> bool:
-    """Whether the node's value lies in memory of its own."""
-    return isinstance(module_of(node), ALLOCATING) or (node.op != "call_module" and node.target in ALLOCATING_CALLS)
+    def rewrite(self, node: fx.Node) -> None:
+        """The call of a module; what is new comes before its copy."""
+        source = source_of(node)
+        if isinstance(module_of(node), ActivationQuantizer):
+            is_relu = type(module_of(source)) in RELUS and bool(source.args) and sole_user(source) is node
+            self._call_quantizer(node, *((source_of(source), source) if is_relu else (source, None)))
+        elif type(module_of(node)) in IN_PLACE and (maker := self._maker(source, node)):
+            given = (self.of[source], self._module(node), maker)
+            self._replace(node, self.graph.call_function(activated_in_place, given))
+
+    def _call_quantizer(self, node: fx.Node, source: fx.Node, relu: fx.Node | None) -> None:
+        maker = self._maker(source, relu or node)
+        if relu is None and maker is False:
+            return
+        taken_in, method = [] if relu is None else [relu], "after"
+        activation = None if relu is None else self._module(relu)
+        if maker and is_bn(source) and source.args:
+            taken_in, method, source = [*taken_in, source], "after_batch_norm", source_of(source)
+        given = (self._module(node), self.of[source], activation, maker)
+        self._replace(node, self.graph.call_method(method, given))
+        self.taken_in.update(taken_in)
+
+    def _module(self, node: fx.Node) -> fx.Node:
+        return self.graph.get_attr(str(node.target))
+
+    def _maker(self, source: Any, reader: fx.Node) -> fx.Node | bool:
+        """What makes a value that lies in memory of its own, for this reader alone: a module, or True. False: nothing
+        does."""
+        if not isinstance(source, fx.Node) or sole_user(source) is not reader:
+            return False
+        if source.op == "call_module":
+            return isinstance(module_of(source), ALLOCATING) and self._module(source)
+        return source.target in ALLOCATING_CALLS
+
+    def _replace(self, node: fx.Node, call: fx.Node) -> None:
+        old, self.of[node] = self.of[node], call
+        old.replace_all_uses_with(call)
+        self.graph.erase_node(old)

@@ -15,7 +15,6 @@ import argparse
 import gc
 import json
 import logging
-import os
 import shlex
 import sys
 import warnings
@@ -26,8 +25,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-# As scripts/run has it, and before torch is imported: threads that spin while they wait take the cores from others.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch  # noqa: E402
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +43,7 @@ def fake_quantize(
     zero_point = None if zero_point is None else zero_point.to(dtype)
     values, scale = x.to(dtype), scale.to(dtype)
     if in_place or values is not x and not torch.is_grad_enabled():
-        grid = _Grid.of(values, scale, zero_point, quant_min, quant_max)
+        grid = Grid.of(values, scale, zero_point, quant_min, quant_max)
         if grid.reaches(relu_end):
             values.clamp_(0, relu_end)
         y = grid.values_(values.div_(grid.scale))
@@ -51,7 +52,7 @@ def fake_quantize(
     return y.to(x.dtype)
 
 
-class _Grid(NamedTuple):
+class Grid(NamedTuple):
     """The grid ``(k - zero) * scale``, low <= k <= high, as it is used.
 
     A single scale for values of a CPU, and its zero point, are plain numbers: what is computed of them then costs no
@@ -64,7 +65,7 @@ class _Grid(NamedTuple):
     high: int
 
     @classmethod
-    def of(cls, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int) -> _Grid:
+    def of(cls, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int) -> Grid:
         if scale.numel() == 1 and x.device.type == "cpu" and not torch.compiler.is_compiling():
             zero = 0.0 if zero_point is None else min(max(float(zero_point), low), high)
             return cls(max(abs(float(scale)), MIN_SCALE), zero if math.isnan(zero) else round(zero), low, high)
@@ -111,9 +112,8 @@ class _FakeQuantize(torch.autograd.Function):
         ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int, gradient_scale: float,
         relu_end: float | None,
     ) -> Tensor:  # fmt: skip
-        grid = _Grid.of(x, scale, zero_point, low, high)
-        ctx.is_relu_first = grid.reaches(relu_end)
-        if ctx.is_relu_first:
+        grid = Grid.of(x, scale, zero_point, low, high)
+        if grid.reaches(relu_end):
             x = x.clamp(0, relu_end)
         y = grid.values_(x / grid.scale)
         ctx.save_for_backward(x, y, scale, zero_point)
@@ -122,23 +122,39 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
         x, y, scale, zero_point = ctx.saved_tensors
-        (grad,) = gradients
-        grid: _Grid = ctx.grid
-        compared, low, high = (x, 0.0, ctx.relu_end) if ctx.is_relu_first else grid.inside(x, ctx.relu_end is not None)
-        grad_x = _where_inside(grad, compared, low, high)
-        grad_scale = grad_zero = None
-        if ctx.needs_input_grad[1]:
-            # What the ReLU clips lies inside the range, if that does not end first.
-            if grid.high <= COARSE:
-                pairs = [(grad, y), (grad, x) if ctx.is_relu_first else (x, grad_x)]
-            else:  # the difference of two sums of values would be the rounding of these sums
-                pairs = [(grad, y - (x if ctx.is_relu_first else _where_inside(x, compared, low, high)))]
-            grad_scale = _slope(pairs, scale, grid.scale, ctx.gradient_scale)
-        if zero_point is not None and ctx.needs_input_grad[2]:
-            grad_zero = _shift(grad_x, grad, zero_point, grid.scale, ctx.gradient_scale)
-        return grad_x, grad_scale, grad_zero, None, None, None, None
+        found = gradients(
+            upstream[0], x, y, scale, zero_point, ctx.grid, ctx.gradient_scale, ctx.relu_end, ctx.needs_input_grad[1:3]
+        )
+        return *found, None, None, None, None
+
+
+def gradients(
+    grad: Tensor, x: Tensor, y: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid, gradient_scale: float,
+    relu_end: float | None, are_needed: Sequence[bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Of what went in, the scale and the zero point, the latter two where ``are_needed``.
+
+    grad: of the result ``y``; x: what went in, after a ReLU that ends first, as :meth:`Grid.reaches` has it.
+    """
+    is_relu_first = grid.reaches(relu_end)
+
+    def where_inside(values: Tensor) -> Tensor:
+        return _where_inside(values, *((x, 0.0, relu_end) if is_relu_first else grid.inside(x, relu_end is not None)))
+
+    grad_x = where_inside(grad)
+    grad_scale = grad_zero = None
+    if are_needed[0]:
+        # What the ReLU clips lies inside the range, if that does not end first.
+        if grid.high <= COARSE:
+            pairs = [(grad, y), (grad, x) if is_relu_first else (x, grad_x)]
+        else:  # the difference of two sums of values would be the rounding of these sums
+            pairs = [(grad, y - (x if is_relu_first else where_inside(x)))]
+        grad_scale = _slope(pairs, scale, grid.scale, gradient_scale)
+    if zero_point is not None and are_needed[1]:
+        grad_zero = _shift(grad_x, grad, zero_point, grid.scale, gradient_scale)
+    return grad_x, grad_scale, grad_zero
 
 
 def _slope(pairs: list[tuple[Tensor, Tensor]], scale: Tensor, step: Tensor | float, gradient_scale: float) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bnre_exp.errors import UserError
+from bnre_exp.quantsim.quantizers.after_batch_norm import batch_norm_and_quantize, can_be_joined
 from bnre_exp.quantsim.quantizers.fake_quantize import MIN_SCALE, fake_quantize, positive
 from bnre_exp.quantsim.quantizers.layout import BATCH_NORMS, LAYERS, WeightLayout
 from bnre_exp.quantsim.quantizers.observer import RangeObserver
@@ -183,6 +184,14 @@ class ActivationQuantizer(Quantizer):
             x, may_overwrite = relu(x), True
         return self._quantize(x, relu_end, may_overwrite and not torch.is_grad_enabled())
 
+    def after_batch_norm(self, x: Tensor, relu: nn.Module | None, bn: nn.Module) -> Tensor:
+        """``self.after(bn(x), relu, bn)``, with less kept for gradients where that is the same."""
+        is_plain = not (torch.compiler.is_compiling() or is_watched(self) or is_watched(relu) or is_watched(bn))
+        relu_end = None if relu is None else self._relu_end(relu, x)
+        if not is_plain or not self.is_in_use or (relu_end is None) != (relu is None) or not can_be_joined(x, bn):
+            return self.after(bn(x), relu, bn)
+        return batch_norm_and_quantize(x, bn, self.scale, *self._rest(x), relu_end)
+
     @property
     def is_in_use(self) -> bool:
         """Whether it quantizes: it has a range, and neither observes nor is bypassed."""
@@ -195,12 +204,13 @@ class ActivationQuantizer(Quantizer):
         return None if is_waited_for else end
 
     def _quantize(self, x: Tensor, relu_end: float | None = None, in_place: bool = False) -> Tensor:
+        return fake_quantize(x, self.scale, *self._rest(x), relu_end=relu_end, in_place=in_place)
+
+    def _rest(self, x: Tensor) -> tuple[Tensor | None, int, int, float]:
+        """Zero point, smallest and largest code, and the factor of the scale's gradient."""
         features = x.numel() // max(1, x.shape[0]) if x.dim() else 1
         gradient_scale = 1 / math.sqrt(max(1, features) * self.quant_max)
-        zero_point = None if self.unsigned else self.zero_point
-        return fake_quantize(
-            x, self.scale, zero_point, 0, self.quant_max, gradient_scale, relu_end=relu_end, in_place=in_place
-        )
+        return None if self.unsigned else self.zero_point, 0, self.quant_max, gradient_scale
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, unsigned={self.unsigned}, learned={self.learned}, label={self.label!r}"

@@ -25,7 +25,7 @@ class TracedNetwork(fx.GraphModule):
     def recompile(self) -> Any:
         """Compile the graph as it is executed; ``code`` is that of the graph as it is."""
         graph = self._graph
-        self._graph = executed_graph(self)
+        self._graph = executed_graph(graph)
         try:
             super().recompile()
         finally:
@@ -38,21 +38,22 @@ class TracedNetwork(fx.GraphModule):
 def up_to_batch_norms(network: fx.GraphModule) -> fx.GraphModule:
     """A network of the same modules that computes what its batch norms get and no more, and returns None; where hooks
     see the rest, the network itself."""
-    graph = executed_graph(network)
-    wanted = [node for node in graph.nodes if is_bn(node)]
+    wanted = [node for node in network.graph.nodes if is_bn(node)]
     needed: set[fx.Node] = set()
     while wanted:
         node = wanted.pop()
         if node not in needed:
             needed.add(node)
             wanted += node.all_input_nodes
-    rest = [node for node in graph.nodes if node not in needed and node.op != "placeholder"]
-    if is_watched(network) or any(is_watched(_module_at(node)) for node in rest):
+    rest = [node for node in network.graph.nodes if node not in needed and node.op not in ("placeholder", "output")]
+    if is_watched(network) or any(is_watched(module_of(node)) for node in rest):
         return network
+    graph, copies = fx.Graph(owning_module=network), dict[fx.Node, fx.Node]()
+    graph.graph_copy(network.graph, copies)
     for node in reversed(rest):
-        graph.erase_node(node)
+        graph.erase_node(copies[node])
     graph.output(None)
-    return fx.GraphModule(network, graph)
+    return fx.GraphModule(network, executed_graph(graph))
 
 
 def calls_batch_norms_itself(network: nn.Module) -> bool:
@@ -62,12 +63,3 @@ def calls_batch_norms_itself(network: nn.Module) -> bool:
     called = [module_of(node) for node in network.graph.nodes if node.op == "call_module"]
     parts = (part for module in called for part in module.modules() if part is not module)
     return not any(isinstance(part, BATCH_NORMS) for part in parts)
-
-
-def _module_at(node: fx.Node) -> nn.Module | None:
-    """The module that a node calls, or hands to a function."""
-    if node.op != "get_attr":
-        return module_of(node)  # type: ignore[no-any-return]
-    owner, _, name = str(node.target).rpartition(".")
-    value = getattr(node.graph.owning_module.get_submodule(owner), name)  # type: ignore[union-attr]
-    return value if isinstance(value, nn.Module) else None
