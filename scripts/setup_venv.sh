@@ -2,9 +2,6 @@
 # in place, and its extras (a comma-separated list, or empty). It installs only when pyproject.toml, the interpreter or
 # the place of the checkout changed; otherwise it costs a hash.
 
-# GNU OpenMP's threads spin while they wait; beside any other work on the same cores that made training five times slower.
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
-
 setup_venv() {
     local root=$1 extras=$2 venv=$1/.venv
     local stamp=$venv/.installed${extras:+-$extras}

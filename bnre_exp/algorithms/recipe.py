@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bnre_exp.algorithms.feeding import is_whole
@@ -80,9 +80,34 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": recipe.weight_decay},
         {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
-    return torch.optim.AdamW(groups, lr=recipe.lr)
+    given: dict[str, Any] = {"lr": recipe.lr, "fused": all(map(_can_be_fused, trained))}
+    if recipe.optimizer == "adamw":
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, **given)
+    else:
+        optimizer = torch.optim.SGD(groups, momentum=recipe.momentum, nesterov=recipe.momentum > 0, **given)
+    if given["fused"]:
+        optimizer.register_step_pre_hook(_suit_fused)
+    return optimizer
+
+
+def _can_be_fused(parameter: Tensor) -> bool:
+    """Whether torch updates it in one pass over its memory, several times as fast: that has to be without gaps."""
+    is_dense = torch.empty_like(parameter).stride() == parameter.stride()
+    return is_dense and parameter.is_floating_point() and parameter.device.type in ("cpu", "cuda")
+
+
+def _suit_fused(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Before a step. torch's fused ones take it for granted that a gradient lies in memory as its parameter does, and
+    that momentum begins for all parameters at once, which the first gradient of some may come too late for."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if gradient.stride() != parameter.stride():
+                parameter.grad = torch.empty_like(parameter).copy_(gradient)
+            if group.get("momentum") and "momentum_buffer" not in (state := optimizer.state[parameter]):
+                state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def build_scheduler(

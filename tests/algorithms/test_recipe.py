@@ -101,3 +101,51 @@ def test_scales_of_quantizers_that_are_bypassed_do_not_stop_training():
     sim = quantize(flat_cnn(), data[0][0])
     with bypassed(sim):
         assert len(train(sim, data, 2, lr=1e-3)) == 2
+
+
+class Layouts(nn.Module):
+    """Parameters as networks hold them: channels-last, a transposed one, and one that is used late; gaps: a column of
+    a larger tensor as well."""
+
+    def __init__(self, gaps: bool) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        self.turned = nn.Parameter(torch.randn(5, 4).t())
+        self.late = nn.Linear(5, 2)
+        self.column = nn.Parameter(torch.randn(2, 3)[:, 1] if gaps else torch.randn(2))
+
+    def forward(self, x, step):
+        y = self.conv(x).mean(dim=(2, 3)) @ self.turned
+        return (self.late(y) + self.column).square().sum() if step else y.square().sum()
+
+
+@pytest.mark.parametrize("gaps", [False, True])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("is_foreign", [False, True])
+def test_optimizers_are_fused_where_that_is_right_and_compute_the_same(optimizer, gaps, is_foreign):
+    recipe = Recipe(**{**PLAIN, "optimizer": optimizer, "weight_decay": 0.1, "lr": 0.01})
+    ours, plain = Layouts(gaps), Layouts(gaps)
+    found = build_optimizer(ours, recipe)
+    assert all(group["fused"] != gaps for group in found.param_groups)
+    groups = [{**g, "params": list(p)} for g, p in zip(found.param_groups, split(plain))]
+    rest = {"momentum": 0.9, "nesterov": True} if optimizer == "sgd" else {}
+    expected = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[optimizer](
+        [{k: g[k] for k in ("params", "weight_decay")} for g in groups], lr=0.01, foreach=False, **rest
+    )
+    for step in range(4):
+        x = torch.randn(6, 3, 5, 5)
+        for model, stepping in ((ours, found), (plain, expected)):
+            stepping.zero_grad()
+            model(x, step).backward()
+            if is_foreign:  # as a hook of a user's may leave it
+                model.turned.grad = model.turned.grad.contiguous()
+            stepping.step()
+    for (name, a), b in zip(ours.named_parameters(), plain.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The parameters with weight decay, and those without."""
+    parameters = list(model.parameters())
+    return [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]

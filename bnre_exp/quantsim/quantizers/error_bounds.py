@@ -41,7 +41,8 @@ def histogram(values: Tensor) -> Histogram | None:
     bins = ((x - low) / width).astype(np.int64).clip(max=BINS - 1)
     counts, sums = np.bincount(bins, minlength=BINS), np.bincount(bins, x, BINS)
     below = [np.concatenate(([0], np.cumsum(part))) for part in (counts, sums)]
-    return Histogram(low, width, below[0], below[1], float(x @ x), max(-low, high))
+    energy = float(np.square(x).sum())  # not x @ x: threads of BLAS wait for cores on which those of torch spin
+    return Histogram(low, width, below[0], below[1], energy, max(-low, high))
 
 
 def error_bounds(known: Histogram, grids: Sequence[tuple[float, int]], levels: int) -> tuple[np.ndarray, np.ndarray]:
