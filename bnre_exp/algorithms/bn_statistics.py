@@ -181,11 +181,10 @@ class Recorder:
                 group.start()
                 scratch = tracked.to(group.means[0].device)
                 for bn, mean, var in zip(group.estimators, group.means, group.vars):
-                    stack.callback(_restore, bn, dict(bn._buffers), bn.momentum, bn.training)
-                    bn._buffers.update(running_mean=mean, running_var=var)
+                    now = {"running_mean": mean, "running_var": var, "momentum": 1.0, "training": True}
                     if bn.num_batches_tracked is not None:
-                        bn._buffers["num_batches_tracked"] = scratch
-                    vars(bn).update(momentum=1.0, training=True)  # to set attributes of modules costs ten times that
+                        now["num_batches_tracked"] = scratch
+                    stack.callback(_exchange, bn, _exchange(bn, now))
                     if known is None:
                         stack.callback(bn.register_forward_pre_hook(self._before, with_kwargs=True).remove)
             yield
@@ -275,6 +274,11 @@ def _kind(bn: Any) -> tuple[Any, Any]:
     return bn.running_mean.device, bn.running_mean.dtype
 
 
-def _restore(bn: Any, buffers: dict[str, Any], momentum: float | None, training: bool) -> None:
-    bn._buffers.update(buffers)
-    vars(bn).update(momentum=momentum, training=training)
+def _exchange(bn: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Put values in place of a module's attributes, buffers or parameters, whatever each is; returns the old ones. (To
+    set attributes of modules costs ten times that.)"""
+    old = {}
+    for name, value in values.items():
+        place = next(place for place in (vars(bn), bn._buffers, bn._parameters) if name in place)
+        old[name], place[name] = place[name], value
+    return old

@@ -80,7 +80,9 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": recipe.weight_decay},
         {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    given: dict[str, Any] = {"lr": recipe.lr, "fused": all(map(_can_be_fused, trained))}
+    has_sparse = any(getattr(module, "sparse", False) is True for module in model.modules())
+    can_be_fused = not has_sparse and all(map(_can_be_fused, trained))
+    given: dict[str, Any] = {"lr": recipe.lr, "fused": can_be_fused or None}  # None: torch chooses the next best
     if recipe.optimizer == "adamw":
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, **given)
     else:
@@ -97,17 +99,24 @@ def _can_be_fused(parameter: Tensor) -> bool:
 
 
 def _suit_fused(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Before a step. torch's fused ones take it for granted that a gradient lies in memory as its parameter does, and
-    that momentum begins for all parameters at once, which the first gradient of some may come too late for."""
+    """Before a step. torch's fused ones take it for granted that gradients and momentum lie in memory as parameters do,
+    and that momentum begins for all parameters at once, for which the first gradient of some comes too late."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            gradient = parameter.grad
-            if gradient is None:
+            if parameter.grad is None:
                 continue
-            if gradient.stride() != parameter.stride():
-                parameter.grad = torch.empty_like(parameter).copy_(gradient)
-            if group.get("momentum") and "momentum_buffer" not in (state := optimizer.state[parameter]):
+            parameter.grad, state = _laid_out(parameter.grad, parameter), optimizer.state[parameter]
+            if group.get("momentum") and "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
+            for name, tensor in state.items():
+                state[name] = _laid_out(tensor, parameter) if tensor.shape == parameter.shape else tensor
+
+
+def _laid_out(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """The values in memory as those of the parameter."""
+    if tensor.stride() == parameter.stride():
+        return tensor
+    return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
 
 
 def build_scheduler(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torchvision.ops import FrozenBatchNorm2d
@@ -29,7 +29,7 @@ from bnre_exp.quantsim.admission import is_exported, refuse_inference, refuse_ki
 from bnre_exp.quantsim.quantizers.affine import ChannelAffine
 from bnre_exp.quantsim.quantizers.quantizer import Dequantize
 from bnre_exp.quantsim.tracing.functional import callers_of_batch_norm
-from bnre_exp.quantsim.tracing.network import calls_batch_norms_itself, up_to_batch_norms
+from bnre_exp.quantsim.tracing.network import TracedNetwork, depends_on_shapes_only, up_to_batch_norms
 
 
 @dataclass(kw_only=True)
@@ -71,7 +71,8 @@ def reestimate_bn_stats(
     "pooled", the statistics of all samples together, weighted by their number; "ema", an exponential moving average
     that starts from the present statistics and gives the newest batch the weight ``momentum``, as training does.
     precision: "bfloat16" computes under autocast; statistics stay in their own type. compile: a simulation is computed
-    by torch.compile, from the second batch of a shape on, unless ``forward_fn`` is given.
+    by torch.compile, from the second batch of a shape on, unless ``forward_fn`` is given, a BN lies within a module
+    that was kept whole, or what a BN gets is chosen by values (as by a mask).
 
     Returns a handle that undoes it. Raises ``UserError`` if num_batches is below 1, the method is unknown, the loader
     is empty, a BN sees one value per channel, a statistic is not finite, or an observer has seen no data yet; the
@@ -113,10 +114,10 @@ def _observer(
     precision: str, compile: bool,
 ) -> Callable[[Any], None]:  # fmt: skip
     """What takes in a batch. A simulation is computed as far as its last batch norm, unless a user's function feeds it,
-    or it is compiled, which is done once for the whole of it. What its code calls depends on nothing but the shape of
-    the input: the first batch of a shape counts its calls of batch norms, and later ones may be compiled."""
-    is_plain, network = is_ours(forward_fn) and calls_batch_norms_itself(model), model
-    if isinstance(model, fx.GraphModule) and is_ours(forward_fn) and not compile:
+    or it is compiled, which is done once for the whole of it. Where its calls of batch norms depend on nothing but the
+    shape of the input, the first batch of a shape counts them, and later ones need no hooks and may be compiled."""
+    is_plain, network = is_ours(forward_fn) and depends_on_shapes_only(model), model
+    if isinstance(model, TracedNetwork) and is_ours(forward_fn) and not compile:
         network = up_to_batch_norms(model)
     calls: dict[Any, dict[Any, int] | None] = {}
 

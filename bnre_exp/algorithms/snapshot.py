@@ -95,7 +95,8 @@ def capture(training: Training, history: list[dict[str, Any]]) -> Snapshot:
 def restore(training: Training, snapshot: Snapshot) -> None:
     """Put everything in ``training`` back, in place, and the global random states with it.
 
-    Parameters and buffers keep their memory format and device; the optimizer's tensors get the format they had. The
+    Parameters and buffers keep their memory format and device; the optimizer's tensors get the format they had, until
+    its next step. The
     losses and scores of the epochs so far are in ``snapshot.values["history"]``. Raises ``UserError`` saying what
     differs, and changes nothing, if the snapshot is of another network or was trained otherwise.
     """
@@ -168,16 +169,18 @@ def _trained_names(training: Training) -> dict[Tensor, str]:
 def _restore_optimizer(training: Training, snapshot: Snapshot) -> None:
     saved, optimizer = snapshot.values["optimizer"], training.optimizer
     parameters = {name: parameter for parameter, name in _trained_names(training).items()}
+    is_fused = bool(optimizer.param_groups[0].get("fused"))
     optimizer.state.clear()
     for name, strides in saved["strides"].items():
         for key, stride in strides.items():
             tensor = snapshot.tensors[f"{OPTIMIZER}{name}/{key}"]
-            device = "cpu" if key == "step" else parameters[name].device  # as AdamW has it
+            # Where AdamW has it: only its fused steps do without the number of steps on the host.
+            device = "cpu" if key == "step" and not is_fused else parameters[name].device
             # The strides it had, since those decide the order in which kernels go through it.
             own = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=device)
             optimizer.state[parameters[name]][key] = own.copy_(tensor)
     for group, values in zip(optimizer.param_groups, saved["groups"]):
-        for key in values.keys() - {"params"}:
+        for key in values.keys() - {"params", "fused"}:  # how it is computed depends on the parameters that there are
             group[key] = tuple(values[key]) if isinstance(values[key], list) else values[key]  # betas
 
 

@@ -1,5 +1,5 @@
-"""How the graph of a simulation is executed: a quantizer takes in the ReLU before it, and what nobody else reads is
-overwritten. (Networks do so themselves, by ``inplace=True``, which tracing takes from them.)"""
+"""How the graph of a simulation is executed: a quantizer takes in the batch norm and the ReLU before it, and what
+nobody else reads is overwritten. (Networks do so themselves, by ``inplace=True``, which tracing takes from them.)"""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor, fx, nn
 from bnre_exp.quantsim.nodes import is_bn, module_of, sole_user, source_of
 from bnre_exp.quantsim.quantizers.quantizer import (
     ACTIVATIONS,
-    ALLOCATING,
     RELUS,
     ActivationQuantizer,
+    allocates,
     is_own,
     is_watched,
 )
@@ -83,7 +83,7 @@ class _Copy:
             return
         taken_in, method = [] if relu is None else [relu], "after"
         activation = None if relu is None else self._module(relu)
-        if maker and is_bn(source) and source.args:
+        if maker and is_bn(source) and _is_alone(source, relu or node) and node.prev in (source, relu):
             taken_in, method, source = [*taken_in, source], "after_batch_norm", source_of(source)
         given = (self._module(node), self.of[source], activation, maker)
         self._replace(node, self.graph.call_method(method, given))
@@ -98,10 +98,16 @@ class _Copy:
         if not isinstance(source, fx.Node) or sole_user(source) is not reader:
             return False
         if source.op == "call_module":
-            return isinstance(module_of(source), ALLOCATING) and self._module(source)
+            return allocates(module_of(source)) and self._module(source)
         return source.target in ALLOCATING_CALLS
 
     def _replace(self, node: fx.Node, call: fx.Node) -> None:
         old, self.of[node] = self.of[node], call
         old.replace_all_uses_with(call)
         self.graph.erase_node(old)
+
+
+def _is_alone(bn: fx.Node, reader: fx.Node) -> bool:
+    """Whether a batch norm gets one value and nothing else, and is followed at once by its reader, which alone uses it,
+    for its shape neither."""
+    return len(bn.args) == 1 and not bn.kwargs and set(bn.users) == {reader} and reader.prev is bn

@@ -291,3 +291,20 @@ def test_bypassed_activation_quantizers_come_back():
         with bypassed(sim):
             assert not torch.equal(sim(BATCHES[0]), before)
         assert torch.equal(sim(BATCHES[0]), before)
+
+
+def test_statistics_that_are_parameters_are_re_estimated_and_stay_parameters():
+    model, batches = randomize(flat_cnn()).eval(), unequal_batches((3, 8, 8))
+    other = flat_cnn()
+    other.load_state_dict(model.state_dict())
+    bn = next(m for m in model.modules() if isinstance(m, _BatchNorm))
+    for name in ("running_mean", "running_var"):
+        value = bn._buffers.pop(name)
+        setattr(bn, name, nn.Parameter(value, requires_grad=False))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    handle = reestimate_bn_stats(model, batches, 4)
+    reestimate_bn_stats(other.eval(), batches, 4)
+    assert isinstance(bn.running_mean, nn.Parameter) and not {"running_mean", "running_var"} & bn._buffers.keys()
+    torch.testing.assert_close(dict(model.state_dict()), dict(other.state_dict()), rtol=0, atol=0, check_device=False)
+    handle.remove()
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)

@@ -144,3 +144,72 @@ def test_a_copy_computes_with_its_own_modules():
         before = sim(BATCHES[0])
         twin.act_quantizers.relu1.scale.mul_(3)
         assert torch.equal(sim(BATCHES[0]), before) and not torch.equal(twin(BATCHES[0]), before)
+
+
+class Gained(nn.BatchNorm2d):
+    """A batch norm with a further argument."""
+
+    def forward(self, x, gain=1.0):
+        return super().forward(x) * gain
+
+
+class Skip(nn.SiLU):
+    """Hands on what it gets."""
+
+    def forward(self, x):
+        return x
+
+
+class SigmoidConv(nn.Conv2d):
+    """Its result is needed for its gradient."""
+
+    def forward(self, x):
+        return super().forward(x).sigmoid()
+
+
+class Twists(nn.Module):
+    """What networks do between a batch norm and what follows it, and classes that are not quite torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()
+        self.gained, self.skip, self.gate = Gained(8), Skip(), SigmoidConv(8, 8, 1)
+        self.shared, self.relu1, self.relu2, self.relu3 = nn.BatchNorm2d(8), nn.ReLU(), nn.ReLU(), nn.ReLU6()
+        self.last = nn.Linear(8, 5)
+
+    def forward(self, x):
+        y = self.bn(input=self.conv(x))
+        b, c, _, _ = y.shape
+        y = self.relu(input=y)
+        first = self.shared(y)
+        second = self.shared(y + 1)
+        y = self.relu2(second) + self.relu1(first)
+        z = self.gained(y, 0.5)
+        y = self.skip(z) + z
+        y = self.relu3(self.gate(y)) + y
+        return self.last(y.mean(dim=(2, 3)).view(b, c))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_networks_do_in_between_is_done(training):
+    sim = quantize(randomize(Twists()).eval(), BATCHES[0], SCHEMES["w4a8"])
+    calibrate(sim, BATCHES, 4)
+    sim.double().train(training)
+    for has_gradients in (False, True):
+        one, other = copy.deepcopy(sim), copy.deepcopy(sim)
+        with torch.set_grad_enabled(has_gradients):
+            found, expected = one(BATCHES[1].double()), fx.Interpreter(other).run(BATCHES[1].double())
+        assert torch.equal(found.detach(), expected.detach())
+        torch.testing.assert_close(dict(one.state_dict()), dict(other.state_dict()), rtol=0, atol=0)
+        if has_gradients:
+            found.square().sum().backward(), expected.square().sum().backward()
+            for (name, ours), theirs in zip(one.named_parameters(), other.parameters()):
+                torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-7, atol=1e-7, msg=name)
+
+
+def test_a_module_that_hands_on_what_it_gets_may_replace_one_that_does_not():
+    sim = made(SCHEMES["w4a8"])
+    sim.relu2 = nn.Identity()
+    sim.relu3 = nn.Dropout().eval()
+    with torch.no_grad():
+        assert torch.equal(sim(BATCHES[0]), fx.Interpreter(sim).run(BATCHES[0]))

@@ -14,15 +14,16 @@ from torch.autograd.function import once_differentiable
 
 from bnre_exp.quantsim.quantizers.fake_quantize import Grid, gradients
 
-PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
 
 def can_be_joined(x: Tensor, bn: Any) -> bool:
     """Whether :func:`batch_norm_and_quantize` computes what ``bn(x)``, then a quantizer, would."""
-    if type(bn) not in PLAIN or not torch.is_grad_enabled() or x.device.type != "cpu" or not x.is_floating_point():
+    if getattr(type(bn), "forward", None) is not nn.BatchNorm2d.forward or "forward" in vars(bn):
+        return False
+    if not torch.is_grad_enabled() or x.device.type != "cpu" or not x.is_floating_point():
         return False
     tensors = [bn.weight, bn.bias, bn.running_mean, bn.running_var]
-    is_usual = bn.training and bn.momentum is not None and all(t is not None and t.dtype == x.dtype for t in tensors)
+    has_all = all(t is not None and t.dtype == x.dtype for t in tensors)
+    is_usual = has_all and bn.training and bn.track_running_stats and bn.momentum is not None
     has_variance = x.dim() >= 2 and x.shape[1] < x.numel()
     return bool(is_usual and has_variance and x.dtype in (torch.float32, torch.float64))
 

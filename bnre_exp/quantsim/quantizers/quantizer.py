@@ -8,18 +8,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from bnre_exp.errors import UserError
 from bnre_exp.quantsim.quantizers.after_batch_norm import batch_norm_and_quantize, can_be_joined
 from bnre_exp.quantsim.quantizers.fake_quantize import MIN_SCALE, fake_quantize, positive
-from bnre_exp.quantsim.quantizers.layout import BATCH_NORMS, LAYERS, WeightLayout
+from bnre_exp.quantsim.quantizers.layout import LAYERS, WeightLayout
 from bnre_exp.quantsim.quantizers.observer import RangeObserver
 from bnre_exp.quantsim.quantizers.ranges import affine_grid
 from bnre_exp.quantsim.quantizers.state import Quantizer, precise
 
 RELUS: dict[type, float] = {nn.ReLU: math.inf, nn.ReLU6: 6.0}  # where each ends
-ACTIVATIONS = (nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.GELU, nn.Mish, nn.ELU, nn.Tanh, nn.LeakyReLU)
-ALLOCATING = (*BATCH_NORMS, *LAYERS, *ACTIVATIONS)  # unless in place, what these compute lies in memory of its own
+ACTIVATIONS = (
+    nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.GELU, nn.Mish, nn.ELU, nn.Tanh,
+    nn.LeakyReLU,
+)  # fmt: skip
+# What these compute lies in memory of its own, unless they work in place.
+_ALLOCATING = {kind.forward for kind in (nn.BatchNorm2d, FrozenBatchNorm2d, *LAYERS, *ACTIVATIONS)}
 
 
 def narrow_quant_max(bits: int) -> int:
@@ -173,15 +178,15 @@ class ActivationQuantizer(Quantizer):
     def after(self, x: Tensor, relu: nn.Module | None, maker: nn.Module | bool) -> Tensor:
         """``self(relu(x))``, in fewer passes where that is the same; for the code of a simulation.
 
-        maker: the module that made ``x``, for this alone; True: a function did. If nobody looks at ``x`` by a hook, and
-        gradients are off, it is overwritten.
+        maker: the module that made ``x``, for this alone; True: a function did; False: others read it. If nobody else
+        looks at ``x``, by a hook neither, and gradients are off, it is overwritten.
         """
         if torch.compiler.is_compiling() or not self.is_in_use or is_watched(self) or is_watched(relu):
             return self(x if relu is None else relu(x))  # type: ignore[no-any-return]
         relu_end = None if relu is None else self._relu_end(relu, x)
         may_overwrite = is_own(maker)
         if relu is not None and relu_end is None:
-            x, may_overwrite = relu(x), True
+            x, may_overwrite = relu(x), is_own(relu)
         return self._quantize(x, relu_end, may_overwrite and not torch.is_grad_enabled())
 
     def after_batch_norm(self, x: Tensor, relu: nn.Module | None, bn: nn.Module) -> Tensor:
@@ -227,7 +232,12 @@ def is_own(maker: nn.Module | bool) -> bool:
     known."""
     if isinstance(maker, bool):
         return maker
-    return isinstance(maker, ALLOCATING) and not getattr(maker, "inplace", False) and not _is_heard(maker)
+    return allocates(maker) and not getattr(maker, "inplace", False) and not _is_heard(maker)
+
+
+def allocates(module: Any) -> bool:
+    """Whether a module computes what torch's own batch norms, layers or activations do, and nothing after it."""
+    return getattr(type(module), "forward", None) in _ALLOCATING and "forward" not in vars(module)
 
 
 def _is_heard(module: nn.Module) -> bool:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from bnre_exp.quantsim.execution import executed_graph
-from bnre_exp.quantsim.nodes import is_bn, module_of
+from bnre_exp.quantsim.nodes import module_of
 from bnre_exp.quantsim.quantizers.layout import BATCH_NORMS
 from bnre_exp.quantsim.quantizers.quantizer import is_watched
 from bnre_exp.quantsim.tracing.frozen import META, hold
+
+CHOOSING = {torch.nonzero, torch.masked_select, torch.unique, "nonzero", "masked_select", "unique"}
 
 
 class TracedNetwork(fx.GraphModule):
@@ -35,10 +39,10 @@ class TracedNetwork(fx.GraphModule):
         return plain
 
 
-def up_to_batch_norms(network: fx.GraphModule) -> fx.GraphModule:
+def up_to_batch_norms(network: TracedNetwork) -> fx.GraphModule:
     """A network of the same modules that computes what its batch norms get and no more, and returns None; where hooks
     see the rest, the network itself."""
-    wanted = [node for node in network.graph.nodes if is_bn(node)]
+    wanted = [node for node in network.graph.nodes if _parts(node, BATCH_NORMS)]
     needed: set[fx.Node] = set()
     while wanted:
         node = wanted.pop()
@@ -46,7 +50,7 @@ def up_to_batch_norms(network: fx.GraphModule) -> fx.GraphModule:
             needed.add(node)
             wanted += node.all_input_nodes
     rest = [node for node in network.graph.nodes if node not in needed and node.op not in ("placeholder", "output")]
-    if is_watched(network) or any(is_watched(module_of(node)) for node in rest):
+    if is_watched(network) or any(map(is_watched, (part for node in rest for part in _parts(node)))):
         return network
     graph, copies = fx.Graph(owning_module=network), dict[fx.Node, fx.Node]()
     graph.graph_copy(network.graph, copies)
@@ -56,10 +60,22 @@ def up_to_batch_norms(network: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(network, executed_graph(graph))
 
 
-def calls_batch_norms_itself(network: nn.Module) -> bool:
-    """Whether all calls of batch norms are nodes of a graph, so that every batch calls the same."""
-    if not isinstance(network, fx.GraphModule):
+def depends_on_shapes_only(network: nn.Module) -> bool:
+    """Whether all batches of a shape call the same batch norms, with as many values: all these calls are nodes of the
+    graph, and no part of a tensor is chosen by values."""
+    if not isinstance(network, TracedNetwork):
         return False
-    called = [module_of(node) for node in network.graph.nodes if node.op == "call_module"]
-    parts = (part for module in called for part in module.modules() if part is not module)
-    return not any(isinstance(part, BATCH_NORMS) for part in parts)
+    nodes = list(network.graph.nodes)
+    within = (part for node in nodes for part in _parts(node, BATCH_NORMS) if part is not module_of(node))
+    is_choosing = (
+        node.target in CHOOSING or (node.target is operator.getitem and len(node.all_input_nodes) > 1)
+        for node in nodes
+        if node.op in ("call_function", "call_method")
+    )
+    return not any(within) and not any(is_choosing)
+
+
+def _parts(node: fx.Node, kinds: Any = nn.Module) -> list[nn.Module]:
+    """The module that a node calls, and those within it, as far as they are of ``kinds``."""
+    module = module_of(node)
+    return [] if module is None else [part for part in module.modules() if isinstance(part, kinds)]
