@@ -159,7 +159,12 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--precision", nargs="+", default=[], choices=("bfloat16",), help="in bfloat16 as well")
     parser.add_argument("--seconds", type=float, default=Rounds.seconds, help="of a step of all (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="one round, one batch")
-    parser.add_argument("--jobs", type=int, default=2, help="processes at a time for memory (default %(default)s)")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="processes at a time for memory (default %(default)s); more than one is slow where threads spin, see docs/troubleshooting.md",
+    )
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--scaling", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--render", action="store_true", help="measure nothing: the page again from OUTPUT.json")
