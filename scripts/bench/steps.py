@@ -163,7 +163,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
         "--jobs",
         type=int,
         default=1,
-        help="processes at a time for memory (default %(default)s); more than one is slow where threads spin, see docs/troubleshooting.md",
+        help="processes at a time for memory (default %(default)s); slow where waiting threads spin",
     )
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--scaling", action=argparse.BooleanOptionalAction, default=True)
