@@ -239,7 +239,7 @@ def test_mistakes_are_told_before_any_training(tmp_path, overrides, message):
 
 
 def test_a_users_own_network_by_target(tmp_path, monkeypatch):
-    (tmp_path / "mynet.py").write_text(
+    (tmp_path / "own_net.py").write_text(
         "from torch import nn\n"
         "class Net(nn.Module):\n"
         "    def __init__(self, width=4, num_classes=10):\n"
@@ -250,10 +250,10 @@ def test_a_users_own_network_by_target(tmp_path, monkeypatch):
         "        return self.head(self.body(x).mean((2, 3)))\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    results, _ = job(tmp_path, "model._target_=mynet.Net", "+model.kwargs.width=6")
+    results, _ = job(tmp_path, "model._target_=own_net.Net", "+model.kwargs.width=6")
     assert results.metrics["fold/folded_bns"] == 1
     with pytest.raises(UserError, match="10"):
-        job(tmp_path, "model._target_=mynet.Net", "+model.kwargs.num_classes=7", name="wrong")
+        job(tmp_path, "model._target_=own_net.Net", "+model.kwargs.num_classes=7", name="wrong")
 
 
 @pytest.mark.slow
