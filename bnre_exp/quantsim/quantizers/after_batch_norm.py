@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from bnre_exp.quantsim.quantizers.fake_quantize import Grid, gradients
+from bnre_exp.quantsim.quantizers.layout import forward_of
 
 
 def can_be_joined(x: Tensor, bn: Any) -> bool:
     """Whether :func:`batch_norm_and_quantize` computes what ``bn(x)``, then a quantizer, would."""
-    if getattr(type(bn), "forward", None) is not nn.BatchNorm2d.forward or "forward" in vars(bn):
+    if forward_of(bn) is not nn.BatchNorm2d.forward or not torch.is_grad_enabled():
         return False
-    if not torch.is_grad_enabled() or x.device.type != "cpu" or not x.is_floating_point():
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
         return False
     tensors = [bn.weight, bn.bias, bn.running_mean, bn.running_var]
     has_all = all(t is not None and t.dtype == x.dtype for t in tensors)
     is_usual = has_all and bn.training and bn.track_running_stats and bn.momentum is not None
-    has_variance = x.dim() >= 2 and x.shape[1] < x.numel()
-    return bool(is_usual and has_variance and x.dtype in (torch.float32, torch.float64))
+    return bool(is_usual and x.dim() >= 2 and x.shape[1] < x.numel())  # more than one value a channel, or bn refuses
 
 
 def batch_norm_and_quantize(

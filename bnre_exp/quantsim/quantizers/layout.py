@@ -49,6 +49,11 @@ class WeightLayout:
         return by_group.transpose(1, 2).reshape(self.groups * weight.shape[1], -1)
 
 
+def forward_of(module: Any) -> Any:
+    """The function of its class that computes a module; None for one whose ``forward`` was replaced, and for others."""
+    return None if "forward" in vars(module) else getattr(type(module), "forward", None)
+
+
 def layout_of(layer: nn.Module) -> WeightLayout:
     """The layout of a layer's weight. Raises ``TypeError`` for anything but conv and linear layers."""
     if isinstance(layer, nn.Linear):

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d
 
 from bnre_exp.errors import UserError
 from bnre_exp.quantsim.quantizers.after_batch_norm import batch_norm_and_quantize, can_be_joined
 from bnre_exp.quantsim.quantizers.fake_quantize import MIN_SCALE, fake_quantize, positive
-from bnre_exp.quantsim.quantizers.layout import LAYERS, WeightLayout
+from bnre_exp.quantsim.quantizers.layout import BATCH_NORMS, LAYERS, WeightLayout, forward_of
 from bnre_exp.quantsim.quantizers.observer import RangeObserver
 from bnre_exp.quantsim.quantizers.ranges import affine_grid
 from bnre_exp.quantsim.quantizers.state import Quantizer, precise
@@ -24,7 +23,7 @@ ACTIVATIONS = (
     nn.LeakyReLU,
 )  # fmt: skip
 # What these compute lies in memory of its own, unless they work in place.
-_ALLOCATING = {kind.forward for kind in (nn.BatchNorm2d, FrozenBatchNorm2d, *LAYERS, *ACTIVATIONS)}
+_ALLOCATING = {kind.forward for kind in (*BATCH_NORMS, *LAYERS, *ACTIVATIONS)}
 
 
 def narrow_quant_max(bits: int) -> int:
@@ -237,7 +236,7 @@ def is_own(maker: nn.Module | bool) -> bool:
 
 def allocates(module: Any) -> bool:
     """Whether a module computes what torch's own batch norms, layers or activations do, and nothing after it."""
-    return getattr(type(module), "forward", None) in _ALLOCATING and "forward" not in vars(module)
+    return module is not None and forward_of(module) in _ALLOCATING
 
 
 def _is_heard(module: nn.Module) -> bool:
