@@ -95,17 +95,16 @@ def test_ours_with_weights_only_has_float_activations(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("make", "library"),
+    "make",
     [
-        pytest.param(peers.aimet, "aimet_torch", marks=pytest.mark.slow),
-        pytest.param(peers.brevitas, "brevitas", marks=pytest.mark.slow),
-        (peers.fvcore, "fvcore"),
-        (peers.torch_update_bn, "torch"),
+        pytest.param(peers.aimet, marks=pytest.mark.slow),
+        pytest.param(peers.brevitas, marks=pytest.mark.slow),
+        peers.fvcore,
+        peers.torch_update_bn,
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_peers_do_their_steps(make, library):
-    pytest.importorskip(library)
+def test_peers_do_their_steps(make):
     rows = list(measure.timings(TINY, {"peer": make}, measure.QUICK))
     assert {row["step"]: row["error"] for row in rows if "error" in row} == {} and rows
     assert all(len(row["seconds"]) == 1 and row["seconds"][0] > 0 for row in rows)
