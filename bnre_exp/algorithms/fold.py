@@ -69,6 +69,7 @@ def fold_batch_norms(sim: nn.Module, mode: str = "scale") -> tuple[fx.GraphModul
         raise UserError("This network is folded already.")
     refuse_unusable(sim, "fold_batch_norms")
     folded: Any = copy.deepcopy(sim).eval()
+    folded.training_graph = None  # a folded network knows no other mode than evaluation
     grouping = find_groups(folded)
     pairs, lossy, done = [], [], set()
     for group in grouping.groups:
@@ -108,7 +109,7 @@ def fold_batch_norms(sim: nn.Module, mode: str = "scale") -> tuple[fx.GraphModul
 
 
 def _drop_identities(folded: fx.GraphModule) -> None:
-    """Dropout and stochastic depth: a folded network knows no other mode than evaluation."""
+    """Dropout and stochastic depth."""
     for node in list(folded.graph.nodes):
         if does_nothing_in_evaluation(node):
             node.replace_all_uses_with(source_of(node))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,7 +22,7 @@ from bnre_exp.jobs.reporting import Job, Results, log_inputs
 from bnre_exp.jobs.stages.export import check_export
 from bnre_exp.jobs.stages.network import check_storable
 from bnre_exp.jobs.stages.setting import Setting, seed
-from bnre_exp.jobs.stages.simulation import scheme
+from bnre_exp.jobs.stages.simulation import modes, scheme
 from bnre_exp.jobs.stages.table import STAGES
 from bnre_exp.jobs.store import Store
 from bnre_exp.models.build import build_model, check_output
@@ -134,10 +135,11 @@ def _check_before_training(job: Job, stages: list[Planned]) -> None:
     if known["export"] or (known["fp32"] and known.get("qat", True)):
         return
     quick = replace(scheme(job.config), weight_range="minmax")  # ranges do not matter here
-    sim = quantize(setting.built.module, setting.example(), quick, leaf_modules=model.leaf_modules)
+    how: dict[str, Any] = {"leaf_modules": model.leaf_modules, "modes": modes(job.config)}
+    sim = quantize(setting.built.module, setting.example(), quick, **how)
     if job.config.reest.num_batches and not has_running_statistics(sim):
         raise UserError("reest: no batch norm of the simulation has running statistics to re-estimate; set reest=off.")
-    setting.trial_notes = sim_report(sim).notes
+    setting.trial = sim_report(sim)
     check_export(sim, job.config.export, setting.loaders.example())
 
 

@@ -14,6 +14,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from bnre_exp.quantsim.nodes import (
     describe,
     is_bn,
+    is_identity,
     is_layer,
     is_rearranging,
     is_relu_like,
@@ -122,9 +123,9 @@ def _why_not_after_layer(bns: list[fx.Node], calls: dict[Any, list[fx.Node]]) ->
 
 
 def _layer_before(bn: fx.Node) -> Any:
-    """The layer whose output a BN reads, as it is or put in another shape, else None."""
+    """The layer whose output a BN reads in evaluation mode, as it is or put in another shape, else None."""
     source = source_of(bn)
-    while is_rearranging(source):
+    while is_rearranging(source) or is_identity(source):
         source = source_of(source)
     return source if is_layer(source) else None
 

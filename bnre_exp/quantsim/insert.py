@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,8 +24,9 @@ from bnre_exp.quantsim.quantizers.ranges import fit_symmetric_scale
 from bnre_exp.quantsim.quantizers.scheme import QuantScheme
 from bnre_exp.quantsim.sim import CONTAINER, SimReport, sim_report
 from bnre_exp.quantsim.tracing.frozen import META
-from bnre_exp.quantsim.tracing.same_behaviour import check_same_behaviour
-from bnre_exp.quantsim.tracing.trace import trace
+from bnre_exp.quantsim.tracing.modes import counterparts
+from bnre_exp.quantsim.tracing.network import EVALUATION_ALONE, TracedNetwork
+from bnre_exp.quantsim.tracing.whole import BOTH, EVALUATION, SAME, Tracing, traced_again, traced_and_checked
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +37,16 @@ def quantize(
     scheme: QuantScheme | None = None,
     *,
     leaf_modules: Sequence[str] = (),
+    modes: str = BOTH,
 ) -> fx.GraphModule:
     """Return a quantization simulation of a copy of ``model``; weight ranges are fitted, activation ranges are not yet.
 
     example_input: one batch ``[N, ...]`` as the model takes it, or a tuple of its inputs. BN stays as it is.
     leaf_modules: names or class names of modules that are kept whole (their weights stay in floating point).
+    A network that does something else in training mode than in evaluation mode is traced in each, and each graph is
+    used in its mode; what evaluation makes of that which training mode returns (boxes, probabilities) stays in floating
+    point. modes: "both": a network whose training mode cannot be traced is refused; "eval": it is taken for evaluation
+    alone, and its simulation cannot be trained.
     A network that is wrapped (data parallel, compiled, averaged) is taken out of its wrapper, and the report says so.
     Modules in evaluation mode within a network in training mode (a BN that is frozen, above all), and those that the
     network's own ``train`` keeps in it, stay in it whenever the simulation is trained; the report and a warning name
@@ -47,10 +54,12 @@ def quantize(
 
     Raises ``UserError`` if ``model`` is nothing that can be quantized (a simulation, TorchScript, an exported program,
     tensors that are pruned, lazy, without values or in half precision), if the network cannot be traced, if its traced
-    form behaves differently in evaluation or training mode at either of two batch sizes, or if an override matches
-    nothing.
+    form behaves differently at either of two batch sizes, in evaluation or (modes="both") training mode, or if an
+    override matches nothing.
     """
-    sim = _build(model, example_input, scheme or QuantScheme(), leaf_modules, is_checked=True)
+    if modes not in (BOTH, EVALUATION):
+        raise UserError(f"modes={modes!r}: expected {BOTH!r} or {EVALUATION!r}.")
+    sim = _build(model, example_input, scheme or QuantScheme(), leaf_modules, partial(traced_and_checked, modes))
     frozen = sim_report(sim).frozen_bns
     if frozen:
         logger.warning(
@@ -64,14 +73,14 @@ def quantize_again(
     model: nn.Module,
     example_input: Tensor | Sequence[Tensor],
     scheme: QuantScheme,
-    notes: tuple[str, ...],
+    before: SimReport,
     *,
     leaf_modules: Sequence[str] = (),
 ) -> fx.GraphModule:
     """As :func:`quantize`, for a network that it has taken before with other weights: that its traced form behaves like
-    it is not checked again. notes: of the report of then, which hold."""
-    sim = _build(model, example_input, scheme, leaf_modules, is_checked=False)
-    sim.meta["bnre_exp"] = replace(sim_report(sim), notes=notes)
+    it is not checked again. before: the report of then, whose notes hold."""
+    sim = _build(model, example_input, scheme, leaf_modules, partial(traced_again, before.modes))
+    sim.meta["bnre_exp"] = replace(sim_report(sim), notes=before.notes)
     return sim
 
 
@@ -81,10 +90,12 @@ def rebuild_sim(
     scheme: QuantScheme,
     *,
     leaf_modules: Sequence[str] = (),
+    modes: str = SAME,
 ) -> fx.GraphModule:
     """The simulation that :func:`quantize` returns, for a state dict to be loaded into: its ranges mean nothing, and
-    what :func:`quantize` checked when that state was made is not checked again."""
-    sim = _build(model, example_input, replace(scheme, weight_range="minmax"), leaf_modules, is_checked=False)
+    what :func:`quantize` checked when that state was made is not checked again. modes: as in its report."""
+    quick = replace(scheme, weight_range="minmax")
+    sim = _build(model, example_input, quick, leaf_modules, partial(traced_again, modes))
     sim.meta["bnre_exp"] = replace(sim_report(sim), scheme=scheme)
     return sim
 
@@ -95,13 +106,13 @@ def _build(
     example_input: Tensor | Sequence[Tensor],
     scheme: QuantScheme,
     leaf_modules: Sequence[str],
-    is_checked: bool,
+    tracing: Callable[[nn.Module, Sequence[Tensor], Sequence[str]], Tracing],
 ) -> fx.GraphModule:
     model, notes = admitted(model, leaf_modules)
     inputs = inputs_of(example_input)
-    sim, decisions = trace(model, inputs, leaf_modules)
-    notes += tuple(check_same_behaviour(model, sim, inputs)) if is_checked else ()
-    notes += tuple(f"decided by the input's size: {line}" for line in decisions)
+    traced = tracing(model, inputs, leaf_modules)
+    sim = traced.network
+    notes += traced.notes
     record(sim, inputs)
     grouping = find_groups(sim)
     placement = place_quantizers(model, sim, grouping, scheme)
@@ -112,16 +123,17 @@ def _build(
     sim.recompile()
     bns = [name for name, module in sim.named_modules() if isinstance(module, _BatchNorm)]
     sim.meta["bnre_exp"] = SimReport(
-        scheme, placement.unquantized, placement.unreached_bns, notes, tuple(n for n in bns if n in sim.meta[META])
-    )
+        scheme, placement.unquantized, placement.unreached_bns, notes, tuple(n for n in bns if n in sim.meta[META]),
+        traced.modes,
+    )  # fmt: skip
     for node in sim.graph.nodes:
         if node.op == "call_module" and node.target in grouping.kept:
             node.meta["kept_reason"] = grouping.kept[node.target]
-    return sim.train(model.training)
+    return sim.train(model.training and EVALUATION_ALONE not in sim.meta)
 
 
 def _insert_activation_quantizers(
-    sim: fx.GraphModule, placed: Sequence[ActivationPlacement], scheme: QuantScheme
+    sim: TracedNetwork, placed: Sequence[ActivationPlacement], scheme: QuantScheme
 ) -> None:
     if hasattr(sim, CONTAINER):
         raise UserError(f"The network has an attribute {CONTAINER!r}, which the simulation needs; rename it.")
@@ -131,7 +143,9 @@ def _insert_activation_quantizers(
     for place in placed:
         quantizer = ActivationQuantizer(place.bits, place.unsigned, scheme.range_learning, label=place.label)
         container.add_module(place.node.name, quantizer)
-        _insert_after(place.node, f"{CONTAINER}.{place.node.name}")
+        in_training = [] if sim.training_graph is None else counterparts(sim.training_graph, place.node.name)
+        for node in (place.node, *in_training):
+            _insert_after(node, f"{CONTAINER}.{place.node.name}")
     if reference is not None:
         container.to(reference.device)
 

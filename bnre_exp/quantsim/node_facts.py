@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from bnre_exp.quantsim.nodes import is_rearranging, module_of, source_of
+from bnre_exp.quantsim.nodes import is_identity, is_rearranging, module_of, source_of
 from bnre_exp.quantsim.quantizers.layout import LAYERS
 from bnre_exp.quantsim.tracing.subclasses import scales_with_weight
-from bnre_exp.quantsim.tracing.tracer import reads_training, resized
+from bnre_exp.quantsim.tracing.tracer import resized
+from bnre_exp.quantsim.tracing.words import reads_training
 
 RESHAPING = {torch.reshape, "reshape", "view", "reshape_as", "view_as", "unflatten"}
 
@@ -65,6 +66,8 @@ class _Recorder(fx.Interpreter):
             return 1 if result.dim() == len(spatial) + 2 else 0
         source = source_of(node)
         axis = source.meta.get("channel_axis") if isinstance(source, fx.Node) else None
+        if is_identity(node):
+            return axis
         if axis is None or not is_rearranging(node):
             return None
         given: Tensor = self.env[source]

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from bnre_exp.quantsim.quantizers.layout import BATCH_NORMS, LAYERS
-from bnre_exp.quantsim.tracing.tracer import METADATA_ATTRIBUTES, METADATA_METHODS, check_decision
+from bnre_exp.quantsim.tracing.metadata import METADATA_ATTRIBUTES, METADATA_METHODS
+from bnre_exp.quantsim.tracing.tracer import check_decision
 
 RELU_LIKE_MODULES = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardtanh)
 RELU_LIKE_CALLS = {torch.relu, F.relu, F.relu6, F.leaky_relu, F.hardtanh, "relu"}
@@ -62,6 +63,11 @@ def is_rearranging(node: Any) -> bool:
     if node.op == "call_module":
         return type(module_of(node)) in REARRANGING_MODULES
     return node.op in ("call_function", "call_method") and node.target in REARRANGING_CALLS
+
+
+def is_identity(node: Any) -> bool:
+    """Whether the node hands on its input in evaluation mode, as dropout does."""
+    return isinstance(node, fx.Node) and bool(node.meta.get("is_identity"))
 
 
 def readers(node: fx.Node) -> list[fx.Node]:

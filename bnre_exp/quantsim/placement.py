@@ -14,7 +14,9 @@ from bnre_exp.quantsim.operations import is_nonnegative, is_preserving
 from bnre_exp.quantsim.quantizers.layout import BATCH_NORMS, LAYERS
 from bnre_exp.quantsim.quantizers.scheme import LayerRule, QuantScheme
 from bnre_exp.quantsim.sim import names_of
+from bnre_exp.quantsim.tracing.modes import AFTER_NETWORK
 
+MADE_OF_OUTPUTS = "computed in evaluation mode only, of what the network gives in training mode; stays float"
 READ_DIRECTLY = "a constant or parameter that the graph reads directly"
 
 Rows = list[tuple[str, str]]  # (name, reason) of what is not quantized
@@ -109,6 +111,8 @@ def _operations(graph: fx.GraphModule, grouping: Grouping) -> Iterator[tuple[fx.
 
 def _why_no_quantizer(node: fx.Node, scheme: QuantScheme) -> str | None:
     """None: it gets one. "": it needs none. Otherwise why it goes without, in words."""
+    if node.meta.get(AFTER_NETWORK):
+        return MADE_OF_OUTPUTS
     if is_preserving(node):
         fresh_relu = is_relu_like(node) and _is_sole_relu_of_an_operation(node)
         return None if fresh_relu else ""
@@ -150,7 +154,7 @@ def _place_weights(
         rule = scheme.rule(names_of(node))
         bits = scheme.first_last_bits if node in edges and scheme.weight_bits else scheme.weight_bits
         bits = rule.weight_bits if rule and rule.weight_bits else bits
-        reason = _switched_off(rule)
+        reason = MADE_OF_OUTPUTS if node.meta.get(AFTER_NETWORK) else _switched_off(rule)
         if reason:
             rows.append((name, reason))
         elif bits is not None:

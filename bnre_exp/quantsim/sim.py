@@ -19,7 +19,8 @@ CONTAINER = "act_quantizers"  # submodule of a simulation that holds its activat
 class SimReport:
     """What a simulation does not do, as ``(name, reason)``: quantizers left out, BNs of the original that are gone.
 
-    frozen_bns: BNs that their user froze; they normalize by their running statistics in training mode, too.
+    frozen_bns: BNs that their user froze; they normalize by their running statistics in training mode, too. modes:
+    "same": one graph is that of both modes; "both": each has its own; "eval": for evaluation alone.
     """
 
     scheme: QuantScheme
@@ -27,6 +28,7 @@ class SimReport:
     unreached_bns: tuple[str, ...]
     notes: tuple[str, ...]
     frozen_bns: tuple[str, ...] = ()
+    modes: str = "same"
 
 
 def sim_report(sim: nn.Module) -> SimReport:

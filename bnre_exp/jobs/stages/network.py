@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save, save_file, save_model
 from torch import Tensor, nn
 
@@ -67,12 +67,18 @@ class Form:
     restore: Callable[[Setting, Path, Result], nn.Module]
 
 
-def save_state(folder: Path, network: nn.Module) -> None:
-    """Write the network's parameters and buffers into a folder."""
-    save_model(network, str(folder / STATE))
+def save_state(folder: Path, network: nn.Module, notes: dict[str, str] | None = None) -> None:
+    """Write the network's parameters and buffers into a folder, and notes for :func:`notes_of`."""
+    save_model(network, str(folder / STATE), metadata=notes)
     hidden = {name: buffer.detach().cpu().contiguous().clone() for name, buffer in hidden_buffers(network).items()}
     if hidden:
         save_file(hidden, folder / HIDDEN)
+
+
+def notes_of(folder: Path) -> dict[str, str]:
+    """What was noted with a stored network."""
+    with safe_open(folder / STATE, framework="pt") as file:
+        return file.metadata() or {}
 
 
 def load_state(folder: Path, network: nn.Module) -> nn.Module:

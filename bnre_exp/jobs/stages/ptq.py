@@ -11,7 +11,7 @@ from bnre_exp.jobs.stages.calibration import calibrate_stage
 from bnre_exp.jobs.stages.given import Given
 from bnre_exp.jobs.stages.outcome import Measured, Outcome
 from bnre_exp.jobs.stages.setting import Setting, seed, timed
-from bnre_exp.jobs.stages.simulation import scheme
+from bnre_exp.jobs.stages.simulation import modes, scheme
 from bnre_exp.quantsim.insert import quantize, quantize_again
 from bnre_exp.quantsim.sim import sim_report
 
@@ -31,10 +31,10 @@ def ptq(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
 
     def work() -> fx.GraphModule:
         how, leaves = (given.network, setting.example(), scheme(config)), config.model.leaf_modules
-        if setting.trial_notes is None:
-            sim = quantize(*how, leaf_modules=leaves)
+        if setting.trial is None:
+            sim = quantize(*how, leaf_modules=leaves, modes=modes(config))
         else:
-            sim = quantize_again(*how, setting.trial_notes, leaf_modules=leaves)
+            sim = quantize_again(*how, setting.trial, leaf_modules=leaves)
         calibrate_stage(setting, sim, "ptq")
         return sim
 

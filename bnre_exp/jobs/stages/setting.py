@@ -25,8 +25,8 @@ from bnre_exp.tasks.task import Evaluation, Task
 @dataclass
 class Setting:
     """config; device; task; data; the untrained network; where progress is shown (``on_metrics(values, step)`` hears of
-    training epochs, ``say`` prints a line). trial_notes: what was noticed when the network was quantized for trial,
-    None if it was not. evaluations: of the rows that are measured, by name."""
+    training epochs, ``say`` prints a line). trial: the report of the simulation that was made for trial, None if none
+    was. evaluations: of the rows that are measured, by name."""
 
     config: Config
     device: torch.device
@@ -36,7 +36,7 @@ class Setting:
     progress: Progress
     on_metrics: Callable[[dict[str, float], int], None]
     say: Callable[[str], None]
-    trial_notes: tuple[str, ...] | None = None
+    trial: Any = None
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
 
     @property

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from bnre_exp.config import Config
-from bnre_exp.jobs.stages.network import Form, Result, load_state, save_state
+from bnre_exp.jobs.stages.network import Form, Result, load_state, notes_of, save_state
 from bnre_exp.jobs.stages.setting import Setting
 from bnre_exp.quantsim.insert import rebuild_sim
 from bnre_exp.quantsim.quantizers.scheme import LayerRule, QuantScheme
+from bnre_exp.quantsim.sim import sim_report
+from bnre_exp.quantsim.tracing.whole import BOTH, EVALUATION
 
 
 def scheme(config: Config) -> QuantScheme:
@@ -24,10 +27,19 @@ def scheme(config: Config) -> QuantScheme:
     )  # fmt: skip
 
 
+def modes(config: Config) -> str:
+    """What the simulation is for: a network whose training mode cannot be simulated is taken where there is no QAT."""
+    return BOTH if config.qat.epochs else EVALUATION
+
+
+def _keep(folder: Path, sim: nn.Module) -> None:
+    save_state(folder, sim, {"modes": sim_report(sim).modes})
+
+
 def _restore(setting: Setting, folder: Path, before: Result) -> nn.Module:
-    leaves = setting.config.model.leaf_modules
-    sim = rebuild_sim(setting.built.module, setting.example(), scheme(setting.config), leaf_modules=leaves)
+    how: dict[str, Any] = {"leaf_modules": setting.config.model.leaf_modules, **notes_of(folder)}
+    sim = rebuild_sim(setting.built.module, setting.example(), scheme(setting.config), **how)
     return load_state(folder, sim)
 
 
-SIM = Form(save_state, _restore)
+SIM = Form(_keep, _restore)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from bnre_exp.quantsim.quantizers.layout import BATCH_NORMS
-from bnre_exp.quantsim.tracing.tracer import mentions, reads_training
+from bnre_exp.quantsim.tracing.words import mentions, reads_training
 
 _OF_TORCH = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
 _ARGUMENTS: dict[Any, tuple[str, ...]] = {

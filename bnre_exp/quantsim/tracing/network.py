@@ -2,41 +2,81 @@
 
 from __future__ import annotations
 
+import copy
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from bnre_exp.errors import UserError
 from bnre_exp.quantsim.execution import executed_graph
 from bnre_exp.quantsim.nodes import module_of
 from bnre_exp.quantsim.quantizers.layout import BATCH_NORMS
 from bnre_exp.quantsim.quantizers.quantizer import is_watched
 from bnre_exp.quantsim.tracing.frozen import META, hold
 
+EVALUATION_ALONE = "is_for_evaluation_alone"  # in meta: what training mode does otherwise, in words
 CHOOSING = {torch.nonzero, torch.masked_select, torch.unique, "nonzero", "masked_select", "unique"}
 
 
 class TracedNetwork(fx.GraphModule):
-    """A traced network in which modules named in its ``meta`` stay in evaluation mode, as ``bn.eval()`` asks for."""
+    """A traced network in which modules named in its ``meta`` stay in evaluation mode, as ``bn.eval()`` asks for.
+
+    training_graph: what is computed in training mode, by the same modules, where that is something else than what the
+    graph says; None: the graph is that of both modes. Only the graph is analysed, folded and exported.
+    """
+
+    training_graph: fx.Graph | None = None
 
     def train(self, mode: bool = True) -> TracedNetwork:
-        """As of any module, but for those."""
+        """As of any module, but for those. Raises ``UserError`` where the network is one for evaluation alone."""
+        if mode and (why := self.meta.get(EVALUATION_ALONE)):
+            raise UserError(
+                f"This simulation is for evaluation alone: in training mode the network does something else ({why}). "
+                'To train it, quantize with modes="both".'
+            )
         super().train(mode)
         hold(self, self.meta.get(META, ()))
         return self
 
     def recompile(self) -> Any:
-        """Compile the graph as it is executed; ``code`` is that of the graph as it is."""
+        """Compile the graphs as they are executed; ``code`` is that of the graph as it is."""
         graph = self._graph
-        self._graph = executed_graph(graph)
-        try:
-            super().recompile()
-        finally:
-            self._graph = graph
+        in_training = None
+        if self.training_graph is not None:
+            self.training_graph.owning_module = self
+            in_training = self._compiled(self.training_graph)
+        in_evaluation = self._compiled(graph)
+        if in_training is not None:
+            type(self).forward = _by_mode(in_evaluation, in_training)  # type: ignore[method-assign]
+        self._graph = graph
         plain = graph.python_code(root_module="self")
         self._code, self._lineno_map, self._prologue_start = plain.src, plain._lineno_map, plain._prologue_start
         return plain
+
+    def _compiled(self, graph: fx.Graph) -> Callable[..., Any]:
+        before, self._graph = self._graph, executed_graph(graph)
+        try:
+            super().recompile()
+        finally:
+            self._graph = before
+        return type(self).forward
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TracedNetwork:
+        copied: TracedNetwork = super().__deepcopy__(memo)  # type: ignore[assignment]
+        if self.training_graph is not None:
+            copied.training_graph = copy.deepcopy(self.training_graph, memo)
+            copied.recompile()
+        return copied
+
+
+def _by_mode(in_evaluation: Callable[..., Any], in_training: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(self: nn.Module, *inputs: Any, **kwargs: Any) -> Any:
+        return (in_training if self.training else in_evaluation)(self, *inputs, **kwargs)
+
+    return forward
 
 
 def up_to_batch_norms(network: TracedNetwork) -> fx.GraphModule:

@@ -10,34 +10,41 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from bnre_exp.errors import UserError
 from bnre_exp.quantsim.tracing.frozen import META, set_mode
+from bnre_exp.quantsim.tracing.network import TracedNetwork
 from bnre_exp.quantsim.tracing.tracer import resized
 
 LARGEST_BATCH = 4  # more would only take longer
 TOLERANCE = 1e-4  # relative to the largest value of a tensor; a wrong graph is off by far more
 
 
-def check_same_behaviour(original: nn.Module, traced: fx.GraphModule, inputs: Sequence[Tensor]) -> tuple[str, ...]:
-    """Compare outputs; neither network is changed.
+class Comparison:
+    """Outputs of a traced network beside those of its original; neither is changed.
 
-    Returns notes on what the traced network lacks by design (auxiliary outputs of the training mode). Raises
-    ``UserError`` naming the first module whose outputs differ.
+    notes: what the traced network lacks by design (auxiliary outputs of the training mode).
     """
-    notes: list[str] = []
-    names = _leaf_names(original) & _leaf_names(traced)
-    frozen = traced.meta.get(META, frozenset())
-    first, second = _prepared(original), _prepared(traced)
-    for training in (False, True):
-        for batch in _two_batches(inputs):
-            expected, wanted = _record(first, batch, training, frozen, names, "the network itself")
-            actual, got = _record(second, batch, training, frozen, names, "the traced network")
-            if training and _is_one_tensor(actual) and not _is_one_tensor(expected):
+
+    def __init__(self, original: nn.Module, traced: TracedNetwork, inputs: Sequence[Tensor]) -> None:
+        self.notes: tuple[str, ...] = ()
+        self._names = _leaf_names(original) & _leaf_names(traced)
+        self._frozen = traced.meta.get(META, frozenset())
+        self._has_training_graph = traced.training_graph is not None
+        self._networks, self._inputs = (_prepared(original), _prepared(traced)), inputs
+
+    def check(self, training: bool) -> None:
+        """Compare in one mode, at two batch sizes. Raises ``UserError`` naming the first module that differs."""
+        first, second = self._networks
+        how = (training, self._frozen, self._names)
+        for batch in _two_batches(self._inputs):
+            expected, wanted = _record(first, batch, *how, "the network itself")
+            actual, got = _record(second, batch, *how, "the traced network")
+            is_first_of_many = _is_one_tensor(actual) and not _is_one_tensor(expected)
+            if training and is_first_of_many and not self._has_training_graph:
                 expected = next(iter(_tensors(expected)))
-                note = "outputs beyond the first, given in training mode only (auxiliary heads), are dropped"
-                notes += [] if note in notes else [note]
+                self.notes = ("outputs beyond the first, given in training mode only (auxiliary heads), are dropped",)
             if not any(True for _ in _tensors(expected)):
                 raise UserError(
                     f"The network returns {type(expected).__name__}, in which no tensor was found; expected a tensor, "
@@ -47,11 +54,9 @@ def check_same_behaviour(original: nn.Module, traced: fx.GraphModule, inputs: Se
                 mode = "training" if training else "evaluation"
                 raise UserError(
                     f"The traced network differs from the original in {mode} mode with a batch of {len(batch[0])}: "
-                    f"{_first_difference(wanted, got)}. Tracing cannot follow what depends on the mode, the batch "
-                    "size or values; keep the module that does so whole with leaf_modules=[its name or class]. A "
-                    "function that is told the mode (drop_connect, say) has to be a module of its own, or off."
+                    f"{_first_difference(wanted, got)}. Tracing cannot follow what depends on the batch size or on "
+                    "values; keep the module that does so whole with leaf_modules=[its name or class]."
                 )
-    return tuple(notes)
 
 
 def _two_batches(inputs: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:

@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from bnre_exp.quantsim.quantizers.layout import LAYERS
-from bnre_exp.quantsim.tracing.tracer import Tracer, is_metadata
+from bnre_exp.quantsim.tracing.metadata import is_metadata
+from bnre_exp.quantsim.tracing.tracer import Tracer
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
@@ -25,7 +26,7 @@ PRODUCTS: dict[Any, tuple[str, ...]] = {
     **{function: _TRANSPOSED for function in (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)},
 }
 DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "output_padding": 0, "dilation": 1, "groups": 1}
-ZERO_PADDING = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
+ZERO_PADDING = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.Identity)  # Identity: no padding, where none is needed
 
 
 def make_plain(layer: nn.Module) -> None:

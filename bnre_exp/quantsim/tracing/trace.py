@@ -16,11 +16,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnre_exp.errors import UserError
 from bnre_exp.quantsim.quantizers.layout import BATCH_NORMS, LAYERS
-from bnre_exp.quantsim.tracing.frozen import META, frozen_modules
-from bnre_exp.quantsim.tracing.functional import replace_calls
+from bnre_exp.quantsim.tracing.frozen import META, frozen_modules, set_mode
+from bnre_exp.quantsim.tracing.functional import is_call, replace_calls
+from bnre_exp.quantsim.tracing.modes import adopt, mark_after_network, match
 from bnre_exp.quantsim.tracing.network import TracedNetwork
 from bnre_exp.quantsim.tracing.subclasses import make_plain
-from bnre_exp.quantsim.tracing.tracer import Tracer, check_decision, explain_failure, mentions, reads_training
+from bnre_exp.quantsim.tracing.tracer import Tracer, check_decision, explain_failure
+from bnre_exp.quantsim.tracing.words import mentions, reads_training
 from bnre_exp.quantsim.wrappers import copied
 
 
@@ -52,12 +54,13 @@ class FollowTraining(nn.Module):
 
 
 def trace(
-    model: nn.Module, examples: Sequence[Tensor], leaf_modules: Sequence[str] = ()
-) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    model: nn.Module, examples: Sequence[Tensor], leaf_modules: Sequence[str] = (), by_mode: bool = False
+) -> tuple[TracedNetwork, tuple[str, ...]]:
     """A graph of a copy of ``model``: functional dropout follows the mode, in-place operations are made out-of-place.
 
     examples: the inputs that the model is called with, ``[N, ...]`` each; other arguments keep their defaults.
-    leaf_modules: names or class names of modules that are not looked into.
+    leaf_modules: names or class names of modules that are not looked into. by_mode: training mode gets a graph of its
+    own, which is traced in that mode; else one graph is that of both.
 
     Also returns the source lines whose control flow depends on the examples' size (not that of the batch); the graph
     refuses inputs with which they take another course. Raises ``UserError`` naming the module and line that cannot be
@@ -65,6 +68,41 @@ def trace(
     """
     frozen = frozen_modules(model)
     known = {name for name, _ in model.named_modules()} | {type(m).__name__ for m in model.modules()}
+    unknown = [name for name in leaf_modules if name not in known]
+    if unknown:
+        raise UserError(f"leaf_modules: the network has no module or class named {', '.join(unknown)}.")
+    plain, model = model, _prepared(model, leaf_modules)
+    tracer = Tracer(leaf_modules, examples, _is_kept_whole)
+    try:
+        graph = tracer.trace(model)
+    except UserError:
+        raise
+    except Exception as error:
+        raise explain_failure(error, tracer, model) from error
+    traced = TracedNetwork(tracer.root, graph, type(model).__name__)
+    trained = functools.partial(_in_training, plain, examples, leaf_modules, frozen)
+    if by_mode:
+        _add_training_graph(traced, trained())
+    _first_by_place(traced)
+    _drop_identities(traced)
+    frozen |= set(replace_calls(traced, type(model), lambda: _graph_or_none(trained), _new_module))
+    _split_bn_activations(traced)
+    _make_out_of_place(traced)
+    for each in graphs_of(traced):
+        each.eliminate_dead_code(is_impure_node=_must_stay)
+    if traced.training_graph is not None:
+        match(traced.graph, traced.training_graph)
+        mark_after_network(traced.graph, traced.training_graph)
+    frozen |= _follow_mode(traced, frozen)
+    for each in graphs_of(traced):
+        each.lint()
+    traced.recompile()
+    traced.meta[META] = frozen
+    return traced.eval(), tuple(tracer.decisions)
+
+
+def _prepared(model: nn.Module, leaf_modules: Sequence[str]) -> nn.Module:
+    """A copy in evaluation mode, in which layers that are plain have their plain class."""
     model = copied(model)
     model.eval()
     for name, module in model.named_modules():
@@ -72,43 +110,52 @@ def trace(
             module.__class__ = BatchNormNd  # type: ignore[assignment]
         elif isinstance(module, LAYERS) and not {name, type(module).__name__} & set(leaf_modules):
             make_plain(module)
-    unknown = [name for name in leaf_modules if name not in known]
-    if unknown:
-        raise UserError(f"leaf_modules: the network has no module or class named {', '.join(unknown)}.")
-    tracer, defaults = Tracer(leaf_modules, examples, _is_kept_whole), _defaults(model, len(examples))
+    return model
+
+
+Traced = tuple[nn.Module, fx.Graph]
+
+
+def _in_training(
+    model: nn.Module, examples: Sequence[Tensor], leaf_modules: Sequence[str], frozen: frozenset[str]
+) -> Traced:
+    """The network traced in training mode, and the copy that was traced. Raises ``UserError`` if it cannot be."""
+    tracer = Tracer(leaf_modules, examples, _is_kept_whole)
+    trained = _prepared(model, leaf_modules)
+    set_mode(trained, True, frozen)
     try:
-        graph = tracer.trace(model, concrete_args=defaults or None)
+        return trained, tracer.trace(trained)
     except UserError:
         raise
-    except Exception as error:
-        raise explain_failure(error, tracer, model) from error
-    traced = TracedNetwork(tracer.root, graph, type(model).__name__)
-    _drop_default_arguments(traced, defaults)
-    _first_by_place(traced)
-    _drop_identities(traced)
-    trained = functools.partial(_trained_graph, model, examples, leaf_modules, defaults)
-    frozen |= set(replace_calls(traced, type(model), trained, _new_module))
-    frozen |= _follow_mode(traced, frozen)
-    _split_bn_activations(traced)
-    _make_out_of_place(traced)
-    traced.graph.eliminate_dead_code(is_impure_node=_must_stay)
-    traced.graph.lint()
-    traced.recompile()
-    traced.meta[META] = frozen
-    return traced.eval(), tuple(tracer.decisions)
+    except Exception as error:  # a forward of someone else's can fail in any way
+        raise explain_failure(error, tracer, trained) from error
 
 
-def _trained_graph(
-    model: nn.Module, examples: Sequence[Tensor], leaf_modules: Sequence[str], defaults: dict[str, Any]
-) -> fx.Graph | None:
-    """The network traced in training mode, None where that fails."""
+def _graph_or_none(trained: Callable[[], Traced]) -> fx.Graph | None:
     try:
-        tracer = Tracer(leaf_modules, examples, _is_kept_whole)
-        trained = copied(model)
-        trained.train()
-        return tracer.trace(trained, concrete_args=defaults or None)
-    except Exception:  # a forward of someone else's can fail in any way
+        return trained()[1]
+    except UserError:
         return None
+
+
+def _add_training_graph(traced: TracedNetwork, trained: Traced) -> None:
+    root, graph = trained
+    if any(is_call(node) for node in (*traced.graph.nodes, *graph.nodes)):
+        raise UserError(
+            "The network calls batch norm as a function, and does something else in training mode than in evaluation "
+            "mode, which cannot be simulated together; make its batch norms modules."
+        )
+    adopt(traced, graph, root)
+    traced.training_graph = graph
+
+
+def graphs_of(traced: TracedNetwork) -> list[fx.Graph]:
+    """The graph, and that of the training mode, where it is another."""
+    return [traced.graph, *([] if traced.training_graph is None else [traced.training_graph])]
+
+
+def _nodes_of(traced: TracedNetwork) -> list[Any]:
+    return [node for graph in graphs_of(traced) for node in graph.nodes]
 
 
 def _must_stay(node: fx.Node) -> bool:
@@ -138,39 +185,19 @@ def _plain_bn(module: _BatchNorm) -> BatchNormNd:
     return plain.train(module.training)
 
 
-def _defaults(model: nn.Module, num_inputs: int) -> dict[str, Any]:
-    parameters = list(inspect.signature(model.forward).parameters.values())
-    rest = [p for p in parameters[num_inputs:] if p.default is not p.empty]
-    simple = (type(None), bool, int, float, str)  # torch.fx keeps other defaults as they are
-    return {p.name: p.default for p in rest if p.kind is not p.VAR_KEYWORD and isinstance(p.default, simple)}
-
-
-def _first_by_place(traced: fx.GraphModule) -> None:
+def _first_by_place(traced: TracedNetwork) -> None:
     """``self.bn(input=x)`` becomes ``self.bn(x)``."""
-    for node in traced.graph.nodes:
+    for node in _nodes_of(traced):
         if node.op == "call_module" and not node.args and list(node.kwargs) == ["input"]:
             node.args, node.kwargs = (node.kwargs["input"],), {}
 
 
-def _drop_identities(traced: fx.GraphModule) -> None:
+def _drop_identities(traced: TracedNetwork) -> None:
     """nn.Identity, where a layer was switched off, would keep a conv and its BN or activation apart."""
-    for node in list(traced.graph.nodes):
+    for node in _nodes_of(traced):
         if node.op == "call_module" and type(traced.get_submodule(node.target)) is nn.Identity:
             node.replace_all_uses_with(node.args[0])
-            traced.graph.erase_node(node)
-
-
-def _drop_default_arguments(traced: fx.GraphModule, defaults: dict[str, Any]) -> None:
-    """torch.fx leaves a placeholder and an assertion for every argument that was fixed to its default."""
-    for node in list(traced.graph.nodes):
-        if node.op == "call_function" and getattr(node.target, "__name__", "") in ("_assert_is_none", "_assert"):
-            condition = node.args[0]
-            traced.graph.erase_node(node)
-            if isinstance(condition, fx.Node) and condition.op == "call_function" and not condition.users:
-                traced.graph.erase_node(condition)
-    for node in traced.graph.find_nodes(op="placeholder"):
-        if not node.users and any(re.fullmatch(rf"{re.escape(name)}(_\d+)?", str(node.target)) for name in defaults):
-            traced.graph.erase_node(node)
+            node.graph.erase_node(node)
 
 
 def _follow_mode(traced: fx.GraphModule, frozen: frozenset[str]) -> frozenset[str]:
@@ -209,10 +236,10 @@ _INPLACE_OPERATORS = {
 }
 
 
-def _make_out_of_place(traced: fx.GraphModule) -> None:
+def _make_out_of_place(traced: TracedNetwork) -> None:
     """Later readers of a tensor that was changed in place read the result instead; the values stay the same."""
-    order = {node: index for index, node in enumerate(traced.graph.nodes)}
-    for node in list(traced.graph.nodes):
+    order = {node: index for index, node in enumerate(_nodes_of(traced))}
+    for node in list(order):
         changed = False
         if node.op == "call_module":
             module = traced.get_submodule(node.target)
@@ -241,10 +268,10 @@ def _read_instead(changed: fx.Node, result: fx.Node, order: dict[fx.Node, int]) 
     changed.replace_all_uses_with(result, lambda user: user is not result and order[user] > order[result])
 
 
-def _split_bn_activations(traced: fx.GraphModule) -> None:
+def _split_bn_activations(traced: TracedNetwork) -> None:
     """A BN subclass with a built-in dropout and activation (timm's) becomes a plain BN followed by these modules."""
     parts_of: dict[str, list[str]] = {}
-    for node in list(traced.graph.nodes):
+    for node in _nodes_of(traced):
         if node.op != "call_module":
             continue
         if node.target not in parts_of:
@@ -260,8 +287,8 @@ def _split_bn_activations(traced: fx.GraphModule) -> None:
             ]
         last = node
         for name in parts_of[node.target]:
-            with traced.graph.inserting_after(last):
-                new = traced.graph.call_module(name, ())
+            with node.graph.inserting_after(last):
+                new = node.graph.call_module(name, ())
             last.replace_all_uses_with(new)
             new.args = (last,)
             last = new

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from types import CodeType
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.proxy import Attribute, Proxy, TraceError
+from torch.fx.proxy import Proxy, TraceError
+from torch.utils import _pytree as pytree
 
 from bnre_exp.errors import UserError
 from bnre_exp.quantsim.quantizers.layout import BATCH_NORMS, LAYERS
+from bnre_exp.quantsim.tracing.metadata import METADATA_METHODS, is_metadata
+from bnre_exp.quantsim.tracing.proxies import TracedValue
 
 BATCH_SIZES = (1, 2, 5)  # a decision must be the same for all of them
 LIBRARY = ("/torch/fx/", "/torch/nn/modules/module.py", "/bnre_exp/quantsim/")
-
-# What tells about a tensor without reading its values.
-METADATA_METHODS = {"size", "dim", "ndimension", "numel", "nelement", "stride", "is_floating_point", "is_contiguous"}
-METADATA_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "layout", "is_cuda", "is_mps", "is_meta", "type", "index"}
+CONVERSIONS = ("as_tensor", "asarray", "tensor")  # of torch; they ask no argument for its own way of doing it
 
 
 class Tracer(fx.Tracer):
@@ -48,9 +49,37 @@ class Tracer(fx.Tracer):
             return True
         return self.whole(m)
 
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """The graph of ``root``, called with as many inputs as there are examples."""
+        with _recorded_conversions(self):
+            return super().trace(root, concrete_args)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """A placeholder an example, under the names that the network gives its arguments; all others keep their
+        defaults. torch.fx's own way looks at the code of ``forward``, which may be within a decorator."""
+
+        def forward(root: Any, *inputs: Any) -> Any:
+            return root.forward(*inputs)
+
+        count = len(self._examples[0])
+        try:
+            parameters = inspect.signature(self.root.forward).parameters.values()
+        except (TypeError, ValueError):  # not every callable has a signature
+            parameters = ()  # type: ignore[assignment]
+        names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:count]
+        names += [f"input_{place}" for place in range(len(names), count)]
+        return forward, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
+
+    def create_arg(self, a: Any) -> Any:
+        return a.node if issubclass(type(a), Proxy) else super().create_arg(a)
+
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if self._looking_up:
             return forward(*args, **kwargs)
+        if self.is_leaf_module(m, self.path_of_module(m)):
+            _check_call(m, args, kwargs)
         self.entered.append(self.path_of_module(m))
         result = super().call_module(m, forward, args, kwargs)
         self.entered.pop()
@@ -60,7 +89,7 @@ class Tracer(fx.Tracer):
         return attr_val if self._looking_up else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def proxy(self, node: fx.Node) -> Proxy:
-        return _Proxy(node, self)
+        return TracedValue(node, self)
 
     def to_bool(self, obj: Proxy) -> bool:
         return bool(self.decide(obj, "bool"))
@@ -92,15 +121,25 @@ class Tracer(fx.Tracer):
             self.create_node("call_function", check_decision, (node, kind, found[0], line), {})
         return found[0]
 
-    def _is_constant(self, node: fx.Node) -> bool:
-        """Whether only the number of axes, the type or the device is read, which no image size changes."""
-        if node.op == "call_method" and node.target in METADATA_METHODS:
-            return node.target in ("dim", "ndimension", "is_floating_point")
-        if node.op == "call_function" and node.target is getattr:
-            return bool(node.args[1] != "shape")
-        return all(self._is_constant(source) for source in node.all_input_nodes)
+    def kind_of(self, obj: Proxy) -> type:
+        """The type of the value. Python asks for it in isinstance."""
+        (value,) = self._look_up(obj.node, samples=1)
+        return type(value)
 
-    def _look_up(self, node: fx.Node) -> list[Any]:
+    def _is_constant(self, node: fx.Node, known: dict[fx.Node, bool] | None = None) -> bool:
+        """Whether only the number of axes, the type or the device is read, which no image size changes."""
+        known = {} if known is None else known
+        if node not in known:
+            if node.op == "call_method" and node.target in METADATA_METHODS:
+                known[node] = node.target in ("dim", "ndimension", "is_floating_point")
+            elif node.op == "call_function" and node.target is getattr:
+                known[node] = bool(node.args[1] != "shape")
+            else:
+                known[node] = all(self._is_constant(source, known) for source in node.all_input_nodes)
+        return known[node]
+
+    def _look_up(self, node: fx.Node, samples: int = len(BATCH_SIZES)) -> list[Any]:
+        """Values of a node for the first ``samples`` batch sizes."""
         needed, queue = {node}, [node]
         while queue:
             for source in queue.pop().all_input_nodes:
@@ -111,13 +150,13 @@ class Tracer(fx.Tracer):
         self._looking_up = True
         try:
             with torch.no_grad():
-                for examples, values in zip(self._examples, self._values):
+                for examples, values in zip(self._examples[:samples], self._values):
                     for n in order:
                         if n not in values:
                             values[n] = self._value(n, examples, values)
         finally:
             self._looking_up = False
-        return [values[node] for values in self._values]
+        return [values[node] for values in self._values[:samples]]
 
     def _value(self, node: fx.Node, examples: list[Tensor], values: dict[fx.Node, Any]) -> Any:
         if node.op == "placeholder":
@@ -132,7 +171,8 @@ class Tracer(fx.Tracer):
             return value
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
         if node.op == "call_module":
-            return self.root.get_submodule(str(node.target))(*args, **kwargs)
+            with _in_evaluation(self.root.get_submodule(str(node.target))) as module:
+                return module(*args, **kwargs)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -158,53 +198,48 @@ def check_decision(value: Any, kind: str, expected: Any, line: str) -> None:
         )
 
 
-def is_metadata(node: fx.Node) -> bool:
-    """Whether the value follows from sizes, types and devices of tensors."""
-    if node.op == "call_method" and node.target in METADATA_METHODS:
-        return True
-    if node.op == "call_function" and node.target is getattr and node.args[1] in METADATA_ATTRIBUTES:
-        return True
-    if node.op != "call_function" and node.op != "call_method":
-        return False
-    return all(is_metadata(source) for source in node.all_input_nodes) and bool(node.all_input_nodes)
+def _check_call(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """Raise the TypeError of a call with arguments that a module does not take; some networks catch it."""
+    try:
+        signature = inspect.signature(module.forward, follow_wrapped=False)
+    except (TypeError, ValueError):  # not every callable has one
+        return
+    signature.bind(*args, **kwargs)
 
 
-class _Decided:
-    """Python asks these of a number where it does not merely compute with it."""
-
-    tracer: Tracer
-
-    def __getattr__(self, k: str) -> Any:
-        if k == "type" and isinstance(self, _Attribute) and self.attr == "device":
-            return self._ask("device")  # torch.autocast takes a str only
-        return _Attribute(self, k)  # type: ignore[arg-type]
-
-    def _ask(self, kind: str) -> Any:
-        return self.tracer.decide(self, kind)  # type: ignore[arg-type]
-
-    def __len__(self) -> int:
-        return int(self._ask("len"))
-
-    def __index__(self) -> int:
-        return int(self._ask("int"))
-
-    def __int__(self) -> int:
-        return int(self._ask("int"))
-
-    def __float__(self) -> float:
-        return float(self._ask("float"))
-
-    def __hash__(self) -> int:
-        """Membership in a set or dict of numbers is a decision, too."""
-        return int(self._ask("hash")) if is_metadata(self.node) else object.__hash__(self)  # type: ignore[attr-defined]
+@contextmanager
+def _in_evaluation(module: nn.Module) -> Iterator[nn.Module]:
+    """The module in evaluation mode, in which a look at it changes nothing in it."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield module
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
-class _Proxy(_Decided, Proxy):
-    tracer: Tracer
+@contextmanager
+def _recorded_conversions(tracer: Tracer) -> Iterator[None]:
+    """Let functions of torch that make a tensor of anything take proxies, too."""
 
+    def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if any(issubclass(type(value), Proxy) for value in pytree.tree_leaves((args, kwargs))):
+                return tracer.create_proxy("call_function", function, args, kwargs)
+            return function(*args, **kwargs)
 
-class _Attribute(_Decided, Attribute):
-    tracer: Tracer
+        return call
+
+    plain = {name: getattr(torch, name) for name in CONVERSIONS}
+    try:
+        for name, function in plain.items():
+            setattr(torch, name, recorded(function))
+        yield
+    finally:
+        for name, function in plain.items():
+            setattr(torch, name, function)
 
 
 def resized(x: Tensor, size: int) -> Tensor:
@@ -222,23 +257,6 @@ def _user_line() -> str:
     """The line of the network's code that is being traced, as ``file:line: text``."""
     last = _outside_library(traceback.extract_stack())[-1]
     return f"{'/'.join(last.filename.split('/')[-2:])}:{last.lineno}: {last.line}"
-
-
-def reads_training(kind: type) -> bool:
-    """Whether a method of the class, or of its bases below nn.Module, looks at ``self.training``."""
-    return mentions(kind, "training")
-
-
-def mentions(kind: type, word: str) -> bool:
-    """Whether a method of the class, or of its bases below nn.Module, reads an attribute or global that is ``word``, or
-    calls an aten operation of that name."""
-
-    def has(code: CodeType) -> bool:
-        return word in code.co_names or any(has(c) for c in code.co_consts if isinstance(c, CodeType))
-
-    own = [base for base in kind.__mro__ if base not in nn.Module.__mro__]
-    functions = [value for base in own for value in vars(base).values() if inspect.isfunction(value)]
-    return any(has(function.__code__) for function in functions if function.__name__ != "train")
 
 
 def explain_failure(error: Exception, tracer: Tracer, model: nn.Module) -> UserError:
