@@ -20,6 +20,7 @@ from torch.overrides import get_testing_overrides
 
 from bnre_exp.quantsim.quantizers.affine import ChannelAffine
 from bnre_exp.quantsim.quantizers.quantizer import ActivationQuantizer
+from bnre_exp.quantsim.tracing.proxies import assigned
 from bnre_exp.quantsim.tracing.trace import BatchNormNd, FollowTraining
 from bnre_exp.quantsim.tracing.tracer import check_decision
 
@@ -36,8 +37,8 @@ MORE_FUNCTIONS = (
 )  # fmt: skip
 # Integers of any length, which take any time and memory.
 REFUSED_MATH = ("factorial", "comb", "perm")
-# Functions that make a tensor of a given size.
-FACTORIES = ("arange", "eye", "full", "linspace", "ones", "zeros")
+# Functions that make a tensor.
+FACTORIES = ("arange", "as_tensor", "asarray", "eye", "full", "linspace", "ones", "tensor", "zeros")
 # These read packed weights as raw memory, or exist for one kind of device.
 REFUSED_FUNCTIONS = ("fbgemm_", "quantized_", "miopen_")
 # These take code, hand out memory or attach hooks.
@@ -50,6 +51,7 @@ REFUSED_METHODS = {
 ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim", "T", "mT", "H", "mH", "real", "imag"})
 # Names of the format, which stay when code moves: checkpoints that were written hold them.
 DECISION = "bnre_exp.quantsim.tracer.check_decision"
+ASSIGNED = "bnre_exp.quantsim.tracing.proxies.assigned"
 OWN_MODULES = {
     "bnre_exp.quantsim.quantizer.ActivationQuantizer": ActivationQuantizer,
     "bnre_exp.quantsim.trace.FollowTraining": FollowTraining,
@@ -61,7 +63,7 @@ OWN_MODULES = {
 @cache
 def functions() -> dict[str, Callable[..., Any]]:
     """Function by its qualified name. ``getattr`` is among them; only :data:`ATTRIBUTES` may be read with it."""
-    found: dict[str, Callable[..., Any]] = {"builtins.getattr": getattr, DECISION: check_decision}
+    found: dict[str, Callable[..., Any]] = {"builtins.getattr": getattr, DECISION: check_decision, ASSIGNED: assigned}
     found |= {f"operator.{name}": getattr(operator, name) for name in OPERATORS}
     found |= {f"math.{name}": f for name, f in vars(math).items() if _is_math(name, f)}
     on_tensors = get_testing_overrides()

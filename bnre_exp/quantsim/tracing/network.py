@@ -30,6 +30,15 @@ class TracedNetwork(fx.GraphModule):
 
     training_graph: fx.Graph | None = None
 
+    @property
+    def graphs(self) -> list[fx.Graph]:
+        """The graph, and that of the training mode, where it is another."""
+        return [self.graph, *([] if self.training_graph is None else [self.training_graph])]
+
+    def all_nodes(self) -> list[Any]:
+        """The nodes of all graphs."""
+        return [node for graph in self.graphs for node in graph.nodes]
+
     def train(self, mode: bool = True) -> TracedNetwork:
         """As of any module, but for those. Raises ``UserError`` where the network is one for evaluation alone."""
         if mode and (why := self.meta.get(EVALUATION_ALONE)):

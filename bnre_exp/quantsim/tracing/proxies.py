@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import builtins
+import functools
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx.proxy import Attribute, Proxy
+from torch.utils import _pytree as pytree
 
 from bnre_exp.quantsim.tracing.metadata import is_metadata
 
@@ -19,6 +25,7 @@ PROXIES_MEET = (
     ),
     os.path.dirname(os.path.dirname(__file__)),
 )
+CONVERSIONS = ("as_tensor", "asarray", "tensor")  # of torch; they ask no argument for its own way of doing it
 
 
 class _Decided:
@@ -26,18 +33,13 @@ class _Decided:
 
     tracer: Any
 
-    @property
-    def __class__(self) -> type:  # type: ignore[misc, override]
-        """That of the value, to which a network may put isinstance; a proxy to torch.fx and to Python's own code."""
-        caller = sys._getframe(1).f_code.co_filename
-        return type(self) if caller.startswith(PROXIES_MEET) else self.tracer.kind_of(self)
-
     def __getattr__(self, k: str) -> Any:
-        if k == "_is_param":
-            return False  # isinstance(x, nn.Parameter) asks for it
         if k == "type" and isinstance(self, TracedAttribute) and self.attr == "device":
             return self._ask("device")  # torch.autocast takes a str only
         return TracedAttribute(self, k)  # type: ignore[arg-type]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", assigned, (self, index, value), {})
 
     def _ask(self, kind: str) -> Any:
         return self.tracer.decide(self, kind)
@@ -65,3 +67,42 @@ class TracedValue(_Decided, Proxy):
 
 class TracedAttribute(_Decided, Attribute):
     tracer: Any
+
+
+@contextmanager
+def recorded(tracer: Any) -> Iterator[None]:
+    """Within the block ``isinstance(x, Tensor)`` is true of what stands for a tensor, and functions of torch that make
+    a tensor of anything take it. (A ``__class__`` that says so would be believed by torch's C++ as well, which then
+    reads memory that is not there.)"""
+
+    def is_instance(value: Any, kinds: Any) -> bool:
+        if not issubclass(type(value), _Decided) or sys._getframe(1).f_code.co_filename.startswith(PROXIES_MEET):
+            return plain(value, kinds)
+        return issubclass(tracer.kind_of(value), kinds)
+
+    def making(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if any(issubclass(type(value), Proxy) for value in pytree.tree_leaves((args, kwargs))):
+                return tracer.create_proxy("call_function", function, args, kwargs)
+            return function(*args, **kwargs)
+
+        return call
+
+    plain, makers = builtins.isinstance, {name: getattr(torch, name) for name in CONVERSIONS}
+    try:
+        builtins.isinstance = is_instance
+        for name, function in makers.items():
+            setattr(torch, name, making(function))
+        yield
+    finally:
+        builtins.isinstance = plain
+        for name, function in makers.items():
+            setattr(torch, name, function)
+
+
+def assigned(x: Tensor, index: Any, value: Any) -> Tensor:
+    """A copy of ``x`` in which the items at ``index`` are ``value``: what ``x[index] = value`` makes of ``x``."""
+    copy = x.clone()
+    copy[index] = value
+    return copy

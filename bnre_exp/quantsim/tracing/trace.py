@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import operator
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +16,7 @@ from bnre_exp.errors import UserError
 from bnre_exp.quantsim.quantizers.layout import BATCH_NORMS, LAYERS
 from bnre_exp.quantsim.tracing.frozen import META, frozen_modules, set_mode
 from bnre_exp.quantsim.tracing.functional import is_call, replace_calls
+from bnre_exp.quantsim.tracing.in_place import make_out_of_place
 from bnre_exp.quantsim.tracing.modes import adopt, mark_after_network, match
 from bnre_exp.quantsim.tracing.network import TracedNetwork
 from bnre_exp.quantsim.tracing.subclasses import make_plain
@@ -87,14 +86,14 @@ def trace(
     _drop_identities(traced)
     frozen |= set(replace_calls(traced, type(model), lambda: _graph_or_none(trained), _new_module))
     _split_bn_activations(traced)
-    _make_out_of_place(traced)
-    for each in graphs_of(traced):
+    make_out_of_place(traced)
+    for each in traced.graphs:
         each.eliminate_dead_code(is_impure_node=_must_stay)
     if traced.training_graph is not None:
         match(traced.graph, traced.training_graph)
         mark_after_network(traced.graph, traced.training_graph)
     frozen |= _follow_mode(traced, frozen)
-    for each in graphs_of(traced):
+    for each in traced.graphs:
         each.lint()
     traced.recompile()
     traced.meta[META] = frozen
@@ -110,7 +109,15 @@ def _prepared(model: nn.Module, leaf_modules: Sequence[str]) -> nn.Module:
             module.__class__ = BatchNormNd  # type: ignore[assignment]
         elif isinstance(module, LAYERS) and not {name, type(module).__name__} & set(leaf_modules):
             make_plain(module)
+            _forget_old_padding(module)
     return model
+
+
+def _forget_old_padding(layer: Any) -> None:
+    """A conv keeps its padding in another order, too, which torch reads for padding other than zeros only. Where
+    someone has set ``conv.padding`` since, that tells of the old one."""
+    if isinstance(getattr(layer, "padding", None), tuple) and layer.padding_mode == "zeros":
+        layer._reversed_padding_repeated_twice = tuple(size for size in reversed(layer.padding) for _ in range(2))
 
 
 Traced = tuple[nn.Module, fx.Graph]
@@ -149,15 +156,6 @@ def _add_training_graph(traced: TracedNetwork, trained: Traced) -> None:
     traced.training_graph = graph
 
 
-def graphs_of(traced: TracedNetwork) -> list[fx.Graph]:
-    """The graph, and that of the training mode, where it is another."""
-    return [traced.graph, *([] if traced.training_graph is None else [traced.training_graph])]
-
-
-def _nodes_of(traced: TracedNetwork) -> list[Any]:
-    return [node for graph in graphs_of(traced) for node in graph.nodes]
-
-
 def _must_stay(node: fx.Node) -> bool:
     return node.op in ("placeholder", "output", "call_module") or node.target is check_decision
 
@@ -187,14 +185,14 @@ def _plain_bn(module: _BatchNorm) -> BatchNormNd:
 
 def _first_by_place(traced: TracedNetwork) -> None:
     """``self.bn(input=x)`` becomes ``self.bn(x)``."""
-    for node in _nodes_of(traced):
+    for node in traced.all_nodes():
         if node.op == "call_module" and not node.args and list(node.kwargs) == ["input"]:
             node.args, node.kwargs = (node.kwargs["input"],), {}
 
 
 def _drop_identities(traced: TracedNetwork) -> None:
     """nn.Identity, where a layer was switched off, would keep a conv and its BN or activation apart."""
-    for node in _nodes_of(traced):
+    for node in traced.all_nodes():
         if node.op == "call_module" and type(traced.get_submodule(node.target)) is nn.Identity:
             node.replace_all_uses_with(node.args[0])
             node.graph.erase_node(node)
@@ -230,48 +228,10 @@ def _new_module(traced: fx.GraphModule, name: str, module: nn.Module) -> str:
     return name
 
 
-_INPLACE_OPERATORS = {
-    name: name[1:] if name not in ("iand", "ior") else name[1:] + "_"
-    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imod", "imatmul", "iand", "ior")
-}
-
-
-def _make_out_of_place(traced: TracedNetwork) -> None:
-    """Later readers of a tensor that was changed in place read the result instead; the values stay the same."""
-    order = {node: index for index, node in enumerate(_nodes_of(traced))}
-    for node in list(order):
-        changed = False
-        if node.op == "call_module":
-            module = traced.get_submodule(node.target)
-            if getattr(module, "inplace", False):
-                changed = True
-        elif node.op == "call_function":
-            name = getattr(node.target, "__name__", "")
-            plain = name[:-1] if name.endswith("_") and not name.startswith("_") else None
-            if node.target is getattr(operator, name, None) and name in _INPLACE_OPERATORS:
-                node.target, changed = getattr(operator, _INPLACE_OPERATORS[name]), True
-            elif plain and (function := getattr(torch, plain, None) or getattr(F, plain, None)):
-                node.target, changed = function, True
-            if node.kwargs.get("inplace"):
-                node.kwargs, changed = {**node.kwargs, "inplace": False}, True
-        elif node.op == "call_method" and re.fullmatch(r"[a-z]\w*[a-z0-9]_", node.target):  # relu_, not __len__
-            node.target, changed = node.target[:-1], True
-        if changed and node.args and isinstance(node.args[0], fx.Node):
-            _read_instead(node.args[0], node, order)
-    for module in traced.modules():
-        if getattr(module, "inplace", False) is True:
-            module.inplace = False  # type: ignore[assignment]
-
-
-def _read_instead(changed: fx.Node, result: fx.Node, order: dict[fx.Node, int]) -> None:
-    """All that read ``changed`` after ``result`` was computed read ``result``."""
-    changed.replace_all_uses_with(result, lambda user: user is not result and order[user] > order[result])
-
-
 def _split_bn_activations(traced: TracedNetwork) -> None:
     """A BN subclass with a built-in dropout and activation (timm's) becomes a plain BN followed by these modules."""
     parts_of: dict[str, list[str]] = {}
-    for node in _nodes_of(traced):
+    for node in traced.all_nodes():
         if node.op != "call_module":
             continue
         if node.target not in parts_of:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -12,16 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Proxy, TraceError
-from torch.utils import _pytree as pytree
 
 from bnre_exp.errors import UserError
 from bnre_exp.quantsim.quantizers.layout import BATCH_NORMS, LAYERS
 from bnre_exp.quantsim.tracing.metadata import METADATA_METHODS, is_metadata
-from bnre_exp.quantsim.tracing.proxies import TracedValue
+from bnre_exp.quantsim.tracing.proxies import TracedValue, recorded
 
 BATCH_SIZES = (1, 2, 5)  # a decision must be the same for all of them
 LIBRARY = ("/torch/fx/", "/torch/nn/modules/module.py", "/bnre_exp/quantsim/")
-CONVERSIONS = ("as_tensor", "asarray", "tensor")  # of torch; they ask no argument for its own way of doing it
 
 
 class Tracer(fx.Tracer):
@@ -51,7 +48,7 @@ class Tracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph of ``root``, called with as many inputs as there are examples."""
-        with _recorded_conversions(self):
+        with recorded(self):
             return super().trace(root, concrete_args)
 
     def create_args_for_root(
@@ -217,29 +214,6 @@ def _in_evaluation(module: nn.Module) -> Iterator[nn.Module]:
     finally:
         for part, mode in modes.items():
             part.training = mode
-
-
-@contextmanager
-def _recorded_conversions(tracer: Tracer) -> Iterator[None]:
-    """Let functions of torch that make a tensor of anything take proxies, too."""
-
-    def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if any(issubclass(type(value), Proxy) for value in pytree.tree_leaves((args, kwargs))):
-                return tracer.create_proxy("call_function", function, args, kwargs)
-            return function(*args, **kwargs)
-
-        return call
-
-    plain = {name: getattr(torch, name) for name in CONVERSIONS}
-    try:
-        for name, function in plain.items():
-            setattr(torch, name, recorded(function))
-        yield
-    finally:
-        for name, function in plain.items():
-            setattr(torch, name, function)
 
 
 def resized(x: Tensor, size: int) -> Tensor:

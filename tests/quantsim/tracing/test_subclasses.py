@@ -13,6 +13,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from bnre_exp import (
     QuantScheme,
     UserError,
+    activation_quantizers,
     bypassed,
     calibrate,
     fold_batch_norms,
@@ -252,3 +253,39 @@ def test_layers_of_dropped_heads_are_named():
     rows = dict(sim_report(quantize(googlenet, torch.randn(2, 3, 64, 64))).unquantized)
     dropped = {"aux1.conv.conv", "aux1.fc1", "aux1.fc2", "aux2.conv.conv", "aux2.fc1", "aux2.fc2"}
     assert {name for name, reason in rows.items() if "never reached" in reason} == dropped
+
+
+class PaddedByModule(nn.Conv2d):
+    def __init__(self, *args, pad=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.pad = nn.Identity() if pad is None else nn.ZeroPad2d(pad)
+
+    def forward(self, x):
+        return F.conv2d(self.pad(x), self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+def test_a_conv_that_pads_by_a_module_is_folded_also_where_that_does_nothing():
+    model = nn.Sequential(
+        PaddedByModule(3, 8, 3, pad=1), nn.BatchNorm2d(8), nn.ReLU(), PaddedByModule(8, 8, 1), nn.BatchNorm2d(8)
+    )
+    randomize(model).eval()
+    x = torch.randn(4, 3, 12, 12)
+    sim = quantize(model, x, QuantScheme(4, None))
+    assert list(weight_quantizers(sim)) == ["0", "3"]
+    folded, report = fold_batch_norms(sim)
+    assert report.folded == (("0", "1"), ("3", "4"))
+    torch.testing.assert_close(folded(x), sim(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("between", [nn.Dropout(0.3), nn.Dropout2d(0.3), nn.AlphaDropout(0.3), nn.Identity()])
+def test_dropout_between_layer_and_bn_does_not_keep_them_apart(between):
+    model = randomize(nn.Sequential(nn.Conv2d(3, 8, 3), between, nn.BatchNorm2d(8), nn.ReLU())).eval()
+    x = torch.randn(4, 3, 12, 12)
+    sim = quantize(model, x, QuantScheme(4, 8))
+    calibrate(sim, [x], 1)
+    folded, report = fold_batch_norms(sim)
+    assert report.folded == (("0", "2"),) and len(activation_quantizers(sim)) == 2
+    torch.testing.assert_close(folded(x), sim(x), rtol=1e-4, atol=1e-4)
+    torch.manual_seed(0)
+    first = sim.train()(x)
+    assert type(between) is nn.Identity or not torch.equal(first, sim(x))  # it drops when trained, before the BN

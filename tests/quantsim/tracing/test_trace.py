@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import types
 
 import pytest
 import torch
@@ -151,3 +152,149 @@ def test_decisions_behind_layers_with_state_leave_the_model_alone():
     with bypassed(quantize(model, X)):
         pass
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items()) and model.training
+
+
+def any_arguments(m, x, *more, **named):
+    assert not more and not named and not isinstance(x, dict)
+    return m.bn(m.conv(x))
+
+
+def asks_for_types(m, x):
+    y = m.conv(x)
+    is_one = isinstance(y, torch.Tensor) and torch.is_tensor(y) and not isinstance(y, (list, nn.Parameter))
+    parts = y.chunk(3, dim=1)
+    is_many = isinstance(parts, tuple) and isinstance(y.shape, (tuple, torch.Size)) and isinstance(y.shape[2], int)
+    return m.bn(y) if is_one and is_many and isinstance(m.conv.weight, nn.Parameter) else y
+
+
+def wrong_keyword(m, x):
+    for layer in (m.conv, m.bn):
+        try:
+            x = layer(x, lengths=None)
+        except TypeError:
+            x = layer(x)
+    return x
+
+
+def conversions(m, x):
+    size = torch.tensor([x.shape[2], 2.0]).to(x.dtype)
+    return m.bn(m.conv(x)) + torch.as_tensor(torch.asarray(x)) * size.sum()
+
+
+def assignments(m, x):
+    y = m.bn(m.conv(x))
+    z = y.clone()
+    z[:, 1:] = y[:, 1:].sigmoid()
+    z[..., 0] = 3
+    return z + y
+
+
+def nothing_to_join(m, x):
+    nothing = torch.empty([x.shape[0], 0, x.shape[2], x.shape[3]], dtype=x.dtype, device=x.device)
+    return m.bn(m.conv(torch.cat([x, nothing], 1)))
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 2
+
+
+def function_with_a_gradient_of_its_own(m, x):
+    return Doubled.apply(m.bn(m.conv(x)))
+
+
+def decorated(function):
+    def wrapper(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def features_as_a_list(m, x):
+    return decorated(lambda features: features[0] + sum(features[1:]))([x, m.bn(m.conv(x))])
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        any_arguments, asks_for_types, wrong_keyword, conversions, assignments, nothing_to_join,
+        function_with_a_gradient_of_its_own, features_as_a_list,
+    ],
+)  # fmt: skip
+def test_what_people_write_is_followed(forward, tmp_path):
+    model = randomize(Net(forward, **conv_bn())).eval()
+    sim = quantize(model, X, FLOAT)
+    folded, report = fold_batch_norms(sim)
+    assert report.folded == (("conv", "bn"),)
+    save_folded(folded, tmp_path / "folded")
+    for network in (sim, folded, load_folded(tmp_path / "folded")):
+        for batch in (1, 2, 7):
+            x = torch.randn(batch, 3, 12, 12)
+            torch.testing.assert_close(network(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def of_class(forward):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+    Own.forward = forward
+    return randomize(Own()).eval()
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x, *args, **kwargs: any_arguments(self, x, *args, **kwargs),
+        lambda self, *args: self.bn(self.conv(args[0])),
+        decorated(lambda self, x, scale=1.0, *, mask=None: self.bn(self.conv(x)) * scale),
+        torch.no_grad()(lambda self, input, flag=False: self.bn(self.conv(input)) if not flag else input),
+    ],
+)
+def test_forwards_of_every_signature(forward):
+    model = of_class(forward)
+    sim = quantize(model, X, FLOAT)
+    assert len(sim.graph.find_nodes(op="placeholder")) == 1
+    torch.testing.assert_close(sim(X), model(X), rtol=1e-4, atol=1e-4)
+
+
+def test_a_forward_that_an_instance_was_given_is_the_one_that_counts():
+    model = of_class(lambda self, x: self.bn(self.conv(x)))
+    model.forward = types.MethodType(lambda self, x: self.bn(self.conv(x)) + 1, model)
+    sim = quantize(model, X, FLOAT)
+    torch.testing.assert_close(sim(X), model(X), rtol=1e-4, atol=1e-4)
+
+
+def test_torch_and_python_are_as_before_after_a_tracing_that_failed():
+    before = isinstance, torch.as_tensor, torch.tensor, torch.asarray
+    with pytest.raises(UserError, match="depends on the values"):
+        quantize(of_class(lambda self, x: self.conv(x) if torch.as_tensor(x).sum() > 0 else x), X, FLOAT)
+    assert (isinstance, torch.as_tensor, torch.tensor, torch.asarray) == before
+
+
+def test_many_branches_take_no_more_time_than_they_have_nodes():
+    """A question about a value far down a network with 2**60 paths through it."""
+
+    def forward(m, x):
+        y = m.bn(m.conv(x))
+        for _ in range(60):
+            y = y + y.relu()
+        return y.chunk(3, dim=1)[0] * len(y.chunk(3, dim=1))
+
+    sim = quantize(Net(forward, **conv_bn()).eval(), X, FLOAT)
+    assert sim(X).shape == (4, 1, 12, 12)
+
+
+def test_a_conv_whose_padding_was_set_later_is_saved(tmp_path):
+    model = randomize(Net(lambda m, x: m.bn(m.conv(x)), **conv_bn())).eval()
+    model.conv.padding, model.conv.dilation = (2, 2), (2, 2)
+    folded, _ = fold_batch_norms(quantize(model, X, QuantScheme(4, None)))
+    save_folded(folded, tmp_path / "folded")
+    assert torch.equal(load_folded(tmp_path / "folded")(X), folded(X))
