@@ -3,6 +3,7 @@ moment on, also while libraries are imported."""
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -22,7 +23,9 @@ def main() -> int:
         return _run("bnre_exp.cli.ui", sys.argv[2:])
     with stops_end():  # a job, or a sweep, says itself from when on it has something to close
         command = _imported("bnre_exp.cli.main")
-        return 2 if command is None else int(command())
+        status = 2 if command is None else int(command())
+        gc.freeze()  # the process ends: its memory goes as a whole, and none of it need be looked through before
+        return status
 
 
 def onnx() -> int:

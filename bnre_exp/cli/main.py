@@ -5,6 +5,7 @@ Exit status: 0, or 2 for a user's mistake, 130 for Ctrl-C, 143 for SIGTERM, else
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
 import os
@@ -41,6 +42,7 @@ def _launch(arguments: Any) -> None:
         return
     sys.argv += ahead.added
     import_module("bnre_exp.jobs.run")  # all of torch, while nothing needs to be closed when Ctrl-C ends the process
+    gc.freeze()  # what libraries are made of is never garbage: no collection need look through it, nor the one at the end
     if ahead.folder is None and not ahead.is_multirun:
         job()
         return
