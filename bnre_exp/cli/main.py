@@ -42,7 +42,7 @@ def _launch(arguments: Any) -> None:
         return
     sys.argv += ahead.added
     import_module("bnre_exp.jobs.run")  # all of torch, while nothing needs to be closed when Ctrl-C ends the process
-    gc.freeze()  # what libraries are made of is never garbage: no collection need look through it, nor the one at the end
+    gc.freeze()  # what libraries are made of is never garbage: no collection need look through it
     if ahead.folder is None and not ahead.is_multirun:
         job()
         return

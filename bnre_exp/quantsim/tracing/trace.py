@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnre_exp.errors import UserError
 from bnre_exp.quantsim.quantizers.layout import BATCH_NORMS, LAYERS
+from bnre_exp.quantsim.tracing.caches import forget_seen_sizes
 from bnre_exp.quantsim.tracing.frozen import META, frozen_modules, set_mode
 from bnre_exp.quantsim.tracing.functional import is_call, replace_calls
 from bnre_exp.quantsim.tracing.in_place import make_out_of_place
@@ -70,7 +71,9 @@ def trace(
     unknown = [name for name in leaf_modules if name not in known]
     if unknown:
         raise UserError(f"leaf_modules: the network has no module or class named {', '.join(unknown)}.")
-    plain, model = model, _prepared(model, leaf_modules)
+    plain = copied(model)
+    forget_seen_sizes(plain, examples)
+    model = _prepared(plain, leaf_modules)
     tracer = Tracer(leaf_modules, examples, _is_kept_whole)
     try:
         graph = tracer.trace(model)

@@ -32,6 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 SCRIPTS = Path(__file__).parent
 sys.path.insert(0, str(SCRIPTS))
+import packages  # noqa: E402
 import zoo_network  # noqa: E402
 
 BACKBONES = (
@@ -42,8 +43,8 @@ BACKBONES = (
 NOT_WHOLE = ("torchvision.models.detection", "torchvision.models.quantization", "torchvision.models.optical_flow")
 COLUMNS = (
     "source", "name", "status", "parameters", "input", "gammas", "weights", "weights_named", "activations", "bns",
-    "folded", "kept", "logits_float32", "rounding", "logits_float64", "layers_float32", "layers_float64", "seconds",
-    "reasons", "error",
+    "folded", "kept", "modes", "logits_float32", "rounding", "logits_float64", "layers_float32", "layers_float64",
+    "seconds", "reasons", "error",
 )  # fmt: skip
 Row = dict[str, Any]
 Check = Callable[[str, str], Row]
@@ -51,6 +52,8 @@ Check = Callable[[str, str], Row]
 
 def names_of(source: str) -> list[str]:
     """All networks of a source that the pipeline applies to: detectors are represented by their backbones."""
+    if source in packages.SOURCES:
+        return list(packages.SOURCES[source][0]())
     if source == "timm":
         import timm
 
@@ -200,7 +203,7 @@ def _cell(text: str) -> str:
 
 
 def _line(row: Row) -> str:
-    figures = [f"{float(row[key]):.0e}" for key in COLUMNS[12:17]]
+    figures = [f"{float(row[key]):.0e}" for key in COLUMNS[13:18]]
     star = "" if row["gammas"] != "positive" else " ⁺"
     cells = [f"{row['name']}{star}", f"{int(row['parameters']) / 1e6:.1f} M", row["input"]]
     cells += [f"{row['weights']} ({row['weights_named']})", *(str(row[key]) for key in COLUMNS[8:12]), *figures]
@@ -210,7 +213,8 @@ def _line(row: Row) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Returns 1 if a network did not pass."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", choices=("torchvision", "timm"), help="default: both")
+    sources = ["torchvision", "timm", *packages.SOURCES]
+    parser.add_argument("--source", nargs="+", choices=sources, help="default: torchvision timm")
     parser.add_argument("--filter", nargs="*", default=[], metavar="PATTERN", help="names, with * and ?")
     parser.add_argument("--jobs", type=int, default=2, help="networks at a time (default 2)")
     parser.add_argument("--timeout", type=float, default=900, help="seconds for one network (default 900)")
@@ -218,7 +222,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, default=Path("outputs/zoo"), help="writes OUTPUT.csv and OUTPUT.md")
     parser.add_argument("--again", action="store_true", help="also networks that are in OUTPUT.csv")
     options = parser.parse_args(arguments)
-    networks = chosen([options.source] if options.source else ["torchvision", "timm"], options.filter)
+    networks = chosen(options.source or ["torchvision", "timm"], options.filter)
     if not networks:
         parser.error(f"no network matches {' '.join(options.filter)}")
     table = options.output.with_suffix(".csv")

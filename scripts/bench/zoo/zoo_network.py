@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import FrozenBatchNorm2d
 
 sys.path.insert(0, str(Path(__file__).parent))
+import packages  # noqa: E402
 from foldable import foldable_bns  # noqa: E402
 
 from bnre_exp import (  # noqa: E402
@@ -55,9 +56,10 @@ class IllConditioned(Exception):
 def check(source: str, name: str) -> dict[str, Any]:
     """Quantize, calibrate, re-estimate, fold, save and load one network; a row of results for the table.
 
-    source: torchvision or timm. Raises ``Wrong`` where a result is not what it must be, and what the library raises.
-    Where random gammas make signals overflow or the network chaotic (a zero gamma in a chain of depthwise layers, a
-    division by a sum of activations), all gammas are positive and the images larger instead, and the row says so.
+    source: torchvision, timm or one of packages.py. Raises ``Wrong`` where a result is not what it must be, and what
+    the library raises. Where random gammas make signals overflow or the network chaotic (a zero gamma in a chain of
+    depthwise layers, a division by a sum of activations), all gammas are positive and the images larger instead, and
+    the row says so.
     """
     try:
         return check_with(source, name, gammas="any sign, zero")
@@ -83,6 +85,10 @@ def check_with(source: str, name: str, gammas: str) -> dict[str, Any]:
     row |= check_weights(model, sim)
     with telling_of_overflow():
         calibrate(sim, inputs, 2)
+        row["modes"] = report.modes
+        if report.modes != "eval":
+            check_training(sim, inputs[0])
+        move_scales(sim)
         with bypassed(sim):  # as without QAT, whose ranges would be stale
             check_reestimation(sim, inputs)
     if not _is_finite(sim, inputs):
@@ -110,6 +116,8 @@ def check_with(source: str, name: str, gammas: str) -> dict[str, Any]:
 
 def build(source: str, name: str) -> tuple[nn.Module, list[tuple[int, ...]]]:
     """A network with random weights, and input shapes ``[C, H, W]`` to try, smallest first."""
+    if source in packages.SOURCES:
+        return packages.SOURCES[source][1](name)
     if source == "timm":
         import timm
 
@@ -178,7 +186,7 @@ def randomize(model: nn.Module, batches: Sequence[Tensor], gammas: str) -> None:
             module.weight.copy_(SPREAD * (0.5 + torch.rand(module.weight.shape)))
             if gammas != "positive":
                 module.weight *= torch.randint(0, 2, module.weight.shape) * 2.0 - 1
-                module.weight[0] = 0.0
+                module.weight[:1] *= float(len(module.weight) == 1)  # of a BN of one channel, all would be zero
                 module.bias.copy_(SPREAD * (0.25 + torch.randn(module.bias.shape) / 2))
     momenta = {module: module.momentum for module in model.modules() if isinstance(module, _BatchNorm)}
     for bn in momenta:
@@ -217,6 +225,24 @@ def _out_channels(layer: Any) -> int:
 
 def _is_finite(sim: Any, batches: Sequence[Tensor]) -> bool:
     return all(bool(y.isfinite().all()) for x in batches for y in outputs(sim, x))
+
+
+def check_training(sim: nn.Module, x: Tensor) -> None:
+    """A backward pass in training mode reaches every quantized weight and its scale."""
+    trained = copy.deepcopy(sim).train()
+    loss = sum(y.float().square().mean() for y in _tensors(trained(x)) if y.requires_grad)
+    loss.backward()  # type: ignore[union-attr]
+    quantizers = weight_quantizers(trained)
+    missed = [name for name, quantizer in quantizers.items() if quantizer.scale.grad is None]
+    if missed:
+        raise Wrong(f"no gradient reaches the scales of {', '.join(missed[:3])}")
+
+
+@torch.no_grad()
+def move_scales(sim: nn.Module) -> None:
+    """Scales that are no longer those of calibration, as after QAT."""
+    for quantizer in (*weight_quantizers(sim).values(), *activation_quantizers(sim).values()):
+        quantizer.scale *= 0.8 + 0.45 * torch.rand(quantizer.scale.shape)
 
 
 @contextmanager
@@ -308,7 +334,7 @@ def relative(wanted: Sequence[Tensor], got: Sequence[Tensor]) -> float:
 def _tensors(output: Any) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
         yield output
-    else:
+    elif isinstance(output, (Mapping, tuple, list)):
         for item in output.values() if isinstance(output, Mapping) else output:
             yield from _tensors(item)
 
