@@ -17,6 +17,7 @@ from bnre_exp.quantsim.quantizers.quantizer import (
     RELUS,
     ActivationQuantizer,
     allocates,
+    has_one_layout,
     is_own,
     is_watched,
 )
@@ -51,7 +52,8 @@ def activated_in_place(x: Tensor, activation: nn.Module, maker: nn.Module | bool
     in_place = IN_PLACE.get(type(activation))
     # The gradient of a ReLU needs its result only, that of many another activation what it is given, or its result.
     is_needed = torch.is_grad_enabled() and (type(activation) not in RELUS or isinstance(maker, ACTIVATIONS))
-    if in_place is None or is_needed or torch.compiler.is_compiling() or is_watched(activation) or not is_own(maker):
+    is_free = is_own(maker) and has_one_layout(x) and not is_watched(activation)
+    if in_place is None or is_needed or torch.compiler.is_compiling() or not is_free:
         return activation(x)  # type: ignore[no-any-return]
     return in_place(x, inplace=True)
 

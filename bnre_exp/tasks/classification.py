@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnre_exp.errors import UserError
+from bnre_exp.tasks.logits import classes_of, wide
 from bnre_exp.tasks.task import Evaluation, Headline, TargetFn, Task, first_input, first_tensor, labels_of
 
 TOP1 = Headline("top1", "top-1")
@@ -37,8 +38,8 @@ class Classification:
         return len(self.labels(batch))
 
     def loss(self, output: Any, batch: Any, label_smoothing: float = 0.0) -> Tensor:
-        logits, labels = _wide(self.compared(output)), self.labels(batch)
-        labels = labels.to(logits) if _are_probabilities(labels, logits) else _classes(labels, logits)
+        logits, labels = wide(self.compared(output)), self.labels(batch)
+        labels = labels.to(logits) if _are_probabilities(labels, logits) else classes_of(labels, logits)
         return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
 
     def meter(self) -> _Meter:
@@ -87,36 +88,9 @@ def task_for(task: Task | None, target_fn: TargetFn | None) -> Task:
     return task
 
 
-def _wide(logits: Tensor) -> Tensor:
-    """Logits in float32, or float64 if they are."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
 def _are_probabilities(labels: Any, logits: Tensor) -> bool:
     is_float = isinstance(labels, Tensor) and labels.is_floating_point()
     return is_float and labels.shape == logits.shape and logits.ndim > 1
-
-
-def _classes(labels: Any, logits: Tensor) -> Tensor:
-    """The labels as int64. Raises ``UserError`` unless they are one class of the network's for each of its outputs."""
-    if logits.ndim < 2 or not logits.shape[1]:
-        raise UserError(f"The network gives an output {list(logits.shape)}; expected logits [N, classes].")
-    expected = [logits.shape[0], *logits.shape[2:]]
-    is_whole = isinstance(labels, Tensor) and not (labels.is_floating_point() or labels.is_complex())
-    if not is_whole or list(labels.shape) != expected:
-        got = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
-        raise UserError(
-            f"The labels of a batch are {got.removeprefix('torch.')}; expected classes, int64 {expected}. If they are "
-            "elsewhere in the batch, target_fn(batch) returns them."
-        )
-    classes: Tensor = labels.to(logits.device, torch.int64)
-    low, high = torch.stack(classes.aminmax()).tolist() if classes.numel() else (0, 0)
-    if low < 0 or high >= logits.shape[1]:
-        raise UserError(
-            f"The labels of a batch go from {low} to {high}; the network tells {logits.shape[1]} classes apart: "
-            f"expected 0 to {logits.shape[1] - 1}. Number them from 0, or give the network as many outputs."
-        )
-    return classes
 
 
 class _Meter:
@@ -125,8 +99,8 @@ class _Meter:
         self._losses, self._predictions, self._scores = list[Tensor](), list[Tensor](), list[Tensor]()
 
     def update(self, output: Any, batch: Any) -> None:
-        labels, logits = self._task.labels(batch), _wide(self._task.compared(output))
-        labels = _classes(labels, logits)
+        labels, logits = self._task.labels(batch), wide(self._task.compared(output))
+        labels = classes_of(labels, logits)
         if logits.ndim != 2:
             raise UserError(
                 f"The network gives an output {list(logits.shape)}; classification expects logits [N, classes]. For "

@@ -12,7 +12,7 @@ from torch import fx, nn
 from bnre_exp import QuantScheme, calibrate, quantize
 from bnre_exp.quantsim.quantizers.quantizer import ActivationQuantizer
 from bnre_exp.quantsim.sim import bypassed
-from tests.networks import randomize, unequal_batches
+from tests.networks import Net, randomize, unequal_batches
 
 BATCHES = unequal_batches((3, 8, 8))
 
@@ -213,3 +213,31 @@ def test_a_module_that_hands_on_what_it_gets_may_replace_one_that_does_not():
     sim.relu3 = nn.Dropout().eval()
     with torch.no_grad():
         assert torch.equal(sim(BATCHES[0]), fx.Interpreter(sim).run(BATCHES[0]))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_maps_of_one_pixel_are_computed_bit_for_bit_as_the_graph_says(memory_format):
+    """Their strides do not say how they lie in memory; kernels that follow choose by them, and round otherwise."""
+
+    def forward(m, x):
+        y = m.relu(m.conv(F.adaptive_avg_pool2d(x, 1)))
+        y = m.silu(m.second(y))
+        return m.last(torch.cat([x, F.interpolate(y, size=x.shape[2:], mode="bilinear")], 1))
+
+    parts = {"conv": nn.Conv2d(8, 16, 1), "relu": nn.ReLU(), "second": nn.Conv2d(16, 16, 1), "silu": nn.SiLU()}
+    model = randomize(Net(forward, **parts, last=nn.Conv2d(24, 4, 3))).eval().to(memory_format=memory_format)
+    x = torch.randn(3, 8, 9, 9).to(memory_format=memory_format)
+    sim = quantize(model, x, QuantScheme(4, 8))
+    calibrate(sim, [x], 1)
+    plain = fx.GraphModule(sim, sim.graph)
+    names = [str(node.target) for node in sim.graph.nodes if "act_quantizers" in str(node.target)]
+    seen: list[list[tuple[int, ...]]] = [[], []]
+    with torch.no_grad():
+        for strides, network in zip(seen, (sim, plain)):
+            assert torch.equal(network(x), plain(x))
+            following = [sim.conv, sim.second, sim.last]
+            handles = [m.register_forward_pre_hook(lambda _, a, s=strides: s.append(a[0].stride())) for m in following]
+            network(x)
+            for handle in handles:
+                handle.remove()
+    assert names and seen[0] == seen[1]

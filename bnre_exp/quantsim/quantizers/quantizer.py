@@ -180,7 +180,8 @@ class ActivationQuantizer(Quantizer):
         maker: the module that made ``x``, for this alone; True: a function did; False: others read it. If nobody else
         looks at ``x``, by a hook neither, and gradients are off, it is overwritten.
         """
-        if torch.compiler.is_compiling() or not self.is_in_use or is_watched(self) or is_watched(relu):
+        is_plain = torch.compiler.is_compiling() or not self.is_in_use or not has_one_layout(x)
+        if is_plain or is_watched(self) or is_watched(relu):
             return self(x if relu is None else relu(x))  # type: ignore[no-any-return]
         relu_end = None if relu is None else self._relu_end(relu, x)
         may_overwrite = is_own(maker)
@@ -190,9 +191,15 @@ class ActivationQuantizer(Quantizer):
 
     def after_batch_norm(self, x: Tensor, relu: nn.Module | None, bn: nn.Module) -> Tensor:
         """``self.after(bn(x), relu, bn)``, with less kept for gradients where that is the same."""
-        is_plain = not (torch.compiler.is_compiling() or is_watched(self) or is_watched(relu) or is_watched(bn))
+        is_watched_here = is_watched(self) or is_watched(relu) or is_watched(bn)
+        can_be_taken_in = has_one_layout(x) and not (torch.compiler.is_compiling() or is_watched_here)
         relu_end = None if relu is None else self._relu_end(relu, x)
-        if not is_plain or not self.is_in_use or (relu_end is None) != (relu is None) or not can_be_joined(x, bn):
+        if (
+            not can_be_taken_in
+            or not self.is_in_use
+            or (relu_end is None) != (relu is None)
+            or not can_be_joined(x, bn)
+        ):
             return self.after(bn(x), relu, bn)
         return batch_norm_and_quantize(x, bn, self.scale, *self._rest(x), relu_end)
 
@@ -224,6 +231,12 @@ def is_watched(module: nn.Module | None) -> bool:
     """Whether hooks see what goes into the module or comes out of it."""
     before = torch.nn.modules.module._global_forward_pre_hooks
     return module is not None and bool(module._forward_pre_hooks or before or _is_heard(module))
+
+
+def has_one_layout(x: Tensor) -> bool:
+    """Whether its strides say how it lies in memory. Where an axis has one element they do not, torch gives results
+    other strides than what they are computed from has, and the kernels that read them round otherwise."""
+    return 1 not in x.shape[1:]
 
 
 def is_own(maker: nn.Module | bool) -> bool:
