@@ -298,3 +298,30 @@ def test_a_conv_whose_padding_was_set_later_is_saved(tmp_path):
     folded, _ = fold_batch_norms(quantize(model, X, QuantScheme(4, None)))
     save_folded(folded, tmp_path / "folded")
     assert torch.equal(load_folded(tmp_path / "folded")(X), folded(X))
+
+
+class Anchors(nn.Module):
+    """Makes its grid anew where the size of the input is another than the last one, as detection heads do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.seen = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), None
+        self.weight_shape = self.conv.weight.shape  # a size that no input decides
+
+    def forward(self, x):
+        y = self.bn(self.conv(x)) * (self.weight_shape[0] / 3)
+        if self.seen != y.shape:
+            self.grid, self.seen = torch.arange(float(y.shape[3])), y.shape
+        return y + self.grid
+
+
+def test_sizes_of_inputs_that_a_network_has_seen_are_forgotten():
+    model = randomize(Anchors()).eval()
+    with torch.no_grad():
+        model(torch.randn(7, 3, 12, 12))
+    seen = model.seen
+    sim = quantize(model, X, FLOAT)
+    assert model.seen == seen
+    for batch in (1, 4, 7):
+        x = torch.randn(batch, 3, 12, 12)
+        torch.testing.assert_close(sim(x), model(x), rtol=1e-4, atol=1e-4)
