@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from bnre_exp.errors import UserError
 from bnre_exp.tasks.logits import classes_of, wide
-from bnre_exp.tasks.task import Evaluation, Headline, TargetFn, Task, first_input, first_tensor, labels_of
+from bnre_exp.tasks.task import Evaluation, Headline, PairTask, TargetFn, Task, first_tensor
 
 TOP1 = Headline("top1", "top-1")
 
 
-class Classification:
+class Classification(PairTask):
     """A :class:`~bnre_exp.tasks.task.Task`: batches ``(input, label)``, label int64 ``[N]``; logits ``[N, classes]``.
 
     num_classes: what the network must give; None: any number. target_fn: returns the labels in a batch of another form.
@@ -26,16 +26,11 @@ class Classification:
     """
 
     headline = TOP1
+    OUTPUT = "logits [N, classes]"
 
     def __init__(self, num_classes: int | None = None, target_fn: TargetFn | None = None) -> None:
+        super().__init__(target_fn)
         self.num_classes = num_classes
-        self.labels = target_fn or labels_of
-
-    def feed(self, model: nn.Module, batch: Any) -> Any:
-        return model(first_input(batch))
-
-    def samples(self, batch: Any) -> int:
-        return len(self.labels(batch))
 
     def loss(self, output: Any, batch: Any, label_smoothing: float = 0.0) -> Tensor:
         logits, labels = wide(self.compared(output)), self.labels(batch)
@@ -44,12 +39,6 @@ class Classification:
 
     def meter(self) -> _Meter:
         return _Meter(self)
-
-    def compared(self, output: Any) -> Tensor:
-        logits = first_tensor(output)
-        if logits is None:
-            raise UserError(f"The network returns {type(output).__name__}; expected logits [N, classes].")
-        return logits
 
     def agreement(self, first: Tensor, second: Tensor) -> float:
         return float((first == second).double().mean())

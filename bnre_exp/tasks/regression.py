@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from bnre_exp.errors import UserError
 from bnre_exp.tasks.logits import wide
-from bnre_exp.tasks.task import Evaluation, Headline, TargetFn, first_input, first_tensor, labels_of
+from bnre_exp.tasks.task import Evaluation, Headline, PairTask, TargetFn, first_tensor
 
 HEADLINES = {
     "psnr": Headline("psnr", "PSNR [dB]"),
@@ -23,7 +23,7 @@ SMALLEST_SIDE = 11  # [pixels] of the window of SSIM
 STEPS = 255  # two predictions that are no further apart than one of so many steps of the range agree
 
 
-class Regression:
+class Regression(PairTask):
     """A :class:`~bnre_exp.tasks.task.Task`: batches ``(input, target)``, target ``[N, ...]`` floating point, of the
     shape of the network's output (the first tensor of it).
 
@@ -40,19 +40,13 @@ class Regression:
     def __init__(
         self, data_range: float = 1.0, metric: str = "psnr", loss: str = "l1", target_fn: TargetFn | None = None
     ) -> None:
+        super().__init__(target_fn)
         if not isinstance(data_range, (int, float)) or not 0 < data_range < float("inf"):
             raise UserError(f"task: data_range={data_range!r}; expected a number above 0, such as 1.0 or 255.")
         for name, value, known in (("metric", metric, HEADLINES), ("loss", loss, LOSSES)):
             if value not in known:
                 raise UserError(f"task: {name}={value!r}; expected one of {', '.join(known)}.")
         self.data_range, self.headline, self.loss_name = float(data_range), HEADLINES[metric], loss
-        self.labels = target_fn or labels_of
-
-    def feed(self, model: nn.Module, batch: Any) -> Any:
-        return model(first_input(batch))
-
-    def samples(self, batch: Any) -> int:
-        return len(self.labels(batch))
 
     def loss(self, output: Any, batch: Any, label_smoothing: float = 0.0) -> Tensor:
         if label_smoothing:
@@ -74,12 +68,6 @@ class Regression:
 
     def meter(self) -> _Meter:
         return _Meter(self)
-
-    def compared(self, output: Any) -> Tensor:
-        given = first_tensor(output)
-        if given is None:
-            raise UserError(f"The network returns {type(output).__name__}; expected a tensor [N, ...].")
-        return given
 
     def agreement(self, first: Tensor, second: Tensor) -> float:
         furthest = (first - second).abs().flatten(1).amax(1)

@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from bnre_exp.errors import UserError
 from bnre_exp.tasks.logits import classes_of, wide
-from bnre_exp.tasks.task import Evaluation, Headline, TargetFn, first_input, first_tensor, labels_of
+from bnre_exp.tasks.task import Evaluation, Headline, PairTask, TargetFn, first_tensor
 
 MIOU = Headline("miou", "mIoU")
 LOSSES = ("cross_entropy", "dice_cross_entropy")
 
 
-class Segmentation:
+class Segmentation(PairTask):
     """A :class:`~bnre_exp.tasks.task.Task`: batches ``(input, mask)``, mask int64 ``[N, H, W]``; logits
     ``[N, classes, h, w]``, the first tensor of the output, which are resized to the mask where they are smaller.
 
@@ -32,6 +32,7 @@ class Segmentation:
     """
 
     headline = MIOU
+    OUTPUT = "logits [N, classes, H, W]"
 
     def __init__(
         self,
@@ -40,18 +41,12 @@ class Segmentation:
         loss: str = "cross_entropy",
         target_fn: TargetFn | None = None,
     ) -> None:
+        super().__init__(target_fn)
         if not isinstance(num_classes, int) or num_classes < 2:
             raise UserError(f"task: num_classes={num_classes!r}; segmentation needs at least 2, background included.")
         if loss not in LOSSES:
             raise UserError(f"task: loss={loss!r}; expected one of {', '.join(LOSSES)}.")
         self.num_classes, self.ignore_index, self.loss_name = num_classes, ignore_index, loss
-        self.labels = target_fn or labels_of
-
-    def feed(self, model: nn.Module, batch: Any) -> Any:
-        return model(first_input(batch))
-
-    def samples(self, batch: Any) -> int:
-        return len(self.labels(batch))
 
     def loss(self, output: Any, batch: Any, label_smoothing: float = 0.0) -> Tensor:
         logits, mask = self.logits_and_mask(output, batch)
@@ -85,12 +80,6 @@ class Segmentation:
 
     def meter(self) -> _Meter:
         return _Meter(self)
-
-    def compared(self, output: Any) -> Tensor:
-        logits = first_tensor(output)
-        if logits is None:
-            raise UserError(f"The network returns {type(output).__name__}; expected logits [N, classes, H, W].")
-        return logits
 
     def agreement(self, first: Tensor, second: Tensor) -> float:
         return float((first == second).double().mean())

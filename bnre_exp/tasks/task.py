@@ -149,3 +149,27 @@ def first_tensor(output: Any) -> Tensor | None:
     items = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
     found = (first_tensor(item) for item in items)
     return next((tensor for tensor in found if tensor is not None), None)
+
+
+class PairTask:
+    """What tasks share whose batches are ``(input, target)`` and whose output is a tensor, or has one as its first.
+
+    labels: gives the target of a batch. OUTPUT: what the network must return, for messages.
+    """
+
+    OUTPUT = "a tensor [N, ...]"
+
+    def __init__(self, target_fn: TargetFn | None) -> None:
+        self.labels = target_fn or labels_of
+
+    def feed(self, model: nn.Module, batch: Any) -> Any:
+        return model(first_input(batch))
+
+    def samples(self, batch: Any) -> int:
+        return len(self.labels(batch))
+
+    def compared(self, output: Any) -> Tensor:
+        found = first_tensor(output)
+        if found is None:
+            raise UserError(f"The network returns {type(output).__name__}; expected {self.OUTPUT}.")
+        return found
