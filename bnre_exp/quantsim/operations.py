@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import fx, nn
 
-from bnre_exp.quantsim.nodes import module_of, source_of
+from bnre_exp.quantsim.nodes import is_identity, module_of, source_of
 from bnre_exp.quantsim.quantizers.quantizer import ActivationQuantizer
 from bnre_exp.quantsim.tracing.trace import FollowTraining
 
@@ -62,7 +62,7 @@ def is_preserving(node: fx.Node) -> bool:
     needs no quantizer of its own."""
     if node.op == "call_module":
         module = module_of(node)
-        if node.meta.get("is_identity") or does_nothing_in_evaluation(node):
+        if is_identity(node) or does_nothing_in_evaluation(node):
             return True
         return isinstance(module, PRESERVING_MODULES)
     if node.target is F.pad:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bnre_exp import QuantScheme, calibrate, evaluate, quantize, reestimate_bn_stats
 from bnre_exp.data import digits
+from bnre_exp.tasks import Evaluation
+
+Batches = list[tuple[Tensor, Tensor]]
 
 
 def digit_masks(count: int, train: bool = True, size: int = 32) -> tuple[Tensor, Tensor]:
@@ -25,7 +31,7 @@ def digit_masks(count: int, train: bool = True, size: int = 32) -> tuple[Tensor,
     return images, masks
 
 
-def batches(images: Tensor, targets: Tensor, size: int = 32) -> list[tuple[Tensor, Tensor]]:
+def batches(images: Tensor, targets: Tensor, size: int = 32) -> Batches:
     """Pairs of at most ``size`` samples."""
     return list(zip(images.split(size), targets.split(size)))
 
@@ -48,3 +54,15 @@ class UNet(nn.Module):
         fine = self.first(x)
         coarse = F.interpolate(self.middle(self.down(fine)), scale_factor=2.0)
         return self.head(self.up(torch.cat([fine, coarse], 1)))
+
+
+def quantized_and_reestimated(
+    model: nn.Module, bits: int, data: Batches, test: Batches, task: Any
+) -> tuple[Any, Evaluation, Evaluation]:
+    """A simulation with 8-bit activations, and what it gives before its BNs are re-estimated, and after."""
+    sim = quantize(model, data[0][0], QuantScheme(bits, 8))
+    calibrate(sim, data, 4)
+    before = evaluate(sim, test, task=task)
+    reestimate_bn_stats(sim, data, 8)
+    calibrate(sim, data, 4)
+    return sim, before, evaluate(sim, test, task=task)

@@ -9,17 +9,13 @@ import torch
 from torch import nn
 
 from bnre_exp import (
-    QuantScheme,
     UserError,
-    calibrate,
     evaluate,
     fold_batch_norms,
-    quantize,
-    reestimate_bn_stats,
     train,
 )
 from bnre_exp.tasks import Regression
-from tests.tasks.scenes import UNet, batches, digit_masks
+from tests.tasks.scenes import UNet, batches, digit_masks, quantized_and_reestimated
 
 
 def measured(task, given, target, split=3):
@@ -104,12 +100,7 @@ def test_a_denoiser_from_float_to_folded():
     train(model, data, 6, lr=0.05, task=task)
     fp32 = evaluate(model, test, task=task)
     assert fp32.psnr > noisy.psnr + 4
-    sim = quantize(model, data[0][0], QuantScheme(3, 8))
-    calibrate(sim, data, 4)
-    before = evaluate(sim, test, task=task)
-    reestimate_bn_stats(sim, data, 8)
-    calibrate(sim, data, 4)
-    after = evaluate(sim, test, task=task)
+    sim, before, after = quantized_and_reestimated(model, 3, data, test, task)
     assert before.psnr + 0.5 < after.psnr < fp32.psnr
     folded, _ = fold_batch_norms(sim)
     assert evaluate(folded, test, task=task).psnr == pytest.approx(after.psnr, abs=0.05)

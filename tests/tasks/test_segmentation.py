@@ -8,19 +8,15 @@ import torch.nn.functional as F
 from sklearn.metrics import jaccard_score
 
 from bnre_exp import (
-    QuantScheme,
     UserError,
-    calibrate,
     evaluate,
     fold_batch_norms,
-    quantize,
     quantize_biases,
-    reestimate_bn_stats,
     train,
 )
 from bnre_exp.tasks import Segmentation
 from tests.networks import Net
-from tests.tasks.scenes import UNet, batches, digit_masks
+from tests.tasks.scenes import UNet, batches, digit_masks, quantized_and_reestimated
 
 
 def logits_of(n=6, classes=3, size=5, seed=0):
@@ -137,12 +133,7 @@ def test_a_unet_from_float_to_folded():
     train(model, data, 8, lr=0.1, task=task)
     fp32 = evaluate(model, test, task=task)
     assert fp32.miou > 0.7
-    sim = quantize(model, data[0][0], QuantScheme(2, 8))
-    calibrate(sim, data, 4)
-    before = evaluate(sim, test, task=task)
-    reestimate_bn_stats(sim, data, 8)
-    calibrate(sim, data, 4)
-    after = evaluate(sim, test, task=task)
+    sim, before, after = quantized_and_reestimated(model, 2, data, test, task)
     assert before.miou + 0.03 < after.miou < fp32.miou
     folded, report = fold_batch_norms(sim)
     assert len(report.folded) == 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -105,7 +106,9 @@ def _is_own(value: Any) -> bool:
 
 
 def _module(traced: fx.GraphModule, arguments: dict[str, Any]) -> nn.Module:
-    values = {name: None if arguments[name] is None else _tensor(traced, arguments[name].target) for name in _TENSORS}
+    values = {
+        name: None if arguments[name] is None else attrgetter(arguments[name].target)(traced) for name in _TENSORS
+    }
     channels = values["running_mean"].numel()  # type: ignore[union-attr]
     bn: Any = FunctionalBatchNorm(channels, eps=arguments["eps"], momentum=arguments["momentum"])
     for name, value in values.items():
@@ -116,13 +119,6 @@ def _module(traced: fx.GraphModule, arguments: dict[str, Any]) -> nn.Module:
         else:
             bn.register_buffer(name, value)
     return bn  # type: ignore[no-any-return]
-
-
-def _tensor(traced: fx.GraphModule, target: Any) -> Tensor:
-    value: Any = traced
-    for part in str(target).split("."):
-        value = getattr(value, part)
-    return value  # type: ignore[no-any-return]
 
 
 def _running_means_that_move(graph: fx.Graph | None) -> set[Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def adopt(network: fx.GraphModule, graph: fx.Graph, root: nn.Module) -> None:
         elif node.op == "get_attr":
             target = str(node.target)
             if target not in moved:
-                moved[target] = _adopted_tensor(network, target, _get(root, target))
+                moved[target] = _adopted_tensor(network, target, attrgetter(target)(root))
             node.target = moved[target]
 
 
@@ -150,16 +151,9 @@ def _call(node: fx.Node) -> str:
     return str(node.target) if node.op != "call_function" else getattr(node.target, "__name__", str(node.target))
 
 
-def _get(root: nn.Module, target: str) -> Any:
-    value: Any = root
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value
-
-
 def _has(root: nn.Module, target: str) -> bool:
     try:
-        _get(root, target)
+        attrgetter(target)(root)
     except AttributeError:
         return False
     return True
@@ -167,7 +161,7 @@ def _has(root: nn.Module, target: str) -> bool:
 
 def _adopted_tensor(network: fx.GraphModule, target: str, value: Any) -> str:
     """The name under which the network has a tensor of the same values, which is added where it has none."""
-    if _has(network, target) and _is_equal(_get(network, target), value):
+    if _has(network, target) and _is_equal(attrgetter(target)(network), value):
         return target
     owner, _, name = target.rpartition(".")
     if not owner and isinstance(value, Tensor):  # constants of the tracer are numbered anew in each tracing

@@ -71,9 +71,7 @@ def trace(
     unknown = [name for name in leaf_modules if name not in known]
     if unknown:
         raise UserError(f"leaf_modules: the network has no module or class named {', '.join(unknown)}.")
-    plain = copied(model)
-    forget_seen_sizes(plain, examples)
-    model = _prepared(plain, leaf_modules)
+    plain, model = model, _prepared(model, examples, leaf_modules)
     tracer = Tracer(leaf_modules, examples, _is_kept_whole)
     try:
         graph = tracer.trace(model)
@@ -103,9 +101,10 @@ def trace(
     return traced.eval(), tuple(tracer.decisions)
 
 
-def _prepared(model: nn.Module, leaf_modules: Sequence[str]) -> nn.Module:
-    """A copy in evaluation mode, in which layers that are plain have their plain class."""
+def _prepared(model: nn.Module, examples: Sequence[Tensor], leaf_modules: Sequence[str]) -> nn.Module:
+    """A copy in evaluation mode that has seen no input, in which layers that are plain have their plain class."""
     model = copied(model)
+    forget_seen_sizes(model, examples)
     model.eval()
     for name, module in model.named_modules():
         if type(module) is nn.SyncBatchNorm:  # the simulation runs in one process
@@ -131,7 +130,7 @@ def _in_training(
 ) -> Traced:
     """The network traced in training mode, and the copy that was traced. Raises ``UserError`` if it cannot be."""
     tracer = Tracer(leaf_modules, examples, _is_kept_whole)
-    trained = _prepared(model, leaf_modules)
+    trained = _prepared(model, examples, leaf_modules)
     set_mode(trained, True, frozen)
     try:
         return trained, tracer.trace(trained)

@@ -6,6 +6,7 @@ import inspect
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -162,10 +163,7 @@ class Tracer(fx.Tracer):
                 return examples[place]
             raise TraceError(f"its control flow depends on the argument {node.target}, which has no example")
         if node.op == "get_attr":
-            value: Any = self.root
-            for part in str(node.target).split("."):
-                value = getattr(value, part)
-            return value
+            return attrgetter(str(node.target))(self.root)
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
         if node.op == "call_module":
             with _in_evaluation(self.root.get_submodule(str(node.target))) as module:
