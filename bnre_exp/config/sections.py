@@ -29,7 +29,8 @@ class ModelConfig:
     group: ClassVar[str] = "model"
     _target_: str = opt("bnre_exp.models.torchvision_model", "dotted path of the callable that builds the network")
     name: str | None = opt(None, "architecture name, for the torchvision and timm builders")
-    path: str | None = opt(None, "file of the network, for model=onnx")
+    path: str | None = opt(None, "file of the network, for model=onnx and model=ultralytics")
+    trusted: bool = opt(False, "true: the file of model=ultralytics may be read, though that runs code that is in it")
     kwargs: dict[str, Any] = opt(factory=dict, doc="keyword arguments of the callable")
     weights: str | None = opt(None, "pretrained weights: a torchvision weights name (DEFAULT), or true for timm")
     checkpoint: str | None = opt(None, "path of a .safetensors or .pth state dict to load")
@@ -60,6 +61,12 @@ class DatasetConfig:
     )
     mean: list[float] | None = opt(None, "a value per channel, of pixels in [0, 1]; null: as the weights")
     std: list[float] | None = opt(None, "a value per channel, of pixels in [0, 1]; null: as the weights", gt=0)
+    channels: str = opt("auto", "of the network's input: 1, 3, or auto, as its first layer has")
+    fit: str | None = opt(
+        None,
+        "how images get their size: crop (shorter side resized, centre cut out), pad (longer side resized, the rest "
+        "grey), cut (a window, nothing resized); null: as the task needs it",
+    )
     default_image_size: int = opt(32, "image_size where the weights do not say [pixels]", ge=8, le=MOST_PIXELS)
     default_mean: list[float] = opt(factory=lambda: [0.5], doc="mean where the weights do not say")
     default_std: list[float] = opt(factory=lambda: [0.5], doc="std where the weights do not say", gt=0)
@@ -75,6 +82,10 @@ class DatasetConfig:
     def __post_init__(self) -> None:
         check_fields(self, self.group)
         _check_target(self._target_, "dataset", "mydata.load")
+        for name, known in (("channels", ("auto", "1", "3")), ("fit", (None, "crop", "pad", "cut"))):
+            if getattr(self, name) not in known:
+                shown = ", ".join(map(str, filter(None, known)))
+                raise UserError(f"dataset.{name}={getattr(self, name)}: expected one of {shown}.")
         for name in ("mean", "std", "default_mean", "default_std"):
             if getattr(self, name) == []:
                 raise UserError(f"dataset.{name} is empty: expected a number for each channel.")

@@ -6,13 +6,14 @@ workers, nor on global random state, nor on what ran before in the process.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from bnre_exp.data.geometry import finished
 from bnre_exp.data.items import own_random_state, read_item
 from bnre_exp.data.preprocess import (
     Preprocessing,
@@ -22,9 +23,10 @@ from bnre_exp.data.preprocess import (
     random_resized_crop_and_flip,
     resize_and_crop,
 )
+from bnre_exp.data.samples import Sample, TargetKind
 from bnre_exp.errors import UserError, first_line
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, Any]
 BatchKey = tuple[list[int], int]
 
 
@@ -134,6 +136,42 @@ class ItemView(Dataset[Batch]):
                 images.append(as_channels(crop(image, self.preprocessing), self.preprocessing.channels))
                 labels.append(label)
         return normalise(torch.stack(images), self.preprocessing), torch.tensor(labels)
+
+
+class SampleView(Dataset[Batch]):
+    """Samples ``indices`` of those that ``read`` gives, fitted already, as batches of normalised images and targets."""
+
+    def __init__(
+        self,
+        read: Callable[[int], Sample],
+        indices: Tensor,
+        kind: TargetKind,
+        preprocessing: Preprocessing,
+        augment: bool,
+    ) -> None:
+        self.read, self.indices, self.kind = read, indices, kind
+        self.preprocessing, self.augment = preprocessing, augment
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def look(self, count: int) -> Tensor:
+        """The first ``count`` images, not augmented."""
+        return self._batch((list(range(count)), 0))[0]
+
+    def __getitems__(self, key: BatchKey) -> Batch | UserError:
+        """A batch, or the user's mistake in it, as of :class:`ItemView`."""
+        try:
+            return self._batch(key)
+        except UserError as error:
+            return error
+
+    def _batch(self, key: BatchKey) -> Batch:
+        with own_random_state(key[1]):
+            samples = [self.read(index) for index in self.indices[key[0]].tolist()]
+            samples = [finished(sample, self.preprocessing, self.augment) for sample in samples]
+        images = [as_channels(sample["image"].as_subclass(Tensor), self.preprocessing.channels) for sample in samples]
+        return normalise(torch.stack(images), self.preprocessing), self.kind.collate(samples)
 
 
 class Batches(DataLoader[Batch]):

@@ -7,6 +7,7 @@ from typing import Any
 
 from bnre_exp.data.datasets import cifar10, cifar100, digits, fashion_mnist, folder_classes, image_folder, imagenet
 from bnre_exp.data.listed import listed_classes, listed_labels
+from bnre_exp.data.samples import CLASS, KINDS
 from bnre_exp.data.spec import DataSpec
 from bnre_exp.data.splits import check_classes, open_source
 from bnre_exp.errors import UserError
@@ -24,6 +25,8 @@ def count_classes(spec: DataSpec) -> int | None:
     ``spec.num_classes`` is not what an image folder or a dataset that comes along has.
     """
     target = resolve_target(spec.target, "dataset._target_")
+    if spec.targets != CLASS and KINDS[spec.targets].labels is None:
+        return spec.num_classes
     if target is image_folder:
         names = folder_classes(spec.root)
         check_classes(names, spec.num_classes, f"dataset.root={spec.root} has class folders")

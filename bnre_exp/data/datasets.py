@@ -56,14 +56,15 @@ class ImageTensors(Dataset[tuple[Tensor, int]]):
         return self.images[index], int(self.labels[index])
 
 
-def _download_folder(root: str | None) -> str:
+def download_folder(root: str | None) -> str:
+    """Where files are looked for, and downloaded to."""
     if root:
         return os.path.expanduser(root)
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return os.path.join(cache, "bnre_exp", "datasets")
 
 
-def _download(build: Callable[[], Any], name: str, folder: str, how: str) -> Any:
+def download(build: Callable[[], Any], name: str, folder: str, how: str) -> Any:
     """``build()``, quietly: torchvision prints and draws bars on its own. UserError where the data cannot be had."""
     logger.info("%s: looking in %s, downloading if needed", name, folder)
     try:
@@ -135,7 +136,7 @@ def fashion_mnist(train: bool, root: str | None = None) -> ImageTensors:
     installs it, then downloaded by torchvision into ``root``. The files are read in place. Raises UserError where
     none of that works.
     """
-    folder = _download_folder(root)
+    folder = download_folder(root)
     raw = Path(folder, "FashionMNIST", "raw")
     found = [_fashion_files(place, train) for place in (Path(folder), raw, Path(DEBIAN_FASHION_MNIST))]
     files = next((pair for pair in found if pair), None)
@@ -145,7 +146,7 @@ def fashion_mnist(train: bool, root: str | None = None) -> ImageTensors:
             f"{DEBIAN_FASHION_MNIST}; or run once with internet access, where torchvision downloads it into "
             "dataset.root; or copy its four idx.gz files there."
         )
-        _download(lambda: torchvision.datasets.FashionMNIST(folder, download=True), "fashion_mnist", folder, how)
+        download(lambda: torchvision.datasets.FashionMNIST(folder, download=True), "fashion_mnist", folder, how)
         files = _fashion_files(raw, train)
         if files is None:
             raise UserError(f"dataset fashion_mnist: the download left no idx files in {raw}. {how}")
@@ -154,9 +155,9 @@ def fashion_mnist(train: bool, root: str | None = None) -> ImageTensors:
 
 
 def _cifar(name: str, train: bool, root: str | None) -> ImageTensors:
-    folder = _download_folder(root)
+    folder = download_folder(root)
     builder = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
-    split = _download(
+    split = download(
         lambda: builder(folder, train=train, download=True),
         name,
         folder,
@@ -185,7 +186,7 @@ def image_folder(train: bool, root: str | None = None) -> torchvision.datasets.I
     """
     folder_classes(root)
     try:
-        folder = _split_folder(root, train)
+        folder = split_folder(root, train)
         return torchvision.datasets.ImageFolder(str(folder), loader=open_picture)
     except OSError as error:
         raise UserError(f"dataset.root={root}: {error}. {_LAYOUT}") from error
@@ -194,7 +195,7 @@ def image_folder(train: bool, root: str | None = None) -> torchvision.datasets.I
 def folder_classes(root: str | None) -> list[str]:
     """The names of an image folder's classes, in order. Raises UserError as :func:`image_folder` does."""
     try:
-        train, test = (find_classes(str(_split_folder(root, is_train)))[0] for is_train in (True, False))
+        train, test = (find_classes(str(split_folder(root, is_train)))[0] for is_train in (True, False))
     except OSError as error:
         raise UserError(f"dataset.root={root}: {error}. {_LAYOUT}") from error
     odd = sorted(set(train) ^ set(test))
@@ -205,14 +206,16 @@ def folder_classes(root: str | None) -> list[str]:
     return train
 
 
-def _split_folder(root: str | None, train: bool) -> Path:
+def split_folder(root: str | None, train: bool, layout: str = _LAYOUT) -> Path:
+    """The folder of a split, ``train``, or ``val`` or else ``test``. Raises ``UserError``, with the layout that is
+    expected, where there is none."""
     if not root:
-        raise UserError(f"dataset.root is not set: it is the folder of the images. {_LAYOUT}")
+        raise UserError(f"dataset.root is not set: it is the folder of the images. {layout}")
     base = Path(os.path.expanduser(root))
     names = ("train",) if train else ("val", "test")
     found = next((base / name for name in names if (base / name).is_dir()), None)
     if found is None:
-        raise UserError(f"dataset.root={root}: there is no folder {' or '.join(names)} in it. {_LAYOUT}")
+        raise UserError(f"dataset.root={root}: there is no folder {' or '.join(names)} in it. {layout}")
     return found
 
 

@@ -15,7 +15,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Subset
 
-from bnre_exp.data.preprocess import to_uint8
+from bnre_exp.data.geometry import fitted
+from bnre_exp.data.preprocess import Preprocessing, to_uint8
+from bnre_exp.data.samples import Sample, TargetKind, read_sample
 from bnre_exp.errors import UserError
 from bnre_exp.targets import what_failed
 
@@ -42,17 +44,7 @@ def read_item(source: Any, index: int, num_classes: int | None = None) -> tuple[
 
     num_classes: classes must lie below it; None: any integer.
     """
-    name = _name(source, index)
-    try:
-        item = source[index]
-    except UserError as error:
-        raise UserError(f"dataset: item {name}: {str(error).removeprefix('dataset: ')}") from error
-    except (OSError, Image.DecompressionBombError) as error:
-        raise UserError(f"dataset: image {name} cannot be read: {error}. {REPAIR}") from error
-    except Exception as error:  # the user's code, or PIL, which has many ways to refuse a damaged file
-        raise UserError(
-            f"dataset: reading item {name} of {type(source).__name__} raised {what_failed(error)}"
-        ) from error
+    name, item = _name(source, index), _fetch(source, index)
     if not isinstance(item, (tuple, list)) or len(item) != 2:
         raise UserError(f"dataset: item {name} is a {type(item).__name__}; expected a pair (image, class number).")
     try:
@@ -70,6 +62,34 @@ def read_item(source: Any, index: int, num_classes: int | None = None) -> tuple[
             f"(dataset.num_classes={num_classes})."
         )
     return pixels, label
+
+
+def _fetch(source: Any, index: int) -> Any:
+    """What the dataset gives. Raises ``UserError`` naming the item where it raises anything."""
+    name = _name(source, index)
+    try:
+        return source[index]
+    except UserError as error:
+        raise UserError(f"dataset: item {name}: {str(error).removeprefix('dataset: ')}") from error
+    except (OSError, Image.DecompressionBombError) as error:
+        raise UserError(f"dataset: image {name} cannot be read: {error}. {REPAIR}") from error
+    except Exception as error:  # the user's code, or PIL, which has many ways to refuse a damaged file
+        raise UserError(
+            f"dataset: reading item {name} of {type(source).__name__} raised {what_failed(error)}"
+        ) from error
+
+
+def read_fitted(source: Any, index: int, kind: TargetKind, num_classes: int | None, how: Preprocessing) -> Sample:
+    """Item ``index`` as a sample of ``kind`` in the size of ``how``; ``UserError`` where it cannot be read or is
+    something else."""
+    name, item = _name(source, index), _fetch(source, index)
+    try:
+        return fitted(read_sample(item, kind, num_classes), how)
+    except UserError as error:
+        said = str(error).removeprefix("dataset: ").rstrip(".")
+        raise UserError(f"dataset: item {name}: {said}.") from error
+    except OSError as error:  # a picture that was opened, and is decoded here
+        raise UserError(f"dataset: image {name} cannot be read: {error}. {REPAIR}") from error
 
 
 def _integer(value: Any) -> int | None:

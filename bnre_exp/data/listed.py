@@ -55,3 +55,13 @@ def listed_classes(source: Any) -> list[str] | None:
     if not isinstance(classes, (list, tuple)) or not classes or getattr(source, "target_transform", None) is not None:
         return None
     return [str(name) for name in classes]
+
+
+def all_files(source: Any) -> list[Path] | None:
+    """All files that decide what a dataset gives, from ``files``, which datasets of this package have whose targets are
+    files."""
+    if isinstance(source, Subset):
+        return all_files(source.dataset)
+    files = getattr(source, "files", None)
+    is_list = isinstance(files, (list, tuple)) and files and all(isinstance(f, (str, os.PathLike)) for f in files)
+    return [Path(file) for file in files] if is_list and files is not None else None

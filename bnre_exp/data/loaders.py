@@ -29,12 +29,17 @@ from bnre_exp.tasks.classification import Classification
 
 @dataclass(frozen=True)
 class Loaders:
-    """Loaders by role, each giving ``(float32 [N, C, H, W], int64 [N])``, and what is known about their data.
+    """Loaders by role, each giving ``(float32 [N, C, H, W], targets)``, and what is known about their data.
+
+    Targets are classes, int64 ``[N]``, or what ``DataSpec.targets`` says: masks int64 ``[N, H, W]``, images float32
+    ``[N, C, H, W]`` in [0, 1], keypoints ``[N, K, 3]``, objects: a list of N dicts of boxes ``[n, 4]``, labels
+    ``[n]``, and, where the dataset has them, masks ``[n, H, W]`` and keypoints ``[n, K, 3]``.
 
     ``indices``: by role, into the split that the dataset's callable returned (int64 ``[N]``). ``digests``: of the
     contents of the ``train`` and ``test`` split. ``num_classes_seen``: different classes among the training images.
-    ``label_range``: smallest and largest class by split. ``identity``: digest of all that decides the batches but the
-    seed. ``preprocessing``: of images. ``notes``: what a reader of results should know about the data.
+    ``label_range``: smallest and largest class by split, of those that were seen; no entry where there are none.
+    ``classes``: their names, None where the dataset names none. ``identity``: digest of all that decides the batches
+    but the seed. ``preprocessing``: of images. ``notes``: what a reader of results should know about the data.
     """
 
     train: DataLoader[Batch]
@@ -46,6 +51,7 @@ class Loaders:
     digests: Mapping[str, str]
     num_classes_seen: int
     label_range: Mapping[str, tuple[int, int]]
+    classes: tuple[str, ...] | None
     recipes: Mapping[str, Callable[[], DataLoader[Batch]]]
     identity: str
     preprocessing: Preprocessing
@@ -79,7 +85,7 @@ def build_loaders(
     cover every image, in order. Files are read to tell their contents; in ``digests_folder`` it is remembered what
     they held, for as long as their sizes and times stay. Raises UserError for a dataset that is not there, is empty,
     has other classes than ``spec.num_classes``, lists files that cannot be read, or returns something else than (PIL
-    image or uint8 tensor, class).
+    image or uint8 tensor, class, or another target of the kind ``spec.targets``).
     """
     splits = {
         name: load_split(
@@ -99,7 +105,8 @@ def build_loaders(
     }
     indices = {role: splits[_split_of(role)].indices[where] for role, where in positions.items()}
     digests = {name: split.digest for name, split in splits.items()}
-    settings = [spec.batch_size, spec.eval_batch_size, spec.in_memory, spec.augment, preprocessing.describe()]
+    settings = [spec.batch_size, spec.eval_batch_size, spec.in_memory, spec.augment, spec.targets]
+    settings.append(preprocessing.describe())
     return Loaders(
         train=recipes["train"](),
         calibration=recipes["calibration"](),
@@ -109,7 +116,12 @@ def build_loaders(
         indices=indices,
         digests=digests,
         num_classes_seen=len(splits["train"].labels.unique()),
-        label_range={name: (int(split.labels.min()), int(split.labels.max())) for name, split in splits.items()},
+        label_range={
+            name: (int(split.labels.min()), int(split.labels.max()))
+            for name, split in splits.items()
+            if len(split.labels)
+        },
+        classes=splits["train"].classes,
         recipes=recipes,
         identity=digest([digests, tensors_digest(indices), settings]),
         preprocessing=preprocessing,

@@ -19,11 +19,13 @@ from bnre_exp.errors import UserError
 # Images of 28x28 and 32x32 are resized this many at a time: large enough to be fast, small enough for the caches.
 _RESIZE_CHUNK = 4096
 
+FITS = ("crop", "pad", "cut")
+
 _LONGEST = 1000  # an image's longer side, in its shorter sides
 
 METADATA = "bnre_exp.preprocessing"  # entry of an exported model's metadata: Preprocessing.describe() as JSON
 
-_INTERPOLATIONS = {
+INTERPOLATIONS = {
     "bilinear": InterpolationMode.BILINEAR,
     "bicubic": InterpolationMode.BICUBIC,
     "nearest": InterpolationMode.NEAREST_EXACT,
@@ -36,8 +38,10 @@ class Preprocessing:
 
     ``resize_size``: the shorter side before the centre crop [pixels]. ``image_size``: height and width after it
     [pixels]. ``mean``, ``std``: one value per channel, of pixels in [0, 1]. ``interpolation``: bilinear, bicubic or
-    nearest. ``channels``: of the network's input; grayscale images are expanded to 3. Raises UserError where these
-    contradict each other.
+    nearest. ``channels``: of the network's input; grayscale images are expanded to 3. ``fit``: how an image gets its
+    size: "crop": its shorter side is resized and its centre cut out; "pad": its longer side is resized to
+    ``image_size`` and the rest is grey, so that nothing is lost; "cut": a window, nothing is resized. Raises UserError
+    where these contradict each other.
     """
 
     image_size: int
@@ -46,15 +50,18 @@ class Preprocessing:
     std: tuple[float, ...]
     interpolation: str = "bilinear"
     channels: int = 3
+    fit: str = "crop"
 
     def __post_init__(self) -> None:
+        if self.fit not in FITS:
+            raise UserError(f"preprocessing: fit {self.fit!r} is unknown; expected one of {', '.join(FITS)}.")
         if self.resize_size < self.image_size:
             raise UserError(
                 f"preprocessing: images resized to {self.resize_size} pixels cannot be cropped to {self.image_size}; "
                 "expected resize_size >= image_size."
             )
-        if self.interpolation not in _INTERPOLATIONS:
-            known = ", ".join(_INTERPOLATIONS)
+        if self.interpolation not in INTERPOLATIONS:
+            known = ", ".join(INTERPOLATIONS)
             raise UserError(f"preprocessing: interpolation {self.interpolation!r} is unknown; expected one of {known}.")
         if self.channels not in (1, 3):
             raise UserError(
@@ -96,15 +103,18 @@ def resolve_preprocessing(
     default_image_size: int,
     default_mean: Sequence[float],
     default_std: Sequence[float],
+    channels: int | None = None,
+    fit: str = "crop",
 ) -> Preprocessing:
     """The preprocessing to use: explicit settings win, then the weights', then the dataset's defaults.
 
     An explicit ``image_size`` [pixels] scales the weights' ``resize_size`` with it; without weights the shorter side
     is resized to ``image_size`` itself, so that nothing of a square image is cut off. A ``mean`` or ``std`` of one
-    value holds for all channels. Raises UserError on another number of values.
+    value holds for all channels. channels: of the network's input, None: as the weights say, else 3. fit: as
+    :class:`Preprocessing` has it. Raises UserError on another number of values.
     """
     base = from_weights
-    channels = base.channels if base else 3
+    channels = channels or (base.channels if base else 3)
     size = image_size or (base.image_size if base else default_image_size)
     resize = max(size, round(size * base.resize_size / base.image_size)) if base else size
     means = mean if mean is not None else (base.mean if base else default_mean)
@@ -116,6 +126,7 @@ def resolve_preprocessing(
         std=_expand(stds, channels, "dataset.std"),
         interpolation=base.interpolation if base else "bilinear",
         channels=channels,
+        fit=fit,
     )
 
 
@@ -168,7 +179,7 @@ def resize_and_crop(images: Tensor, preprocessing: Preprocessing) -> Tensor:
     """
     size, resize = preprocessing.image_size, preprocessing.resize_size
     if min(images.shape[-2:]) != resize:
-        mode = _INTERPOLATIONS[preprocessing.interpolation]
+        mode = INTERPOLATIONS[preprocessing.interpolation]
         parts = torch.split(images, _RESIZE_CHUNK) if images.ndim == 4 else [images]
         resized = [v2.functional.resize(part, [resize], interpolation=mode, antialias=True) for part in parts]
         images = torch.cat(resized) if images.ndim == 4 else resized[0]
@@ -204,7 +215,7 @@ def random_resized_crop_and_flip(image: Tensor, preprocessing: Preprocessing) ->
 
     Random numbers come from torch's global generator, which the caller seeds and restores.
     """
-    mode = _INTERPOLATIONS[preprocessing.interpolation]
+    mode = INTERPOLATIONS[preprocessing.interpolation]
     size = preprocessing.image_size
     crop: Tensor = v2.RandomResizedCrop(size, interpolation=mode, antialias=True)(image)
     return crop.flip(-1) if torch.rand(()) < 0.5 else crop

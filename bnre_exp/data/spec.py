@@ -13,6 +13,8 @@ class DataSpec:
 
     target: dotted path of a callable ``f(train: bool, root, **kwargs)`` that returns one split.
     root: folder of its files; None: the dataset's own default. kwargs: its other keyword arguments.
+    targets: what the task takes: "class", or one of ``bnre_exp.data.samples.KINDS``. A callable that has a parameter
+    ``targets`` is told.
     num_classes: classes are 0 to ``num_classes - 1``, which is checked against what the dataset names and as items are
     read; None: any integers.
     seed: everything random depends on it and the role alone.
@@ -38,3 +40,4 @@ class DataSpec:
     workers: int = 0
     pin_memory: bool = False
     num_classes: int | None = None
+    targets: str = "class"

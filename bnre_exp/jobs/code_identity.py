@@ -133,7 +133,7 @@ def _source_of(module: str) -> Path | None:
             spec = getattr(sys.modules.get(name), "__spec__", None)
             if spec is None:
                 spec = PathFinder.find_spec(name, places) if places is not None else importlib.util.find_spec(name)
-        except (ImportError, AttributeError, ValueError):
+        except (ImportError, AttributeError, ValueError, KeyError):  # of a namespace that nobody imported
             return None
         if spec is None:
             return None

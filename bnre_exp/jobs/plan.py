@@ -26,8 +26,8 @@ from bnre_exp.targets import resolve_target
 # What every stage computes with: versions of these, and the code of seeds and batches.
 LIBRARIES = ("torch", "torchvision", "numpy", "pillow")
 DATA_CODE = (
-    "digests", "data.spec", "data.loaders", "data.splits", "data.batches", "data.items", "data.listed",
-    "data.preprocess", "data.pictures",
+    "digests", "data.spec", "data.loaders", "data.splits", "data.reading", "data.batches", "data.items", "data.listed",
+    "data.samples", "data.geometry", "data.preprocess", "data.pictures",
 )  # fmt: skip
 logger = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ from bnre_exp.config import Config, Device, MemoryFormat
 from bnre_exp.data.classes import count_classes
 from bnre_exp.data.loaders import Loaders, build_loaders
 from bnre_exp.data.preprocess import resolve_preprocessing
+from bnre_exp.data.samples import CLASS, KINDS
 from bnre_exp.data.spec import DataSpec
 from bnre_exp.errors import UserError
 from bnre_exp.jobs.plan import Planned, plan
@@ -25,13 +26,14 @@ from bnre_exp.jobs.stages.setting import Setting, seed
 from bnre_exp.jobs.stages.simulation import modes, scheme
 from bnre_exp.jobs.stages.table import STAGES
 from bnre_exp.jobs.store import Store
-from bnre_exp.models.build import build_model, check_output
+from bnre_exp.models.build import build_model, check_output, input_channels
 from bnre_exp.models.zoo import BuiltModel
 from bnre_exp.quantsim.insert import quantize
 from bnre_exp.quantsim.sim import sim_report
 from bnre_exp.quantsim.tracing.functional import callers_of_batch_norm
 from bnre_exp.report.console import ConsoleProgress
 from bnre_exp.report.summary import Summary
+from bnre_exp.targets import resolve_target
 from bnre_exp.tasks.build import build_task
 from bnre_exp.tracking import RunLog
 
@@ -51,13 +53,18 @@ def prepare(
             console.print(line, highlight=False)
 
     device = _device(config.runtime.device)
-    config = _with_classes(config, count_classes(_data_spec(config, device)))
+    targets = _targets(config)
+    config = _with_classes(config, count_classes(_data_spec(config, device, targets)))
     task, built = build_task(config.task._target_, config.task.kwargs), _network(config)
-    loaders = _loaders(config, built, device, store, progress)
-    seen = 1 + max(high for _, high in loaders.label_range.values())
+    loaders = _loaders(config, built, device, targets, store, progress)
+    seen = 1 + max((high for _, high in loaders.label_range.values()), default=0)
     if config.dataset.num_classes is None and seen > 1:  # the dataset lists no classes: as many as its images show
         config = _with_classes(config, seen)
         task = build_task(config.task._target_, config.task.kwargs)
+    if hasattr(task, "begin"):
+        task.begin(built.module)
+    if hasattr(task, "begin"):
+        task.begin(built.module)
     setting = Setting(config, device, task, loaders, built, progress, log.metrics, say)
     if config.runtime.compile:
         check_compiler(device.type)
@@ -72,10 +79,21 @@ def prepare(
     return job, planned
 
 
+def _targets(config: Config) -> str:
+    """What the task takes as the target of an image; known from its class, before it is built."""
+    kind = getattr(resolve_target(config.task._target_, "task._target_"), "targets", CLASS)
+    if kind != CLASS and kind not in KINDS:
+        raise UserError(
+            f"task._target_={config.task._target_}: its targets are {kind!r}; expected one of "
+            f"{', '.join([CLASS, *KINDS])}."
+        )
+    return str(kind)
+
+
 def _with_classes(config: Config, classes: int | None) -> Config:
     """The configuration with the number of classes, also where the task asks for it."""
     task = config.task
-    if task.kwargs.get("num_classes", classes) is None:
+    if task.kwargs.get("num_classes", 0) is None:
         task = replace(task, kwargs={**task.kwargs, "num_classes": classes})
     return replace(config, dataset=replace(config.dataset, num_classes=classes), task=task)
 
@@ -86,31 +104,35 @@ def _network(config: Config) -> BuiltModel:
     return build_model(
         model._target_, name=model.name, path=model.path, kwargs=model.kwargs, num_classes=config.dataset.num_classes,
         weights=model.weights, checkpoint=model.checkpoint, strip_prefixes=model.strip_prefixes, strict=model.strict,
-        replace_head=model.replace_head,
+        replace_head=model.replace_head, trusted=model.trusted,
     )  # fmt: skip
 
 
 def _loaders(
-    config: Config, built: BuiltModel, device: torch.device, store: Store, progress: ConsoleProgress
+    config: Config, built: BuiltModel, device: torch.device, targets: str, store: Store, progress: ConsoleProgress
 ) -> Loaders:
     data = config.dataset
+    channels = input_channels(built.module) if data.channels == "auto" else int(data.channels)
+    is_plain = built.takes_unit_range or targets == "image"
+    mean, std = ([0.0], [1.0]) if is_plain else (data.default_mean, data.default_std)
     preprocessing = resolve_preprocessing(
         built.preprocessing, image_size=data.image_size, mean=data.mean, std=data.std,
-        default_image_size=data.default_image_size, default_mean=data.default_mean, default_std=data.default_std,
+        default_image_size=data.default_image_size, default_mean=mean, default_std=std,
+        channels=channels, fit=data.fit or ("crop" if targets == CLASS else KINDS[targets].fit),
     )  # fmt: skip
     digests = store.folder / "digests" if store.mode != "off" else None
     return build_loaders(
-        _data_spec(config, device), preprocessing=preprocessing, progress=progress, digests_folder=digests
+        _data_spec(config, device, targets), preprocessing=preprocessing, progress=progress, digests_folder=digests
     )
 
 
-def _data_spec(config: Config, device: torch.device) -> DataSpec:
+def _data_spec(config: Config, device: torch.device, targets: str) -> DataSpec:
     data = config.dataset
     return DataSpec(
         data._target_, root=data.root, kwargs=data.kwargs, seed=config.seed, batch_size=data.batch_size,
         eval_batch_size=data.eval_batch_size, val_fraction=data.val_fraction, train_limit=data.train_limit,
         test_limit=data.test_limit, in_memory=data.in_memory, augment=data.augment, workers=config.runtime.workers,
-        pin_memory=device.type == "cuda", num_classes=data.num_classes,
+        pin_memory=device.type == "cuda", num_classes=data.num_classes, targets=targets,
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Networks and their weights. Configurations name the builders here: ``bnre_exp.models.torchvision_model``."""
 
 from bnre_exp.models.build import build_model, check_head, onnx_model
+from bnre_exp.models.ultralytics import ultralytics_model
 from bnre_exp.models.zoo import (
     BuiltModel,
     timm_model,
@@ -18,4 +19,5 @@ __all__ = [
     "timm_preprocessing",
     "torchvision_model",
     "torchvision_preprocessing",
+    "ultralytics_model",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bnre_exp.algorithms.feeding import device_of, evaluation_mode
 from bnre_exp.errors import UserError
+from bnre_exp.models.ultralytics import build_ultralytics, ultralytics_model
 from bnre_exp.models.weights import load_checkpoint
 from bnre_exp.models.zoo import (
     BuiltModel,
@@ -52,20 +53,26 @@ def build_model(
     strip_prefixes: Sequence[str] = (),
     strict: bool = True,
     replace_head: bool = False,
+    trusted: bool = False,
 ) -> BuiltModel:
     """Build the network that the dotted path ``target`` names, and load its weights.
 
     :func:`torchvision_model` and :func:`timm_model` get ``name``, ``num_classes`` and ``weights``; a user's own
     callable gets ``kwargs`` only, and :func:`check_output` tells later whether its output fits; :func:`onnx_model` gets
-    ``path``. ``num_classes`` may be None where nothing is made by it. With a ``checkpoint``, ``weights`` is not
-    fetched and gives the preprocessing only. ``replace_head``: a last layer of another class count
-    is replaced by a new one. Raises UserError for whatever does not exist, cannot be fetched or does not fit.
+    ``path``, :func:`ultralytics_model` a name or ``path``, a pickle that has to be ``trusted``. ``num_classes`` may be
+    None where nothing is made by it. With a ``checkpoint``, ``weights`` is not fetched and gives the preprocessing
+    only. ``replace_head``: a last layer of another class count is replaced by a new one. Raises UserError for whatever
+    does not exist, cannot be fetched or does not fit.
     """
     factory = resolve_target(target, "model._target_")
     known = _BUILDERS.get(factory)
-    if path is not None and factory is not onnx_model:
-        raise UserError(f"model.path={path} means nothing to {target}; it is the file of model=onnx.")
-    if factory is onnx_model:
+    if path is not None and factory not in (onnx_model, ultralytics_model):
+        raise UserError(f"model.path={path} means nothing to {target}; it is the file of model=onnx or ultralytics.")
+    if factory is ultralytics_model:
+        if weights_setting(weights) is not None:
+            raise UserError(f"model.weights={weights} means nothing to model=ultralytics: give a file as model.path.")
+        built = build_ultralytics(name, num_classes, path, trusted, dict(kwargs or {}))
+    elif factory is onnx_model:
         if path is None:
             raise UserError("model.path is not set: expected an ONNX file, as in model=onnx model.path=net.onnx.")
         if weights_setting(weights) is not None:
@@ -125,6 +132,14 @@ def check_output(module: nn.Module, example_input: Tensor, task: Task) -> None:
                 "dataset.image_size (small images are enlarged to it) and the network's input channels."
             ) from error
     task.check_output(output, len(example))
+
+
+def input_channels(module: nn.Module) -> int | None:
+    """Channels of the images that a network takes, 1 or 3, by its first convolution; None where that does not tell."""
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            return part.in_channels if part.in_channels in (1, 3) else None
+    return None
 
 
 def check_head(module: nn.Module, example_input: Tensor, num_classes: int) -> None:

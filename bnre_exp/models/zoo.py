@@ -28,13 +28,15 @@ class BuiltModel:
     """A network and what is known about it.
 
     ``preprocessing``: what its weights were trained with, None where that is not known. ``pretrained``: weights or a
-    checkpoint were loaded. ``notes``: lines for the run's report.
+    checkpoint were loaded. ``notes``: lines for the run's report. ``takes_unit_range``: its input are pixels in [0, 1],
+    which it normalises itself, if at all.
     """
 
     module: nn.Module
     preprocessing: Preprocessing | None = None
     pretrained: bool = False
     notes: tuple[str, ...] = ()
+    takes_unit_range: bool = False
 
 
 def torchvision_model(

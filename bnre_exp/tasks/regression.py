@@ -37,6 +37,8 @@ class Regression(PairTask):
     1/255 of the range.
     """
 
+    targets = "image"
+
     def __init__(
         self, data_range: float = 1.0, metric: str = "psnr", loss: str = "l1", target_fn: TargetFn | None = None
     ) -> None:

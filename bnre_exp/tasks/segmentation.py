@@ -33,6 +33,7 @@ class Segmentation(PairTask):
 
     headline = MIOU
     OUTPUT = "logits [N, classes, H, W]"
+    targets = "mask"
 
     def __init__(
         self,
@@ -94,12 +95,19 @@ class Segmentation(PairTask):
             )
 
     def check_labels(self, ranges: Mapping[str, tuple[int, int]]) -> None:
+        if ranges and not any(high for _, high in ranges.values()):
+            raise UserError(
+                f"task: the masks have no class but 0{self._but_ignored()}. Write classes as 0, 1, 2, and not as 255."
+            )
         for split, (low, high) in ranges.items():
             if low < 0 or (high >= self.num_classes and high != self.ignore_index):
                 raise UserError(
                     f"task: the {split} masks have classes from {low} to {high}; expected 0 to {self.num_classes - 1}"
-                    + ("." if self.ignore_index is None else f", and {self.ignore_index} for pixels that do not count.")
+                    f"{self._but_ignored()}."
                 )
+
+    def _but_ignored(self) -> str:
+        return "" if self.ignore_index is None else f", and {self.ignore_index} for pixels that do not count"
 
 
 class _Meter:

@@ -77,10 +77,17 @@ class Meter(Protocol):
 class Task(Protocol):
     """What a network is for. A user's own is a class with these members, named by ``task._target_``.
 
-    Batches come as the loader gives them, with their tensors on the network's device.
+    Batches come as the loader gives them, with their tensors on the network's device. targets: what the data of a job
+    have to come with: "class" (also where a task has no such member), "mask", "image", "objects", "keypoints" or
+    "any", as ``bnre_exp.data.samples`` reads them.
     """
 
     headline: Headline
+    targets: str
+
+    # A task that needs the network in floating point, for its loss, has ``begin(model)``, which a job calls once.
+
+    # A task that needs the network in floating point, for its loss, has ``begin(model)``, which a job calls once.
 
     def feed(self, model: nn.Module, batch: Any) -> Any:
         """The network's output for a batch; changes nothing but what the network's mode says."""
@@ -158,6 +165,7 @@ class PairTask:
     """
 
     OUTPUT = "a tensor [N, ...]"
+    targets = "class"
 
     def __init__(self, target_fn: TargetFn | None) -> None:
         self.labels = target_fn or labels_of

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from bnre_exp.data import DataSpec, ImageTensors, Loaders, Preprocessing, build_loaders, splits
+from bnre_exp.data import DataSpec, ImageTensors, Loaders, Preprocessing, build_loaders, reading
 from bnre_exp.data.items import read_item
 from bnre_exp.data.listed import listed_classes, listed_files, listed_labels
 from bnre_exp.errors import UserError
@@ -287,15 +287,15 @@ def test_changed_files_are_seen_by_the_next_job_of_a_process(folder: Path, tmp_p
 
 
 def test_settled_files_are_read_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(splits, "_CLOCK_TICK", -(10**12))  # everything counts as settled
+    monkeypatch.setattr(reading, "_CLOCK_TICK", -(10**12))  # everything counts as settled
     digests = tmp_path / "digests"
     digests.mkdir()
     for in_memory in (True, False):
         spec = DataSpec(FOLDER, root=str(folder), batch_size=4, val_fraction=0.0, in_memory=in_memory)
         first = build_loaders(spec, preprocessing=SMALL, digests_folder=digests)
         with monkeypatch.context() as patched:
-            patched.setattr(splits, "read_item", None)
-            patched.setattr(splits, "file_sha256", None)
+            patched.setattr(reading, "read_item", None)
+            patched.setattr(reading, "file_sha256", None)
             again = build_loaders(spec, preprocessing=SMALL, digests_folder=digests)
         assert again.digests == first.digests
     Image.new("RGB", (8, 9), (1, 2, 3)).save(folder / "val" / "cat" / "0.png")

@@ -5,13 +5,12 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
-from safetensors.torch import save_model
 from torch import nn
 
 from bnre_exp.errors import UserError
 from bnre_exp.jobs.reporting import Job
 from bnre_exp.jobs.stages.given import Given
-from bnre_exp.jobs.stages.network import STATE, Result
+from bnre_exp.jobs.stages.network import STATE, Result, save_weights
 from bnre_exp.jobs.stages.outcome import Measured, Outcome
 from bnre_exp.jobs.stages.setting import Setting, seed
 from bnre_exp.jobs.stages.training import train_stage
@@ -51,7 +50,7 @@ def leave_fp32(job: Job, result: Result) -> None:
     if result.folder is not None:
         shutil.copyfile(result.folder / STATE, path)
     else:
-        save_model(result.take(), str(path))
+        save_weights(path, result.take())
     job.results.summary.places["FP32 weights"] = str(path)
     evaluation, least = job.setting.evaluations["fp32"], job.config.fp32.min_headline
     if least is not None and evaluation.headline.is_worse(evaluation.value, least):

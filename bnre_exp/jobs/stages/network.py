@@ -6,14 +6,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, load_model, save, save_file, save_model
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
 from bnre_exp.algorithms.snapshot import hidden_buffers, restore_hidden_buffers
-from bnre_exp.errors import UserError
+from bnre_exp.errors import UserError, first_line
 from bnre_exp.jobs.stages.setting import Setting
 
 STATE, HIDDEN = "state.safetensors", "buffers.safetensors"
@@ -69,10 +70,25 @@ class Form:
 
 def save_state(folder: Path, network: nn.Module, notes: dict[str, str] | None = None) -> None:
     """Write the network's parameters and buffers into a folder, and notes for :func:`notes_of`."""
-    save_model(network, str(folder / STATE), metadata=notes)
+    save_weights(folder / STATE, network, notes)
     hidden = {name: buffer.detach().cpu().contiguous().clone() for name, buffer in hidden_buffers(network).items()}
     if hidden:
         save_file(hidden, folder / HIDDEN)
+
+
+def save_weights(path: Path, network: nn.Module, notes: dict[str, str] | None = None) -> None:
+    """Write a state dict as a safetensors file: what several names share once, with the others in its metadata, as
+    safetensors' ``load_model`` reads it; a tensor that is a part of a larger one as a tensor of its own."""
+    first, kept, shared = dict[Any, str](), dict[str, Tensor](), dict[str, str]()
+    for name, tensor in sorted(network.state_dict().items()):
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and place in first:
+            shared[name] = first[place]
+            continue
+        first[place] = name
+        is_whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+        kept[name] = tensor if is_whole else tensor.contiguous().clone()
+    save_file(kept, path, {**(notes or {}), **shared})
 
 
 def notes_of(folder: Path) -> dict[str, str]:
@@ -83,9 +99,14 @@ def notes_of(folder: Path) -> dict[str, str]:
 
 def load_state(folder: Path, network: nn.Module) -> nn.Module:
     """Fill a network with what :func:`save_state` wrote; in place. Raises ``UserError`` if that does not fit."""
-    missing, unexpected = load_model(network, str(folder / STATE))
-    if missing or unexpected:
-        raise UserError(f"{folder}: the stored network does not fit; run again with store.mode=refresh.")
+    state, shared = load_file(folder / STATE), notes_of(folder)
+    state.update({name: state[first] for name, first in shared.items() if first in state})
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(
+            f"{folder}: the stored network does not fit; run again with store.mode=refresh ({first_line(error)})."
+        ) from error
     saved = load_file(folder / HIDDEN) if (folder / HIDDEN).exists() else {}
     restore_hidden_buffers(network, saved)
     return network

@@ -37,7 +37,7 @@ def _keep(folder: Path, sim: nn.Module) -> None:
 
 
 def _restore(setting: Setting, folder: Path, before: Result) -> nn.Module:
-    how: dict[str, Any] = {"leaf_modules": setting.config.model.leaf_modules, **notes_of(folder)}
+    how: dict[str, Any] = {"leaf_modules": setting.config.model.leaf_modules, "modes": notes_of(folder)["modes"]}
     sim = rebuild_sim(setting.built.module, setting.example(), scheme(setting.config), **how)
     return load_state(folder, sim)
 
