@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from bnre_exp.errors import UserError
 from bnre_exp.quantsim.nodes import is_layer
 from bnre_exp.quantsim.operations import input_quantizer
+from bnre_exp.quantsim.parts import named, parts_of
 from bnre_exp.quantsim.quantizers.codes import set_codes
 from bnre_exp.quantsim.quantizers.quantizer import ActivationQuantizer, Dequantize, positive
 
@@ -31,7 +32,7 @@ class BiasReport:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def quantize_biases(folded: fx.GraphModule, bits: int = 32) -> BiasReport:
+def quantize_biases(folded: nn.Module, bits: int = 32) -> BiasReport:
     """Round every bias to the grid ``s_in * s_w`` with signed codes of ``bits`` bits (8 to 32); in place.
 
     s_in is the scale of the quantizer that the layer's input comes from, s_w the weight scale of the channel. Where
@@ -39,6 +40,15 @@ def quantize_biases(folded: fx.GraphModule, bits: int = 32) -> BiasReport:
     s_in * s_w is too small for float32, the weight scale of that channel is raised until it fits and its codes are
     rounded again.
     """
+    if parts := parts_of(folded):
+        found = {part: quantize_biases(network, bits) for part, network in parts.items()}
+        return BiasReport(
+            tuple(named(part, name) for part, report in found.items() for name in report.rounded),
+            tuple((named(part, name), why) for part, report in found.items() for name, why in report.kept),
+            tuple((named(part, name), count) for part, report in found.items() for name, count in report.rescaled),
+        )
+    if not isinstance(folded, fx.GraphModule):
+        raise UserError("quantize_biases: expected a network that fold_batch_norms() or load_folded() returned.")
     calls: dict[str, list[fx.Node]] = defaultdict(list)
     for node in folded.graph.nodes:
         if is_layer(node):

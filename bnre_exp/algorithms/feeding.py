@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from bnre_exp.errors import UserError
+from bnre_exp.quantsim.parts import parts_of
 from bnre_exp.tasks.task import first_input
 
 ForwardFn = Callable[[nn.Module, Any], Any]
@@ -173,7 +174,8 @@ def is_ours(forward_fn: ForwardFn | None) -> bool:
 def cached_weights(model: nn.Module, forward_fn: ForwardFn | None = None) -> Iterator[None]:
     """Quantize each weight once for the whole block. Only for graphs of ours, under ``no_grad``, and while weights do
     not change: the cache of parametrize is global and knows no invalidation; never around a user's ``forward_fn``."""
-    if is_ours(forward_fn) and isinstance(model, fx.GraphModule) and not torch.is_grad_enabled():
+    is_graph = isinstance(model, fx.GraphModule) or bool(parts_of(model))
+    if is_ours(forward_fn) and is_graph and not torch.is_grad_enabled():
         with parametrize.cached():
             yield
     else:

@@ -14,6 +14,7 @@ from bnre_exp.errors import UserError
 from bnre_exp.quantsim.groups import PLAIN_BN, Group, find_groups, num_features
 from bnre_exp.quantsim.nodes import module_of, source_of
 from bnre_exp.quantsim.operations import does_nothing_in_evaluation
+from bnre_exp.quantsim.parts import named, parts_of, with_parts
 from bnre_exp.quantsim.quantizers.affine import ChannelAffine
 from bnre_exp.quantsim.quantizers.codes import set_codes
 from bnre_exp.quantsim.quantizers.layout import BATCH_NORMS, layout_of
@@ -49,8 +50,9 @@ class _Affine:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def fold_batch_norms(sim: nn.Module, mode: str = "scale") -> tuple[fx.GraphModule, FoldReport]:
+def fold_batch_norms(sim: nn.Module, mode: str = "scale") -> tuple[Any, FoldReport]:
     """Return a copy of ``sim`` without BN, holding integer weight codes and scales, and a report; ``sim`` is unchanged.
+    Of a network that is simulated in parts, a copy of the whole with each of them folded.
 
     mode "scale": the per-channel weight scale takes BN's factor and the codes change at most their sign, so the
     function stays the same up to float rounding. mode "weight": the factor multiplies the weight, whose range is fitted
@@ -64,6 +66,8 @@ def fold_batch_norms(sim: nn.Module, mode: str = "scale") -> tuple[fx.GraphModul
     """
     if mode not in MODES:
         raise UserError(f"mode={mode!r}: expected one of {', '.join(MODES)}.")
+    if parts_of(sim):
+        return _fold_parts(sim, mode)
     scheme = sim_report(sim).scheme
     if "fold_report" in getattr(sim, "meta", {}):
         raise UserError("This network is folded already.")
@@ -106,6 +110,20 @@ def fold_batch_norms(sim: nn.Module, mode: str = "scale") -> tuple[fx.GraphModul
     report = FoldReport(tuple(pairs), tuple(kept), tuple(lossy))
     folded.meta["fold_report"] = asdict(report)
     return folded, report
+
+
+def _fold_parts(sim: nn.Module, mode: str) -> tuple[nn.Module, FoldReport]:
+    pairs, kept, lossy = list[tuple[str, str]](), list[tuple[str, str]](), list[tuple[str, str]]()
+
+    def fold(part: str, network: fx.GraphModule) -> fx.GraphModule:
+        folded, report = fold_batch_norms(network, mode)
+        pairs.extend((named(part, layer), named(part, bn)) for layer, bn in report.folded)
+        kept.extend((named(part, name), reason) for name, reason in report.kept)
+        lossy.extend((named(part, name), reason) for name, reason in report.lossy)
+        return folded  # type: ignore[no-any-return]
+
+    whole = with_parts(sim, fold).eval()
+    return whole, FoldReport(tuple(pairs), tuple(kept), tuple(lossy))
 
 
 def _drop_identities(folded: fx.GraphModule) -> None:

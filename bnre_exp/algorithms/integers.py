@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from bnre_exp.errors import UserError
 from bnre_exp.quantsim.nodes import is_layer, module_of, sole_user
 from bnre_exp.quantsim.operations import input_quantizer
+from bnre_exp.quantsim.parts import parts_of, with_parts
 from bnre_exp.quantsim.quantizers.quantizer import ActivationQuantizer, Dequantize, WeightQuantizer, positive
 
 KERNEL_BITS = 8  # integer kernels multiply no wider codes
@@ -21,7 +22,7 @@ RELU_CALLS = {torch.relu, F.relu, "relu"}
 
 
 @torch.no_grad()
-def integer_simulation(folded: fx.GraphModule) -> fx.GraphModule:
+def integer_simulation(folded: nn.Module) -> Any:
     """A copy of the network with its layers computed on integer codes, as the target does.
 
     folded: from :func:`~bnre_exp.fold_batch_norms` (or ``load_folded``), with biases from
@@ -36,6 +37,8 @@ def integer_simulation(folded: fx.GraphModule) -> fx.GraphModule:
 
     Raises ``UserError`` if the network is not folded.
     """
+    if parts_of(folded):
+        return with_parts(folded, lambda _, network: integer_simulation(network))
     if not isinstance(folded, fx.GraphModule) or any(isinstance(m, WeightQuantizer) for m in folded.modules()):
         raise UserError("integer_simulation: expected a network that fold_batch_norms() or load_folded() returned.")
     network = copy.deepcopy(folded)

@@ -41,6 +41,9 @@ class ModelConfig:
     strict: bool = opt(True, "false: missing and unexpected keys of the checkpoint are listed, not refused")
     replace_head: bool = opt(False, "true: replace a head whose class count is not the dataset's by a new one")
     leaf_modules: list[str] = opt(factory=list, doc="module or class names that tracing does not look into")
+    submodules: list[str] = opt(
+        factory=list, doc="the parts that are quantized, by name, the rest stays as it is: [backbone, head]; []: all"
+    )
 
     def __post_init__(self) -> None:
         check_fields(self, self.group)

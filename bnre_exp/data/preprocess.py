@@ -24,6 +24,7 @@ FITS = ("crop", "pad", "cut")
 _LONGEST = 1000  # an image's longer side, in its shorter sides
 
 METADATA = "bnre_exp.preprocessing"  # entry of an exported model's metadata: Preprocessing.describe() as JSON
+CLASSES = "bnre_exp.classes"  # another entry: the names of the classes, in order, as JSON
 
 INTERPOLATIONS = {
     "bilinear": InterpolationMode.BILINEAR,

@@ -56,13 +56,15 @@ def prepare(
     targets = _targets(config)
     config = _with_classes(config, count_classes(_data_spec(config, device, targets)))
     task, built = build_task(config.task._target_, config.task.kwargs), _network(config)
+    if built.submodules and not config.model.submodules:
+        config = replace(config, model=replace(config.model, submodules=list(built.submodules)))
     loaders = _loaders(config, built, device, targets, store, progress)
     seen = 1 + max((high for _, high in loaders.label_range.values()), default=0)
     if config.dataset.num_classes is None and seen > 1:  # the dataset lists no classes: as many as its images show
         config = _with_classes(config, seen)
         task = build_task(config.task._target_, config.task.kwargs)
-    if hasattr(task, "begin"):
-        task.begin(built.module)
+    if built.at_size is not None:
+        built.at_size(loaders.preprocessing.image_size)
     if hasattr(task, "begin"):
         task.begin(built.module)
     setting = Setting(config, device, task, loaders, built, progress, log.metrics, say)
@@ -157,7 +159,11 @@ def _check_before_training(job: Job, stages: list[Planned]) -> None:
     if known["export"] or (known["fp32"] and known.get("qat", True)):
         return
     quick = replace(scheme(job.config), weight_range="minmax")  # ranges do not matter here
-    how: dict[str, Any] = {"leaf_modules": model.leaf_modules, "modes": modes(job.config)}
+    how: dict[str, Any] = {
+        "leaf_modules": model.leaf_modules,
+        "modes": modes(job.config),
+        "submodules": model.submodules,
+    }
     sim = quantize(setting.built.module, setting.example(), quick, **how)
     if job.config.reest.num_batches and not has_running_statistics(sim):
         raise UserError("reest: no batch norm of the simulation has running statistics to re-estimate; set reest=off.")

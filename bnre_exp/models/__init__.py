@@ -1,6 +1,7 @@
 """Networks and their weights. Configurations name the builders here: ``bnre_exp.models.torchvision_model``."""
 
 from bnre_exp.models.build import build_model, check_head, onnx_model
+from bnre_exp.models.dense import torchvision_detector, torchvision_segmentation
 from bnre_exp.models.ultralytics import ultralytics_model
 from bnre_exp.models.zoo import (
     BuiltModel,
@@ -17,7 +18,9 @@ __all__ = [
     "onnx_model",
     "timm_model",
     "timm_preprocessing",
+    "torchvision_detector",
     "torchvision_model",
     "torchvision_preprocessing",
+    "torchvision_segmentation",
     "ultralytics_model",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bnre_exp.algorithms.feeding import device_of, evaluation_mode
 from bnre_exp.errors import UserError
+from bnre_exp.models.dense import build_detector, build_segmentation, torchvision_detector, torchvision_segmentation
 from bnre_exp.models.ultralytics import build_ultralytics, ultralytics_model
 from bnre_exp.models.weights import load_checkpoint
 from bnre_exp.models.zoo import (
@@ -28,6 +29,7 @@ from bnre_exp.tasks.classification import Classification
 from bnre_exp.tasks.task import Task
 
 _BUILDERS = {torchvision_model: build_torchvision, timm_model: build_timm}
+_DENSE = {torchvision_segmentation: build_segmentation, torchvision_detector: build_detector}
 
 
 def onnx_model(path: str) -> nn.Module:
@@ -65,7 +67,7 @@ def build_model(
     does not exist, cannot be fetched or does not fit.
     """
     factory = resolve_target(target, "model._target_")
-    known = _BUILDERS.get(factory)
+    known, dense = _BUILDERS.get(factory), _DENSE.get(factory)
     if path is not None and factory not in (onnx_model, ultralytics_model):
         raise UserError(f"model.path={path} means nothing to {target}; it is the file of model=onnx or ultralytics.")
     if factory is ultralytics_model:
@@ -78,6 +80,10 @@ def build_model(
         if weights_setting(weights) is not None:
             raise UserError(f"model.weights={weights} means nothing to model=onnx: its file holds the weights.")
         built = _build_onnx(path)
+    elif dense is not None:
+        if not name:
+            raise UserError("model.name is not set: expected an architecture such as fcos_resnet50_fpn.")
+        built = dense(name, _needed(num_classes), weights if checkpoint is None else None, kwargs or {})
     elif known is not None:
         if not name:
             raise UserError("model.name is not set: expected an architecture such as resnet18.")
@@ -102,7 +108,7 @@ def build_model(
             heads=head_names(built.module),
             replace_head=replace_head,
         )
-    if replace_head and known is None:
+    if replace_head and known is None and dense is None:
         notes += replace_heads(built.module, _needed(num_classes))
     return replace(built, pretrained=built.pretrained or checkpoint is not None, notes=notes)
 

@@ -82,11 +82,10 @@ def _loaded(path: Path, num_classes: int | None, trusted: bool) -> Any:
     from ultralytics import YOLO
 
     try:
-        module = YOLO(str(path)).model.float()
+        module: Any = YOLO(str(path)).model
+        module = module.float()
     except Exception as error:  # a pickle can fail in any way
         raise UserError(f"model.path={path} cannot be read by Ultralytics: {first_line(error)}.") from error
-    for parameter_name, parameter in module.named_parameters():  # files hold networks for inference
-        parameter.requires_grad_(".dfl" not in parameter_name)  # which is no weight, but the numbers 0, 1, 2, ...
     for parameter_name, parameter in module.named_parameters():  # files hold networks for inference
         parameter.requires_grad_(".dfl" not in parameter_name)  # which is no weight, but the numbers 0, 1, 2, ...
     classes = len(module.names)

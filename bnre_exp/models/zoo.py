@@ -29,7 +29,8 @@ class BuiltModel:
 
     ``preprocessing``: what its weights were trained with, None where that is not known. ``pretrained``: weights or a
     checkpoint were loaded. ``notes``: lines for the run's report. ``takes_unit_range``: its input are pixels in [0, 1],
-    which it normalises itself, if at all.
+    which it normalises itself, if at all. ``submodules``: the parts of it that can be quantized, where that is not the
+    whole. ``at_size``: lets it take images of a height and width, where it has a size of its own.
     """
 
     module: nn.Module
@@ -37,6 +38,8 @@ class BuiltModel:
     pretrained: bool = False
     notes: tuple[str, ...] = ()
     takes_unit_range: bool = False
+    submodules: tuple[str, ...] = ()
+    at_size: Callable[[int], None] | None = None
 
 
 def torchvision_model(
@@ -92,9 +95,9 @@ def build_torchvision(
 ) -> BuiltModel:
     """As :func:`torchvision_model`, with what is known; without ``fetch`` weights give the preprocessing only."""
     if name not in torchvision.models.list_models(module=torchvision.models):
-        raise UserError(_unknown(name, torchvision.models.list_models(module=torchvision.models), "torchvision"))
+        raise UserError(unknown_name(name, torchvision.models.list_models(module=torchvision.models), "torchvision"))
     wanted = weights_setting(weights)
-    entry = _torchvision_weights(name, wanted) if wanted else None
+    entry = torchvision_weights(name, wanted) if wanted else None
     options = dict(kwargs)
     if entry is not None and not fetch and name in ("googlenet", "inception_v3"):
         # With weights, these two renormalise their input by default: the checkpoint's values expect it as well.
@@ -107,7 +110,7 @@ def build_torchvision(
         module: nn.Module = torchvision.models.get_model(name, weights=fetched, num_classes=classes, **options)
         return module
 
-    module = _guarded(build, name, options, weights if fetched else None, getattr(fetched, "url", ""))
+    module = guarded(build, name, options, weights if fetched else None, getattr(fetched, "url", ""))
     notes = replace_heads(module, num_classes) if fetched else ()
     preprocessing = torchvision_preprocessing(entry.transforms()) if entry is not None else None
     return BuiltModel(module, preprocessing, fetched is not None, notes)
@@ -122,7 +125,7 @@ def build_timm(
     except ImportError as error:
         raise UserError("model: timm is not installed; run `pip install timm`, or take another model group.") from error
     if ":" not in name and not timm.is_model(name):
-        raise UserError(_unknown(name, timm.list_models(), "timm"))
+        raise UserError(unknown_name(name, timm.list_models(), "timm"))
     wanted = weights_setting(weights)
     if wanted not in (None, "DEFAULT"):
         raise UserError(
@@ -138,7 +141,7 @@ def build_timm(
     classes = config.num_classes if fetched and config is not None else num_classes
     _check_classes(name, classes, num_classes, replace_head)
     options: dict[str, Any] = {**kwargs} if fetched else {"num_classes": num_classes, **kwargs}
-    module = _guarded(
+    module = guarded(
         lambda: timm.create_model(name, pretrained=fetched, **options),
         name,
         kwargs,
@@ -192,7 +195,8 @@ def replace_heads(module: nn.Module, num_classes: int) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _torchvision_weights(name: str, wanted: str) -> Any:
+def torchvision_weights(name: str, wanted: str) -> Any:
+    """The weights of a network of torchvision by their name, or DEFAULT. Raises ``UserError`` for unknown ones."""
     entries = torchvision.models.get_model_weights(name)
     prefix, _, entry = wanted.rpartition(".")
     known = [member.name for member in entries]
@@ -204,10 +208,11 @@ def _torchvision_weights(name: str, wanted: str) -> Any:
     return entries[entry]
 
 
-def _unknown(name: str, names: Iterable[str], library: str) -> str:
+def unknown_name(name: str, names: Iterable[str], library: str, kind: str = "classification network") -> str:
+    """What is told of a name that a library does not know, with those that are close to it."""
     close = difflib.get_close_matches(name, list(names), n=5, cutoff=0.5)
     hint = f"Close names: {', '.join(close)}." if close else f"{library}'s list_models() lists them."
-    return f"model.name={name} is not a classification network of {library}. {hint}"
+    return f"model.name={name} is not a {kind} of {library}. {hint}"
 
 
 def _check_classes(name: str, classes: int, num_classes: int, replace_head: bool) -> None:
@@ -218,7 +223,7 @@ def _check_classes(name: str, classes: int, num_classes: int, replace_head: bool
         )
 
 
-def _guarded(
+def guarded(
     build: Callable[[], nn.Module], name: str, kwargs: Mapping[str, Any], weights: str | None, source: str
 ) -> Any:
     """``build()``; wrong arguments and, with ``weights``, a failed download raise UserError."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,19 +14,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from bnre_exp.errors import UserError
-from bnre_exp.quantsim.admission import admitted, inputs_of
+from bnre_exp.quantsim.admission import admitted, inputs_of, refuse_kind
 from bnre_exp.quantsim.groups import find_groups
 from bnre_exp.quantsim.node_facts import record
+from bnre_exp.quantsim.parts import by_parts, check_scheme, leaves_of_part, scheme_of_part
 from bnre_exp.quantsim.placement import ActivationPlacement, place_quantizers
 from bnre_exp.quantsim.quantizers.layout import layout_of
 from bnre_exp.quantsim.quantizers.quantizer import ActivationQuantizer, WeightQuantizer, narrow_quant_max
 from bnre_exp.quantsim.quantizers.ranges import fit_symmetric_scale
 from bnre_exp.quantsim.quantizers.scheme import QuantScheme
-from bnre_exp.quantsim.sim import CONTAINER, SimReport, sim_report
+from bnre_exp.quantsim.sim import CONTAINER, SimReport, graphs_of, sim_report
 from bnre_exp.quantsim.tracing.frozen import META
 from bnre_exp.quantsim.tracing.modes import counterparts
 from bnre_exp.quantsim.tracing.network import EVALUATION_ALONE, TracedNetwork
 from bnre_exp.quantsim.tracing.whole import BOTH, EVALUATION, SAME, Tracing, traced_again, traced_and_checked
+from bnre_exp.quantsim.wrappers import unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +40,16 @@ def quantize(
     *,
     leaf_modules: Sequence[str] = (),
     modes: str = BOTH,
-) -> fx.GraphModule:
+    submodules: Sequence[str] = (),
+) -> Any:
     """Return a quantization simulation of a copy of ``model``; weight ranges are fitted, activation ranges are not yet.
 
     example_input: one batch ``[N, ...]`` as the model takes it, or a tuple of its inputs. BN stays as it is.
+    submodules: names of the parts that are simulated, each traced by itself, with the arguments that it has in the
+    network; a copy of the whole network, of its own class, is returned with them in it, and goes on working as before
+    (detectors, whose choice of boxes cannot be traced: ``["backbone", "head"]``). The example is then whatever the
+    network takes: a tuple of its arguments, a dict of them by name, or its only one. None: the whole network, as an
+    ``fx.GraphModule``.
     leaf_modules: names or class names of modules that are kept whole (their weights stay in floating point).
     A network that does something else in training mode than in evaluation mode is traced in each, and each graph is
     used in its mode; what evaluation makes of that which training mode returns (boxes, probabilities) stays in floating
@@ -59,7 +67,8 @@ def quantize(
     """
     if modes not in (BOTH, EVALUATION):
         raise UserError(f"modes={modes!r}: expected {BOTH!r} or {EVALUATION!r}.")
-    sim = _build(model, example_input, scheme or QuantScheme(), leaf_modules, partial(traced_and_checked, modes))
+    how = _How(leaf_modules, tuple(submodules), lambda _: partial(traced_and_checked, modes))
+    sim = _build(model, example_input, scheme or QuantScheme(), how)
     frozen = sim_report(sim).frozen_bns
     if frozen:
         logger.warning(
@@ -76,11 +85,14 @@ def quantize_again(
     before: SimReport,
     *,
     leaf_modules: Sequence[str] = (),
-) -> fx.GraphModule:
+) -> Any:
     """As :func:`quantize`, for a network that it has taken before with other weights: that its traced form behaves like
     it is not checked again. before: the report of then, whose notes hold."""
-    sim = _build(model, example_input, scheme, leaf_modules, partial(traced_again, before.modes))
-    sim.meta["bnre_exp"] = replace(sim_report(sim), notes=before.notes)
+    parts = {"": before} if before.parts is None else before.parts
+    how = _How(leaf_modules, tuple(before.parts or ()), lambda name: partial(traced_again, parts[name].modes))
+    sim = _build(model, example_input, scheme, how)
+    for name, network in graphs_of(sim).items():
+        network.meta["bnre_exp"] = replace(sim_report(network), notes=parts[name].notes)
     return sim
 
 
@@ -90,18 +102,54 @@ def rebuild_sim(
     scheme: QuantScheme,
     *,
     leaf_modules: Sequence[str] = (),
-    modes: str = SAME,
-) -> fx.GraphModule:
+    modes: str | Mapping[str, str] = SAME,
+) -> Any:
     """The simulation that :func:`quantize` returns, for a state dict to be loaded into: its ranges mean nothing, and
-    what :func:`quantize` checked when that state was made is not checked again. modes: as in its report."""
+    what :func:`quantize` checked when that state was made is not checked again. modes: as in its report,
+    by part where it was in parts (``modes_by_part``)."""
     quick = replace(scheme, weight_range="minmax")
-    sim = _build(model, example_input, quick, leaf_modules, partial(traced_again, modes))
-    sim.meta["bnre_exp"] = replace(sim_report(sim), scheme=scheme)
+    known = {"": modes} if isinstance(modes, str) else modes
+    how = _How(leaf_modules, tuple(filter(None, known)), lambda name: partial(traced_again, known[name]))
+    sim = _build(model, example_input, quick, how)
+    for network in graphs_of(sim).values():
+        report = sim_report(network)
+        network.meta["bnre_exp"] = replace(report, scheme=replace(report.scheme, weight_range=scheme.weight_range))
     return sim
 
 
+@dataclass(frozen=True)
+class _How:
+    """How a network is traced. tracing: of the part of a name, or of the network, whose name is empty."""
+
+    leaf_modules: Sequence[str]
+    submodules: tuple[str, ...]
+    tracing: Callable[[str], Callable[[nn.Module, Sequence[Tensor], Sequence[str]], Tracing]]
+
+
 @torch.inference_mode(False)  # the simulation is trained later, of whatever mode its maker was in
-def _build(
+def _build(model: nn.Module, example_input: Any, scheme: QuantScheme, how: _How) -> Any:
+    if not how.submodules:
+        return _build_graph(model, example_input, scheme, how.leaf_modules, how.tracing(""))
+    model = unwrapped(model)
+    refuse_kind(model, "quantize")
+    check_scheme(scheme, how.submodules)
+    lost = [
+        leaf for leaf in how.leaf_modules if not any(leaf in (n, type(m).__name__) for n, m in model.named_modules())
+    ]
+    if lost:
+        raise UserError(f"leaf_modules: the network has no module or class named {', '.join(lost)}.")
+
+    def build(name: str, part: nn.Module, tensors: tuple[Tensor, ...]) -> fx.GraphModule:
+        leaves = leaves_of_part(how.leaf_modules, name, part)
+        try:
+            return _build_graph(part, tensors, scheme_of_part(scheme, name, part), leaves, how.tracing(name))
+        except UserError as error:
+            raise UserError(f"submodules: {name}: {error}") from error
+
+    return by_parts(model, example_input, how.submodules, build)
+
+
+def _build_graph(
     model: nn.Module,
     example_input: Tensor | Sequence[Tensor],
     scheme: QuantScheme,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from bnre_exp.errors import UserError
 from bnre_exp.quantsim.groups import find_groups
 from bnre_exp.quantsim.nodes import is_bn, is_relu_like, module_of, sole_user
 from bnre_exp.quantsim.operations import is_preserving
+from bnre_exp.quantsim.parts import named, parts_of
 from bnre_exp.quantsim.quantizers.quantizer import ActivationQuantizer, WeightQuantizer, positive
 from bnre_exp.quantsim.sim import names_of, sim_report
 
@@ -42,13 +43,19 @@ class LayerRow:
 
 
 @torch.no_grad()
-def list_layers(sim: fx.GraphModule) -> tuple[LayerRow, ...]:
+def list_layers(sim: nn.Module) -> tuple[LayerRow, ...]:
     """Every operation of a simulation that gives floating-point values, in order of execution; ``sim`` is unchanged.
 
     A layer, the BN that folds into it and the activation behind it are one row. Raises ``UserError`` for a module that
     is no simulation, or is folded.
     """
+    if parts := parts_of(sim):
+        return tuple(
+            replace(row, name=named(part, row.name)) for part, network in parts.items() for row in list_layers(network)
+        )
     report = sim_report(sim)
+    if not isinstance(sim, fx.GraphModule):
+        raise TypeError(f"expected a graph, got a {type(sim).__name__}")
     if "fold_report" in sim.meta:
         raise UserError("list_layers: this network is folded; list the simulation that it was folded from.")
     notes: dict[str, list[str]] = {}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import fx, nn
 
 from bnre_exp.errors import UserError
+from bnre_exp.quantsim.parts import named, parts_of
 from bnre_exp.quantsim.quantizers.quantizer import ActivationQuantizer, WeightQuantizer
 from bnre_exp.quantsim.quantizers.scheme import QuantScheme
 
@@ -20,7 +21,8 @@ class SimReport:
     """What a simulation does not do, as ``(name, reason)``: quantizers left out, BNs of the original that are gone.
 
     frozen_bns: BNs that their user froze; they normalize by their running statistics in training mode, too. modes:
-    "same": one graph is that of both modes; "both": each has its own; "eval": for evaluation alone.
+    "same": one graph is that of both modes; "both": each has its own; "eval": for evaluation alone. parts: of a network
+    that is simulated in parts, the report of each by its name; all else is then of all parts together.
     """
 
     scheme: QuantScheme
@@ -29,14 +31,45 @@ class SimReport:
     notes: tuple[str, ...]
     frozen_bns: tuple[str, ...] = ()
     modes: str = "same"
+    parts: Mapping[str, SimReport] | None = None
+
+    @property
+    def modes_by_part(self) -> dict[str, str]:
+        """The modes by part; of a network that is none in parts, under the empty name."""
+        return {name: part.modes for name, part in ({"": self} if self.parts is None else self.parts).items()}
 
 
 def sim_report(sim: nn.Module) -> SimReport:
     """The report of a simulation. Raises ``UserError`` for any other module."""
+    if parts := parts_of(sim):
+        return _joined({name: sim_report(part) for name, part in parts.items()})
     report = getattr(sim, "meta", {}).get("bnre_exp") if isinstance(sim, fx.GraphModule) else None
     if not isinstance(report, SimReport):
         raise UserError(f"Expected a network that quantize() returned, got {type(sim).__name__}.")
     return report
+
+
+def graphs_of(sim: nn.Module) -> dict[str, fx.GraphModule]:
+    """The graphs of a simulation or folded network: itself, under the empty name, or those of its parts."""
+    return {"": sim} if isinstance(sim, fx.GraphModule) else parts_of(sim)
+
+
+def _joined(parts: Mapping[str, SimReport]) -> SimReport:
+    def rows(field: str) -> tuple[tuple[str, str], ...]:
+        return tuple(
+            (named(part, name), reason) for part, report in parts.items() for name, reason in getattr(report, field)
+        )
+
+    def names(field: str) -> tuple[str, ...]:
+        return tuple(named(part, name) for part, report in parts.items() for name in getattr(report, field))
+
+    notes = tuple(f"{part}: {note}" for part, report in parts.items() for note in report.notes)
+    found = {report.modes for report in parts.values()}
+    modes = next((mode for mode in ("eval", "both") if mode in found), "same")
+    scheme = next(iter(parts.values())).scheme
+    return SimReport(
+        scheme, rows("unquantized"), names("unreached_bns"), notes, names("frozen_bns"), modes, dict(parts)
+    )
 
 
 def names_of(*nodes: fx.Node | None) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from bnre_exp.tasks.classification import Classification
 from bnre_exp.tasks.detection import Detection
+from bnre_exp.tasks.keypoints import Keypoints
 from bnre_exp.tasks.regression import Regression
 from bnre_exp.tasks.segmentation import Segmentation
 from bnre_exp.tasks.task import Evaluation, Headline, Meter, Task
@@ -12,6 +13,7 @@ __all__ = [
     "Detection",
     "Evaluation",
     "Headline",
+    "Keypoints",
     "Meter",
     "Regression",
     "Segmentation",

@@ -14,6 +14,7 @@ from bnre_exp.tasks.logits import classes_of, wide
 from bnre_exp.tasks.task import Evaluation, Headline, PairTask, TargetFn, Task, first_tensor
 
 TOP1 = Headline("top1", "top-1")
+FEW = 5  # of how many guesses ``top5`` takes the label as found
 
 
 class Classification(PairTask):
@@ -22,7 +23,8 @@ class Classification(PairTask):
     num_classes: what the network must give; None: any number. target_fn: returns the labels in a batch of another form.
 
     The loss is cross-entropy [nats]. Metrics: ``top1``, the fraction of samples in [0, 1] whose largest logit is the
-    label's, and ``loss``. A prediction is the class with the largest logit, int64; its score is 1 if it is the label.
+    label's; of more than five classes ``top5``, the fraction whose five largest hold it; ``loss``. A prediction is the
+    class with the largest logit, int64; its score is 1 if it is the label.
     """
 
     headline = TOP1
@@ -86,6 +88,7 @@ class _Meter:
     def __init__(self, task: Classification) -> None:
         self._task = task
         self._losses, self._predictions, self._scores = list[Tensor](), list[Tensor](), list[Tensor]()
+        self._among_few = list[Tensor]()
 
     def update(self, output: Any, batch: Any) -> None:
         labels, logits = self._task.labels(batch), wide(self._task.compared(output))
@@ -99,6 +102,8 @@ class _Meter:
         self._losses.append(F.cross_entropy(logits, labels, reduction="sum").double())
         self._predictions.append(predicted)
         self._scores.append((predicted == labels).float())
+        if logits.shape[1] > FEW:
+            self._among_few.append((logits.topk(FEW, dim=1).indices == labels[:, None]).sum())
 
     def compute(self) -> Evaluation:
         predictions, scores = torch.cat(self._predictions).cpu(), torch.cat(self._scores).cpu()
@@ -106,4 +111,6 @@ class _Meter:
             raise UserError("evaluate: the batches hold no samples.")
         loss = sum(torch.stack(self._losses).tolist())
         metrics = {TOP1.name: int(scores.sum(dtype=torch.float64)) / len(scores), "loss": loss / len(scores)}
+        if self._among_few:
+            metrics["top5"] = sum(torch.stack(self._among_few).tolist()) / len(scores)
         return Evaluation(metrics, TOP1, len(scores), predictions, scores)

@@ -28,7 +28,8 @@ class Detection:
     losses, whose sum is the loss; in evaluation mode with images, and returns a list of dicts with boxes, labels and
     scores. A network that is called with images alone is served by two functions: ``decode_fn(output, batch)`` returns
     that list, and ``loss_fn(output, batch)`` the loss. num_classes: labels are below it. background: whether the
-    network's class 0 is no object, so that its classes count from 1; None: as torchvision's classes have it.
+    network's class 0 is no object, so that its classes count from 1; None: as torchvision's classes have it, or as the
+    network says in ``class_labels``, its label of each class; others that it gives are no detections then.
 
     Metrics, by torchmetrics: ``map``, COCO's mean average precision over intersections over union of 0.5 to 0.95, and
     ``map_50``, ``map_75`` and ``mar_100``. A prediction is the 100 best detections, ``[100, 6]``; its score is the
@@ -48,17 +49,33 @@ class Detection:
         self.num_classes, self.background = num_classes, background
         self.decode_fn, self.loss_fn = decode_fn, loss_fn
         self._first = int(bool(background))  # the number of the network's first class
+        self._labels: tuple[int, ...] | None = None  # of all its classes, where it names them
 
     def feed(self, model: nn.Module, batch: Any) -> Any:
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
         if self.decode_fn is not None:
             return model(images)
         if self.background is None:
+            self._labels = getattr(model, "class_labels", None)
             self._first = int(any(kind.__name__ in WITH_BACKGROUND for kind in type(model).__mro__))
         if not model.training:
             return model(list(images))
-        targets = [{**target, "labels": target["labels"] + self._first} for target in self._targets(batch)]
+        targets = [{**target, "labels": self._as_theirs(target["labels"])} for target in self._targets(batch)]
         return model(list(images), targets)
+
+    def _as_theirs(self, labels: Tensor) -> Tensor:
+        return (
+            labels + self._first if self._labels is None else torch.tensor(self._labels, device=labels.device)[labels]
+        )
+
+    def _as_ours(self, image: Detections) -> Detections:
+        """An image's detections with classes from 0; those of no class are gone."""
+        if self._labels is None:
+            return {**{name: image[name] for name in NEEDED}, "labels": image["labels"] - self._first}
+        classes = torch.full((max(int(image["labels"].max()) if len(image["labels"]) else 0, *self._labels) + 1,), -1)
+        classes[list(self._labels)] = torch.arange(len(self._labels))
+        found = classes.to(image["labels"].device)[image["labels"]]
+        return {name: (found if name == "labels" else image[name])[found >= 0] for name in NEEDED}
 
     def _targets(self, batch: Any) -> list[dict[str, Tensor]]:
         targets = labels_of(batch)
@@ -99,7 +116,7 @@ class Detection:
                 f"The network returns {_kind_of(found)}; detection expects a list of dicts with {', '.join(NEEDED)}, "
                 "as torchvision's detectors return it. For another network pass Detection(decode_fn=..., loss_fn=...)."
             )
-        return [{name: image[name] - (self._first if name == "labels" else 0) for name in NEEDED} for image in found]
+        return [self._as_ours(image) for image in found]
 
     def meter(self) -> _Meter:
         return _Meter(self)

@@ -87,8 +87,6 @@ class Task(Protocol):
 
     # A task that needs the network in floating point, for its loss, has ``begin(model)``, which a job calls once.
 
-    # A task that needs the network in floating point, for its loss, has ``begin(model)``, which a job calls once.
-
     def feed(self, model: nn.Module, batch: Any) -> Any:
         """The network's output for a batch; changes nothing but what the network's mode says."""
 

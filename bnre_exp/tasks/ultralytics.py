@@ -115,10 +115,11 @@ class Ultralytics:
         with tempfile.TemporaryDirectory() as folder:  # it makes one, and writes nothing there
             settings = {"task": self.kind, "plots": False, "save_json": False, "overlap_mask": False, "mode": "val"}
             validator = kinds[self.kind](save_dir=Path(folder), args=settings)
-        validator.device = device
-        validator.data = {"val": "", "kpt_shape": list(getattr(self._model.model[-1], "kpt_shape", (0, 3)))}  # type: ignore[index]
-        validator.init_metrics(self._model)
-        return validator
+        made: Any = validator
+        made.device = device
+        made.data = {"val": "", "kpt_shape": list(getattr(self._model.model[-1], "kpt_shape", (0, 3)))}  # type: ignore[index]
+        made.init_metrics(self._model)
+        return made
 
 
 def _kind_of(model: Any) -> str:
@@ -126,7 +127,7 @@ def _kind_of(model: Any) -> str:
     names = [kind.__name__ for kind in type(model.model[-1]).__mro__]
     kind = next((kinds[name] for name in names if name in kinds), "detect")
     if kind not in KINDS or "Detect" not in names:
-        advice = " For classification there is task=ultralytics_classification." if kind == "classify" else ""
+        advice = " For classification there is task=classification." if kind == "classify" else ""
         raise UserError(f"task: the network's head is a {names[0]}; this task serves detect, segment and pose.{advice}")
     return kind
 

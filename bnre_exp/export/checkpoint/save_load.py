@@ -18,21 +18,23 @@ from bnre_exp.export.checkpoint.graph_json import encode_graph, outside_function
 from bnre_exp.export.checkpoint.module_json import describe_codes, describe_module
 from bnre_exp.export.checkpoint.names import is_name, is_path, qualified_name
 from bnre_exp.export.checkpoint.outside import check_findable
+from bnre_exp.export.checkpoint.parts import is_in_parts, load_parts, save_parts
 from bnre_exp.export.checkpoint.rebuild import outside_names, rebuild, some_of
 from bnre_exp.export.checkpoint.tensors import encode_tensors
 from bnre_exp.export.checkpoint.value_json import encode_value
 from bnre_exp.export.folded import check_folded
+from bnre_exp.quantsim.parts import parts_of
 from bnre_exp.quantsim.quantizers.state import scheme_keys
 
 logger = logging.getLogger(__name__)
 
 
-def save_folded(folded: fx.GraphModule, path: str | os.PathLike[str]) -> tuple[str, ...]:
+def save_folded(folded: nn.Module, path: str | os.PathLike[str]) -> tuple[str, ...]:
     """Write a folded network to the folder ``path``, whole or not at all; the network is unchanged.
 
     The folder holds ``weights.safetensors`` (every tensor as it is, weights as integer codes and scales) and
     ``network.json`` (the graph, the class and constructor arguments of its modules). A checkpoint that is there is
-    replaced.
+    replaced. A network that was simulated in parts gives a folder with such a folder a part; it needs ``model=``.
 
     Returns, and logs, what these files cannot rebuild, as ``"name (type)"``: modules and functions that are neither
     torch's, torchvision's nor ours. :func:`load_folded` then needs ``model=``. Named tuples need nothing: without the
@@ -42,6 +44,8 @@ def save_folded(folded: fx.GraphModule, path: str | os.PathLike[str]) -> tuple[s
     folder holds other files or cannot be written.
     """
     target = Path(path)
+    if parts_of(folded):
+        return save_parts(folded, target, save_folded)
     check_replaceable(target)
     try:
         document, tensors = _describe(folded)
@@ -56,7 +60,7 @@ def save_folded(folded: fx.GraphModule, path: str | os.PathLike[str]) -> tuple[s
     return outside
 
 
-def load_folded(path: str | os.PathLike[str], model: nn.Module | None = None) -> fx.GraphModule:
+def load_folded(path: str | os.PathLike[str], model: nn.Module | None = None) -> Any:
     """Return the network that :func:`save_folded` wrote, with its tensors and outputs bit for bit.
 
     It is in evaluation mode and on the CPU. Only tensor functions and modules of torch, torchvision and our own are
@@ -68,6 +72,8 @@ def load_folded(path: str | os.PathLike[str], model: nn.Module | None = None) ->
 
     Raises ``UserError`` if the files are missing, damaged or not ours, or ``model`` is needed or does not fit.
     """
+    if is_in_parts(Path(path)):
+        return load_parts(Path(path), model, load_folded)
     document, weights = read_checkpoint(Path(path))
     try:
         return rebuild(document, weights, model)
@@ -79,7 +85,7 @@ def load_folded(path: str | os.PathLike[str], model: nn.Module | None = None) ->
         ) from error
 
 
-def _describe(folded: fx.GraphModule) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _describe(folded: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     check_folded(folded)
     rows = encode_graph(folded.graph)
     leaves = {str(row["target"]): folded.get_submodule(row["target"]) for row in rows if row["op"] == "call_module"}
@@ -98,7 +104,7 @@ def _describe(folded: fx.GraphModule) -> tuple[dict[str, Any], dict[str, Tensor]
     return document, {**tensors, **attributes}
 
 
-def _check_loads(folded: fx.GraphModule, document: dict[str, Any], weights: bytes) -> None:
+def _check_loads(folded: Any, document: dict[str, Any], weights: bytes) -> None:
     """Raise ``UserError`` unless :func:`load_folded` would make the same network of what is about to be written."""
     called = {qualified_name(node.target): node.target for node in folded.graph.nodes if node.op == "call_function"}
     for name in outside_functions(document["graph"]):

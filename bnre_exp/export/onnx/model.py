@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, nn
 
 from bnre_exp.algorithms.bias import quantize_biases
 from bnre_exp.algorithms.fold import fold_batch_norms
@@ -18,12 +18,13 @@ from bnre_exp.export.onnx.plain import plain_network
 from bnre_exp.export.onnx.qdq import insert_qdq
 from bnre_exp.export.onnx.records import Plain
 from bnre_exp.files import write_file
-from bnre_exp.quantsim.sim import activation_quantizers
+from bnre_exp.quantsim.parts import inputs_of_parts, parts_of
+from bnre_exp.quantsim.sim import activation_quantizers, bypassed
 
 
 def export_onnx(
-    folded: fx.GraphModule,
-    example_input: Tensor | Sequence[Tensor],
+    folded: nn.Module,
+    example_input: Any,
     path: str | os.PathLike[str],
     *,
     opset: int = 21,
@@ -36,24 +37,35 @@ def export_onnx(
     they have. The batch size is dynamic.
 
     example_input: one batch ``[N, ...]`` with N >= 2, or a tuple of inputs. opset: 13 to 23; what needs integers of 9
-    to 16 bits needs 21.
+    to 16 bits needs 21. Of a network that was simulated in parts, ``path`` is a folder, with a file a part (head.onnx),
+    whose inputs have the sizes that the example gives them; the example is as ``quantize`` takes it.
 
     Raises ``UserError`` if the network is not folded, or holds an operation, bits or scales that ONNX or the opset
     cannot express, and if the file cannot be written.
     """
     target = Path(path)
+    if parts := parts_of(folded):
+        for name, inputs in inputs_of_parts(folded, example_input).items():
+            export_onnx(parts[name], inputs, target / f"{name}.onnx", opset=opset, int4=int4)
+        return
     try:
         write_qdq(plain_network(folded, example_input, opset), target, int4)
     except UserError as error:
         raise UserError(f"{target} cannot be exported: {error}.") from error
 
 
-def check_exportable(sim: Any, example_input: Tensor | Sequence[Tensor], opset: int) -> None:
+def check_exportable(sim: Any, example_input: Any, opset: int) -> None:
     """Raise ``UserError`` if a simulation, once it is calibrated and folded, cannot be written at ``opset``.
 
     sim: as :func:`bnre_exp.quantize` returns it; it is unchanged. Where its operations alone do not tell, this finds
     out by folding and exporting a copy.
     """
+    if parts := parts_of(sim):
+        with bypassed(sim):  # it has no ranges yet
+            calls = inputs_of_parts(sim, example_input)
+        for name, inputs in calls.items():
+            check_exportable(parts[name], inputs, opset)
+        return
     if not is_known_to_export(sim, example_input, opset):
         try_export(sim, example_input, opset)
 

@@ -31,9 +31,7 @@ EXPORTER_OPSET = 18  # the lowest that torch's exporter writes by itself
 OPSETS = (13, 23)  # per-channel DequantizeLinear came with 13
 
 
-def plain_network(
-    folded: fx.GraphModule, example_input: Tensor | Sequence[Tensor], opset: int = EXPORTER_OPSET
-) -> Plain:
+def plain_network(folded: Any, example_input: Tensor | Sequence[Tensor], opset: int = EXPORTER_OPSET) -> Plain:
     """Export a folded network, its quantizers left out and listed; the network is unchanged.
 
     example_input: one batch ``[N, ...]`` with N >= 2, or a tuple of inputs; the batch size of the model is dynamic.

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from torch import fx, nn
 
-from bnre_exp.algorithms.feeding import evaluation_mode
 from bnre_exp.config import ExportConfig, ExportFormat, flatten
-from bnre_exp.data.preprocess import METADATA
+from bnre_exp.data.preprocess import CLASSES, METADATA
 from bnre_exp.errors import UserError
 from bnre_exp.export.checkpoint.save_load import save_folded
 from bnre_exp.export.encodings import MODEL, VERSIONS, write_encodings
@@ -28,6 +27,8 @@ from bnre_exp.jobs.stages.reload import Verifier
 from bnre_exp.jobs.stages.setting import Setting, run_name, seed, timed
 from bnre_exp.quantsim.nodes import is_layer
 from bnre_exp.quantsim.operations import input_quantizer
+from bnre_exp.quantsim.parts import inputs_of_parts, named
+from bnre_exp.quantsim.sim import graphs_of
 from bnre_exp.tasks.task import Evaluation
 
 WITHOUT_ONNX = " Or leave ONNX out: export.formats=[checkpoint]."
@@ -49,42 +50,50 @@ def export(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
     checkpoint, plain = folder / FILES[ExportFormat.checkpoint], None
     network: Any = given.network
     seed(setting.config, "export")
-    for name in FILES.values():
+    for name in (*FILES.values(), _onnx_file(folder, "any").parent.name):
         shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).unlink(missing_ok=True)
     try:
-        with Verifier(setting, _output_of(setting, network)) as verifier, work_folder() as scratch:
+        with Verifier(setting, network) as verifier, work_folder() as scratch:
             if ExportFormat.checkpoint in how.formats:
                 saved = timed(lambda: save_folded(network, checkpoint))
             if {ExportFormat.onnx, ExportFormat.encodings} & set(how.formats):  # while the verifier's process starts
                 advice = WITHOUT_ONNX
-                plain = timed(lambda: plain_network(network, setting.loaders.example(), how.opset))
+                plain = timed(lambda: _plain_graphs(setting, network))
             if ExportFormat.checkpoint in how.formats:
                 advice = ""
-                _checkpoint(setting, checkpoint, saved, verifier, outcome)
+                _checkpoint(setting, network, checkpoint, saved, verifier, outcome)
             if plain is not None:
                 advice = WITHOUT_ONNX
                 _onnx(setting, network, plain, folder, scratch, verifier, outcome)
     except UserError as error:
         raise UserError(f"export: {str(error).rstrip('.')}.{advice}") from error
-    outcome.files = [FILES[kind] for kind in FILES if kind in how.formats]
+    outcome.files = [name for name in _left(network, how.formats) if (folder / name).exists()]
     return outcome, network
 
 
-def _output_of(setting: Setting, network: Any) -> Any:
-    with evaluation_mode(network), torch.no_grad():
-        return network(setting.example())
+def _plain_graphs(setting: Setting, network: Any) -> dict[str, Plain]:
+    """Each graph of the folded network, without its quantizers; the images' sizes are those of the data."""
+    opset, example = setting.config.export.opset, setting.example()
+    whole = isinstance(network, fx.GraphModule)
+    inputs = {"": (example,)} if whole else inputs_of_parts(network, example)
+    plain = {part: plain_network(graph, inputs[part], opset) for part, graph in graphs_of(network).items()}
+    for part in plain.values():
+        part.model.metadata_props[METADATA] = json.dumps(setting.loaders.preprocessing.describe())
+        if setting.loaders.classes is not None:
+            part.model.metadata_props[CLASSES] = json.dumps(list(setting.loaders.classes))
+    return plain
 
 
 def _checkpoint(
-    setting: Setting, path: Path, saved: tuple[Any, float], verifier: Verifier, outcome: Outcome
+    setting: Setting, network: Any, path: Path, saved: tuple[Any, float], verifier: Verifier, outcome: Outcome
 ) -> None:  # fmt: skip
     foreign, seconds = saved
     outcome.except_for("note", [(name, "not in the checkpoint; load_folded needs model=") for name in foreign])
-    file: dict[str, Any] = {"format": "checkpoint", "path": str(path), "device": str(setting.device)}
-    if foreign:
-        file["model"] = _builder(setting)
-    evaluation, _ = verifier.evaluate(file, "checkpoint")
+    built = {"model": _builder(setting)} if foreign else {}
+    common: dict[str, Any] = {"format": "checkpoint", "device": str(setting.device), **built}
+    files = {part: {**common, "path": str(path / part), "part": part} for part in graphs_of(network)}
+    evaluation, _ = verifier.evaluate(files, "checkpoint")
     if _agreement(setting, evaluation) < 1:
         _refuse("checkpoint", _agreement(setting, evaluation), "all of them")
     megabytes = sum(item.stat().st_size for item in path.rglob("*") if item.is_file()) / 1e6
@@ -95,35 +104,51 @@ def _checkpoint(
 
 
 def _onnx(
-    setting: Setting, network: Any, exported: tuple[Plain, float], folder: Path, scratch: Path, verifier: Verifier,
-    outcome: Outcome,
+    setting: Setting, network: Any, exported: tuple[dict[str, Plain], float], folder: Path, scratch: Path,
+    verifier: Verifier, outcome: Outcome,
 ) -> None:  # fmt: skip
-    how, (plain, plain_seconds) = setting.config.export, exported
-    plain.model.metadata_props[METADATA] = json.dumps(setting.loaders.preprocessing.describe())
-    outcome.except_for("note", _float_weights(network, plain))
+    how, (graphs, plain_seconds) = setting.config.export, exported
+    for part, graph in graphs_of(network).items():
+        rows = _float_weights(graph, graphs[part])
+        outcome.except_for("note", [(named(part, name), reason) for name, reason in rows])
     if ExportFormat.encodings in how.formats:
         path = folder / FILES[ExportFormat.encodings]
-        _, seconds = timed(lambda: write_encodings(plain, path))
+        _, seconds = timed(lambda: _each(graphs, lambda part, plain: write_encodings(plain, path / part)))
         for version in VERSIONS:
-            file = {"format": "encodings", "path": str(path), "version": version}
-            evaluation, _ = verifier.evaluate(file, f"encodings {version}")
+            files = {p: {"format": "encodings", "path": str(path / p), "version": version} for p in graphs}
+            evaluation, _ = verifier.evaluate(files, f"encodings {version}")
             agreement = _check(setting, f"encodings {version}", evaluation)
         metrics, note = {_agreement_name(setting): agreement}, f"{MODEL} and encodings {', '.join(VERSIONS)}"
         outcome.measured.append(
             Measured("encodings", "encodings, simulated", evaluation, plain_seconds + seconds, "fold", note, metrics)
         )
     if ExportFormat.onnx in how.formats:
-        reference, path = scratch / "float.onnx", folder / FILES[ExportFormat.onnx]
-        write_model(plain.model, reference)
-        _, seconds = timed(lambda: write_qdq(plain, path, how.int4))
-        file = {"format": "onnx", "path": str(path), "float": str(reference)}
-        evaluation, known = verifier.evaluate(file, "ONNX model")
+        files = {}
+        for part, plain in graphs.items():
+            path, reference = _onnx_file(folder, part), scratch / f"{part}float.onnx"
+            files[part] = {"format": "onnx", "path": str(path), "float": str(reference)}
+            write_model(plain.model, reference)
+        _, seconds = timed(
+            lambda: _each(graphs, lambda part, plain: write_qdq(plain, Path(files[part]["path"]), how.int4))
+        )
+        evaluation, known = verifier.evaluate(files, "ONNX model")
         metrics = {_agreement_name(setting): _check(setting, "ONNX model", evaluation), **known}
-        metrics["megabytes"] = path.stat().st_size / 1e6
+        metrics["megabytes"] = sum(Path(file["path"]).stat().st_size for file in files.values()) / 1e6
         row = Measured(
             "onnx", "ONNX Runtime", evaluation, plain_seconds + seconds, "fold", _onnx_note(setting, metrics), metrics
         )
         outcome.measured.append(row)
+
+
+def _each(graphs: Mapping[str, Plain], write: Callable[[str, Plain], None]) -> None:
+    for part, plain in graphs.items():
+        write(part, plain)
+
+
+def _onnx_file(folder: Path, part: str) -> Path:
+    """Where the ONNX model of a network is, or of a part of it, which has a folder with the others."""
+    path = folder / FILES[ExportFormat.onnx]
+    return path.with_suffix("") / f"{part}.onnx" if part else path
 
 
 def _float_weights(network: Any, plain: Plain) -> list[tuple[str, str]]:
@@ -185,17 +210,31 @@ def check_export(sim: nn.Module, how: ExportConfig, example: Any) -> None:
             raise UserError(f"export: {str(error).rstrip('.')}.{WITHOUT_ONNX}") from error
 
 
+def _left(network: Any, formats: Sequence[ExportFormat]) -> list[str]:
+    names = {kind: name for kind, name in FILES.items() if kind in formats}
+    if ExportFormat.onnx in names and not isinstance(network, fx.GraphModule):
+        names[ExportFormat.onnx] = _onnx_file(Path(), "any").parent.name
+    return list(names.values())
+
+
 def leave_exported(job: Job, result: Result) -> None:
     """Say where the files are, and list what is a model in MLflow."""
     name, places, values = run_name(job.config), job.results.summary.places, flatten(job.config)
     files = {kind: job.run_dir / FILES[kind] for kind in job.config.export.formats}
+    in_parts = bool(job.config.model.submodules)
     ending = f"/{job.setting.task.headline.name}"
     final = {name: value for name, value in job.results.metrics.items() if name.endswith(ending)}
     if path := files.get(ExportFormat.checkpoint):
         job.results.folded = path
         places["folded checkpoint"] = str(path)
-        job.log.model(path, name, "bnre_exp folded checkpoint", values, final)
-    if path := files.get(ExportFormat.onnx):
+        if in_parts:  # loading it takes the network, which MLflow does not have
+            job.log.artifact(path)
+        else:
+            job.log.model(path, name, "bnre_exp folded checkpoint", values, final)
+    if in_parts and ExportFormat.onnx in files:
+        places["ONNX models of the parts"] = str(_onnx_file(job.run_dir, "any").parent)
+        job.log.artifact(_onnx_file(job.run_dir, "any").parent)
+    elif path := files.get(ExportFormat.onnx):
         places["ONNX model"] = str(path)
         example = job.setting.loaders.example()[:1].contiguous().numpy()
         job.log.onnx_model(path, f"{name}-onnx", example, values, final)

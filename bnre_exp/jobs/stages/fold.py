@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from torch import fx, nn
+from torch import nn
 
 from bnre_exp.algorithms.bias import BiasReport, quantize_biases
 from bnre_exp.algorithms.compare import compare_outputs
@@ -21,14 +21,14 @@ from bnre_exp.jobs.stages.setting import Setting, seed, timed
 from bnre_exp.quantsim.listing import list_layers
 from bnre_exp.report.layers import layers_columns
 
-LARGEST_FOLD_ERROR = 1e-2  # relative to the largest logit; float32 rounding stays far below, a wrong fold far above
+LARGEST_FOLD_ERROR = 1e-2  # relative to the largest output; float32 rounding stays far below, a wrong fold far above
 
 
-def _fold(config: Config, sim: nn.Module) -> tuple[fx.GraphModule, FoldReport]:
+def _fold(config: Config, sim: nn.Module) -> tuple[nn.Module, FoldReport]:
     return fold_batch_norms(sim, mode=config.fold.mode.value)
 
 
-def _fold_again(setting: Setting, folder: Path, before: Result) -> fx.GraphModule:
+def _fold_again(setting: Setting, folder: Path, before: Result) -> nn.Module:
     """A folded network follows from the simulation before it at once, and is not kept."""
     folded, _ = _fold(setting.config, before.take())
     if setting.config.fold.bias_bits is not None:
@@ -44,8 +44,6 @@ def fold(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
     outcome, config, sim = Outcome(), setting.config, given.network
     before, headline = setting.evaluations[given.before], setting.task.headline
     seed(config, "fold")
-    if not isinstance(sim, fx.GraphModule):
-        raise TypeError(f"expected a simulation, got a {type(sim).__name__}")
     outcome.layers = layers_columns(list_layers(sim))  # before the BNs are folded: where each of them goes
     (folded, report), seconds = timed(lambda: _fold(config, sim))
     outcome.except_for("BN not folded", report.kept)
@@ -53,13 +51,13 @@ def fold(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
     difference = compare_outputs(sim, folded, setting.loaders.test, task=setting.task, progress=setting.progress)
     if not math.isfinite(difference.magnitude):
         raise UserError(
-            "Folding cannot be checked: without its activation quantizers the network's logits are not finite. Its "
+            "Folding cannot be checked: without its activation quantizers the network's outputs are not finite. Its "
             f"training has most likely diverged ({headline.label} before folding: {before.value:.4f}); try a lower "
             "qat.lr, or another seed."
         )
     if not report.lossy and not difference.relative <= LARGEST_FOLD_ERROR:
         raise RuntimeError(
-            f"Folding changed the network: its logits differ by {difference.relative:.2e} of the largest. This is a "
+            f"Folding changed the network: its outputs differ by {difference.relative:.2e} of the largest. This is a "
             "defect of bnre_exp; please report it with the network and the configuration."
         )
     unrounded = setting.evaluate(folded, "fold: evaluate", as_shipped=True)
@@ -86,7 +84,7 @@ def fold(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
 
 
 def _note(report: FoldReport, difference: float) -> str:
-    return f"{len(report.folded)} BNs folded, {len(report.kept)} not; logits differ by {difference:.0e}"
+    return f"{len(report.folded)} BNs folded, {len(report.kept)} not; outputs differ by {difference:.0e}"
 
 
 def _report_biases(outcome: Outcome, biases: BiasReport) -> None:

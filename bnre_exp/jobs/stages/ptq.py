@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
 from bnre_exp.config import RangeEstimator
 from bnre_exp.jobs.stages.calibration import calibrate_stage
@@ -21,7 +21,8 @@ def ptq_settings(setting: Setting, own: dict[str, Any]) -> dict[str, Any]:
     config = setting.config
     if RangeEstimator.percentile not in (config.quant.weight_range, config.quant.act_range):
         own = {name: value for name, value in own.items() if name != "quant.percentile"}
-    return {**own, "model.leaf_modules": list(config.model.leaf_modules)}
+    how = config.model
+    return {**own, "model.leaf_modules": list(how.leaf_modules), "model.submodules": list(how.submodules)}
 
 
 def ptq(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
@@ -29,10 +30,11 @@ def ptq(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
     outcome, config = Outcome(), setting.config
     seed(config, "ptq")
 
-    def work() -> fx.GraphModule:
+    def work() -> nn.Module:
         how, leaves = (given.network, setting.example(), scheme(config)), config.model.leaf_modules
         if setting.trial is None:
-            sim = quantize(*how, leaf_modules=leaves, modes=modes(config))
+            parts = config.model.submodules
+            sim = quantize(*how, leaf_modules=leaves, modes=modes(config), submodules=parts)
         else:
             sim = quantize_again(*how, setting.trial, leaf_modules=leaves)
         calibrate_stage(setting, sim, "ptq")

@@ -14,23 +14,25 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_structure, tree_unflatten
 
+from bnre_exp.algorithms.feeding import evaluation_mode
 from bnre_exp.errors import UserError
 from bnre_exp.jobs.stages import reload_process
 from bnre_exp.jobs.stages.setting import Setting
+from bnre_exp.quantsim.parts import with_parts
 from bnre_exp.tasks.task import Evaluation
 
 
 class Verifier:
     """A process of its own, :mod:`.reload_process`, that loads files; a context manager that ends it.
 
-    like: an output of the network, which tells how the outputs of files are to be taken apart.
+    network: the folded one. Its graphs are computed by the files, in that process; what is around them here.
     """
 
-    def __init__(self, setting: Setting, like: Any = None) -> None:
-        self._setting, self._structure = setting, tree_structure(like)
+    def __init__(self, setting: Setting, network: nn.Module) -> None:
+        self._setting, self._network = setting, network
         self._pool = ProcessPoolExecutor(
             1, multiprocessing.get_context("spawn"), reload_process.start, (reload_process.torch_settings(),)
         )
@@ -43,23 +45,27 @@ class Verifier:
         self._process.kill()  # whatever it does: its work is done, or nobody waits for it any more
         self._pool.shutdown()
 
-    def evaluate(self, file: Mapping[str, Any], what: str) -> tuple[Evaluation, dict[str, float]]:
-        """What a file gives on the test data, and what else the process knows of it.
+    def evaluate(self, files: Mapping[str, Mapping[str, Any]], what: str) -> tuple[Evaluation, dict[str, float]]:
+        """What files give on the test data, and what else the process knows of them.
 
-        file: what :mod:`.reload_process` loads. Raises ``UserError`` if it cannot be loaded or run there.
+        files: what :mod:`.reload_process` loads, by the name of the part; under the empty name the whole network.
+        Raises ``UserError`` if they cannot be loaded or run there.
         """
-        self._ask(what, reload_process.load, dict(file))
-        setting = self._setting
-
-        def predict(x: Tensor) -> Any:
-            outputs = self._ask(what, reload_process.predict, x.contiguous().numpy())
-            if len(outputs) != self._structure.num_leaves:
-                expected = f"expected {self._structure.num_leaves}"
-                raise UserError(f"the {what} that was written has {len(outputs)} outputs; {expected}")
-            return tree_unflatten([torch.from_numpy(output) for output in outputs], self._structure)
-
-        evaluation = setting.evaluate(_Elsewhere(predict), f"{what}: evaluate", as_shipped=True)
+        self._ask(what, reload_process.load, {part: dict(file) for part, file in files.items()})
+        if isinstance(self._network, fx.GraphModule):
+            network: nn.Module = self._elsewhere("", self._network, what)
+        else:
+            network = with_parts(self._network, lambda part, graph: self._elsewhere(part, graph, what))
+        evaluation = self._setting.evaluate(network, f"{what}: evaluate", as_shipped=True)
         return evaluation, self._ask(what, reload_process.describe)
+
+    def _elsewhere(self, part: str, graph: nn.Module, what: str) -> nn.Module:
+        def predict(*inputs: Tensor) -> list[Tensor]:
+            arrays = [x.detach().cpu().contiguous().numpy() for x in inputs]
+            outputs = self._ask(what, reload_process.predict, part, arrays)
+            return [torch.from_numpy(output).to(inputs[0].device) for output in outputs]
+
+        return _Elsewhere(predict, graph, what)
 
     def _ask(self, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -78,14 +84,23 @@ class Verifier:
 
 
 class _Elsewhere(nn.Module):
-    """A network that is computed by a function, so that a task can feed it like any other."""
+    """A graph that is computed by a function, so that a task can feed it like any other. The form of its outputs is
+    that of the graph's own, which is computed once."""
 
-    def __init__(self, predict: Callable[[Tensor], Any]) -> None:
+    def __init__(self, predict: Callable[..., list[Tensor]], graph: nn.Module, what: str) -> None:
         super().__init__()
-        self._predict = predict
+        self._predict, self._graph, self._what = predict, [graph], what  # no submodule: it has no state of its own
+        self._structure: Any = None
 
-    def forward(self, x: Tensor) -> Any:
-        return self._predict(x)
+    def forward(self, *inputs: Tensor) -> Any:
+        if self._structure is None:
+            with evaluation_mode(self._graph[0]), torch.no_grad():
+                self._structure = tree_structure(self._graph[0](*inputs))
+        outputs = self._predict(*inputs)
+        if len(outputs) != self._structure.num_leaves:
+            expected = f"expected {self._structure.num_leaves}"
+            raise UserError(f"the {self._what} that was written has {len(outputs)} outputs; {expected}")
+        return tree_unflatten(outputs, self._structure)
 
 
 def _start(pool: ProcessPoolExecutor) -> BaseProcess:

@@ -28,23 +28,25 @@ LAYERS = ("Conv", "ConvTranspose", "FusedConv", "Gemm", "FusedGemm", "MatMul", "
 # What loading a checkpoint imports, which takes seconds: done while the parent still makes the files.
 NEEDED = ("bnre_exp.algorithms.integers", "bnre_exp.export.checkpoint.save_load", "bnre_exp.models.build")
 
-Predict = Callable[[np.ndarray], list[np.ndarray]]  # all outputs, in order
-Describe = Callable[[np.ndarray], dict[str, float]]
+Arrays = list[np.ndarray]  # the inputs of a network, or its outputs, in order
+Predict = Callable[[Arrays], Arrays]
+Describe = Callable[[Arrays], dict[str, float]]
 
 
 def load_checkpoint(request: Mapping[str, Any]) -> tuple[Predict, Describe]:
     """A folded checkpoint, in torch, computed on integers. request: path, device; model: how to build what the
-    checkpoint does not hold."""
+    checkpoint does not hold; part: of that, where the checkpoint is that of a part."""
     from bnre_exp.algorithms.integers import integer_simulation
     from bnre_exp.export.checkpoint.save_load import load_folded
     from bnre_exp.models.build import build_model
 
     model = build_model(**request["model"]).module.eval() if request.get("model") else None
+    model = model.get_submodule(request["part"]) if model is not None and request.get("part") else model
     network = integer_simulation(load_folded(request["path"], model).to(request["device"])).eval()
 
-    def predict(x: np.ndarray) -> list[np.ndarray]:
+    def predict(inputs: Arrays) -> Arrays:
         with torch.no_grad():
-            outputs = tree_leaves(network(torch.from_numpy(x).to(request["device"])))
+            outputs = tree_leaves(network(*(torch.from_numpy(x).to(request["device"]) for x in inputs)))
         return [(x.float() if x.is_floating_point() else x).cpu().numpy() for x in outputs]
 
     return predict, lambda _: {}
@@ -73,7 +75,7 @@ LOADERS = {"checkpoint": load_checkpoint, "onnx": load_onnx, "encodings": load_e
 
 def _session(model: Any, float_path: str | None) -> tuple[Predict, Describe]:
     from bnre_exp.onnx_io.files import load_model
-    from bnre_exp.onnx_io.session import feeds, open_session
+    from bnre_exp.onnx_io.session import open_session
 
     with work_folder() as folder:
         optimized = folder / "optimized.onnx"
@@ -81,30 +83,35 @@ def _session(model: Any, float_path: str | None) -> tuple[Predict, Describe]:
         kinds = Counter(node.op_type for node in load_model(optimized).graph.node)
     integer, floating = (sum(kinds[kind] for kind in those) for those in (INTEGER_KERNELS, LAYERS))
 
-    def predict(x: np.ndarray) -> list[np.ndarray]:
-        return list(session.run(None, feeds(session, x)))
+    def predict(inputs: Arrays) -> Arrays:
+        return list(session.run(None, _named(session, inputs)))
 
-    def describe(x: np.ndarray) -> dict[str, float]:
+    def describe(inputs: Arrays) -> dict[str, float]:
         known = {"integer_layers": float(integer), "float_layers": float(floating)}
         if float_path is not None:
-            times = _interleaved([session, open_session(load_model(float_path))], x)
+            times = _interleaved([session, open_session(load_model(float_path))], inputs)
             known.update(zip(("milliseconds", "fp32_milliseconds"), times))
         return known
 
     return predict, describe
 
 
-def _interleaved(sessions: list[Any], x: np.ndarray) -> list[float]:
-    """The median time of one run of each session on ``x`` [ms]; they take turns, since other work disturbs both."""
+def _named(session: Any, inputs: Arrays) -> dict[str, np.ndarray]:
+    """Inputs by name. Raises ``UserError`` where they do not fit."""
     from bnre_exp.onnx_io.session import feeds
 
-    inputs = [feeds(session, x) for session in sessions]
+    return feeds(session, dict(zip((item.name for item in session.get_inputs()), inputs)))
+
+
+def _interleaved(sessions: list[Any], given: Arrays) -> list[float]:
+    """The median time of one run of each session [ms]; they take turns, since other work disturbs both."""
+    inputs = [_named(session, given) for session in sessions]
     times: list[list[float]] = [[] for _ in sessions]
     until = time.perf_counter() + TIMED_SECONDS
     for count in range(TIMED_RUNS + 2):
-        for session, given, taken in zip(sessions, inputs, times):
+        for session, named, taken in zip(sessions, inputs, times):
             started = time.perf_counter()
-            session.run(None, given)
+            session.run(None, named)
             if count >= 2:  # the first runs allocate
                 taken.append((time.perf_counter() - started) * 1e3)
         if count >= 4 and time.perf_counter() > until:
@@ -112,27 +119,29 @@ def _interleaved(sessions: list[Any], x: np.ndarray) -> list[float]:
     return [statistics.median(taken) for taken in times]
 
 
-_predict: Predict
-_describe: Describe
-_first: np.ndarray | None  # of the images that were predicted
+_loaded: dict[str, tuple[Predict, Describe]] = {}  # by the part of the network; the whole has no name
+_first: dict[str, Arrays] = {}  # of what each got
 
 
-def load(request: Mapping[str, Any]) -> None:
-    """Load a file. request: format, path, and what the loader of that format takes besides."""
-    global _predict, _describe, _first
-    (_predict, _describe), _first = LOADERS[request["format"]](request), None
+def load(requests: Mapping[str, Mapping[str, Any]]) -> None:
+    """Load the files of a network's parts. A request has format, path, and what the loader of that format takes."""
+    _loaded.clear()
+    _first.clear()
+    _loaded.update({part: LOADERS[request["format"]](request) for part, request in requests.items()})
 
 
-def predict(x: np.ndarray) -> list[np.ndarray]:
-    """Logits of a batch, from the file that was loaded last."""
-    global _first
-    _first = x[:1].copy() if _first is None else _first
-    return _predict(x)
+def predict(part: str, inputs: Arrays) -> Arrays:
+    """The outputs of a part, from the file that was loaded last."""
+    _first.setdefault(part, [x[:1].copy() for x in inputs])
+    return _loaded[part][0](inputs)
 
 
 def describe() -> dict[str, float]:
-    """What else is known of the file, once it has predicted."""
-    return {} if _first is None else _describe(_first)
+    """What else is known of the files, once they have predicted: sums over the parts."""
+    known: Counter[str] = Counter()
+    for part, inputs in _first.items():
+        known.update(_loaded[part][1](inputs))
+    return dict(known)
 
 
 def in_words(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,14 @@ def modes(config: Config) -> str:
 
 
 def _keep(folder: Path, sim: nn.Module) -> None:
-    save_state(folder, sim, {"modes": sim_report(sim).modes})
+    save_state(folder, sim, {"modes": json.dumps(sim_report(sim).modes_by_part)})
 
 
 def _restore(setting: Setting, folder: Path, before: Result) -> nn.Module:
-    how: dict[str, Any] = {"leaf_modules": setting.config.model.leaf_modules, "modes": notes_of(folder)["modes"]}
+    how: dict[str, Any] = {
+        "leaf_modules": setting.config.model.leaf_modules,
+        "modes": json.loads(notes_of(folder)["modes"]),
+    }
     sim = rebuild_sim(setting.built.module, setting.example(), scheme(setting.config), **how)
     return load_state(folder, sim)
 

@@ -34,6 +34,7 @@ def setting_of(data: Any) -> Any:
 
 
 SETTING = setting_of(TEST)
+NETWORK = folded_network(randomize(flat_cnn()), IMAGES)
 
 USER_CODE = """
 import os, signal, sys, time
@@ -92,7 +93,7 @@ def user_code(tmp_path, monkeypatch):
 
 def checkpoint(path: Path, builder: str | None = None) -> dict:
     model = {"target": f"user_nets.{builder}", "num_classes": 10} if builder else None
-    return {"format": "checkpoint", "path": str(path), "device": "cpu", "model": model}
+    return {"": {"format": "checkpoint", "path": str(path), "device": "cpu", "model": model}}
 
 
 def has_ended(pid: int) -> bool:
@@ -126,7 +127,7 @@ def test_predictions_are_those_of_this_process_also_after_a_file_that_fails_and_
     for name, network in folded.items():
         save_folded(network, tmp_path / name)
     capfd.readouterr()
-    with Verifier(SETTING) as verifier:
+    with Verifier(SETTING, NETWORK) as verifier:
         plain, known = verifier.evaluate(checkpoint(tmp_path / "plain"), "checkpoint")
         for builder, reason in FAILURES.items():
             with pytest.raises(UserError, match=told(reason)):
@@ -145,7 +146,7 @@ def test_predictions_are_those_of_this_process_also_after_a_file_that_fails_and_
 @pytest.mark.slow
 def test_how_the_child_was_killed_is_told(tmp_path, user_code):
     with (
-        Verifier(SETTING) as verifier,
+        Verifier(SETTING, NETWORK) as verifier,
         pytest.raises(UserError, match=told("its process ended with status -9, Killed")),
     ):
         verifier.evaluate(checkpoint(tmp_path / "nowhere", "is_killed"), "ONNX model")
@@ -162,7 +163,7 @@ def test_a_child_that_dies_while_it_is_sent_a_batch(tmp_path):
         threading.Timer(1, child.kill).start()  # the pipe is full by then
         yield torch.zeros(1, 3, 1024, 1024), torch.zeros(1, dtype=torch.int64)
 
-    with Verifier(setting_of(loader())) as verifier, pytest.raises(UserError, match="status -9"):
+    with Verifier(setting_of(loader()), NETWORK) as verifier, pytest.raises(UserError, match="status -9"):
         verifier.evaluate(checkpoint(tmp_path / "net"), "checkpoint")
     assert multiprocessing.active_children() == []
 
@@ -175,7 +176,7 @@ def test_an_exception_ends_a_child_that_hangs(tmp_path, user_code):
 
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
-        with pytest.raises(KeyboardInterrupt), Verifier(SETTING) as verifier:
+        with pytest.raises(KeyboardInterrupt), Verifier(SETTING, NETWORK) as verifier:
             signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
             verifier.evaluate(checkpoint(tmp_path / "nowhere", "hangs"), "checkpoint")
     finally:
@@ -193,7 +194,7 @@ def test_a_worker_of_joblibs_can_have_the_child_too(tmp_path, monkeypatch):
     before = multiprocessing.get_start_method(allow_none=True)
     multiprocessing.set_start_method("loky", force=True)
     try:
-        with Verifier(SETTING) as verifier:
+        with Verifier(SETTING, NETWORK) as verifier:
             assert multiprocessing.get_start_method() == "loky" and multiprocessing.current_process().daemon
             assert verifier.evaluate(checkpoint(tmp_path / "net"), "checkpoint")[0].count == 5
     finally:
@@ -202,9 +203,9 @@ def test_a_worker_of_joblibs_can_have_the_child_too(tmp_path, monkeypatch):
 
 SCRIPT = """
 import sys
-from tests.jobs.stages.test_reload import SETTING, Path, Verifier, checkpoint
+from tests.jobs.stages.test_reload import NETWORK, SETTING, Path, Verifier, checkpoint
 if __name__ == "__main__":
-    with Verifier(SETTING) as verifier:
+    with Verifier(SETTING, NETWORK) as verifier:
         print("started", flush=True)
         verifier.evaluate(checkpoint(Path("nowhere"), "hangs"), "checkpoint")
 """
