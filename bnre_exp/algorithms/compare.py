@@ -18,7 +18,7 @@ from bnre_exp.algorithms.feeding import (
     length_of,
     to_device,
 )
-from bnre_exp.errors import UserError
+from bnre_exp.errors import UserError, few
 from bnre_exp.progress import Progress, no_progress
 from bnre_exp.quantsim.parts import parts_of
 from bnre_exp.quantsim.sim import bypassed
@@ -87,16 +87,20 @@ def _compare_parts(
     first: nn.Module, second: nn.Module, dataloader: Iterable[Any], forward_fn: ForwardFn, progress: Progress
 ) -> Difference:
     parts, others = parts_of(first), parts_of(second)
-    found = {name: (torch.zeros((), dtype=torch.float64),) * 2 for name in parts}
+    found = dict[str, tuple[Tensor, Tensor]]()
     if not set(parts) <= set(others):
         raise UserError(f"The networks cannot be compared: their parts are {list(parts)} and {list(others)}.")
 
     def watch(name: str) -> Any:
         def compare(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            pairs = zip(tree_leaves(output), tree_leaves(others[name](*args, **kwargs)))
-            for a, b in pairs:
-                if isinstance(a, Tensor) and isinstance(b, Tensor):
-                    found[name] = _with(*found[name], a, b)
+            given = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+            wanted = [x for x in tree_leaves(others[name].forward(*args, **kwargs)) if isinstance(x, Tensor)]
+            if len(given) != len(wanted):
+                raise UserError(
+                    f"The networks cannot be compared: {name} gives {len(given)} and {len(wanted)} tensors."
+                )
+            for a, b in zip(given, wanted):
+                found[name] = _with(*found.get(name, (torch.zeros((), dtype=torch.float64),) * 2), a, b)
 
         return parts[name].register_forward_hook(compare, with_kwargs=True)
 
@@ -112,4 +116,6 @@ def _compare_parts(
             handle.remove()
     if not count:
         raise UserError("compare_outputs: the data loader yields no batches.")
+    if uncalled := [name for name in parts if name not in found]:
+        raise UserError(f"compare_outputs: {few(uncalled)} is not called by the network for any of these batches.")
     return max((Difference(float(a), float(b)) for a, b in found.values()), key=lambda part: part.relative)

@@ -116,7 +116,10 @@ def _fold_parts(sim: nn.Module, mode: str) -> tuple[nn.Module, FoldReport]:
     pairs, kept, lossy = list[tuple[str, str]](), list[tuple[str, str]](), list[tuple[str, str]]()
 
     def fold(part: str, network: fx.GraphModule) -> fx.GraphModule:
-        folded, report = fold_batch_norms(network, mode)
+        try:
+            folded, report = fold_batch_norms(network, mode)
+        except UserError as error:
+            raise UserError(f"{part}: {error}") from error
         pairs.extend((named(part, layer), named(part, bn)) for layer, bn in report.folded)
         kept.extend((named(part, name), reason) for name, reason in report.kept)
         lossy.extend((named(part, name), reason) for name, reason in report.lossy)

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bnre_exp.data.pairs import PICTURES
-from bnre_exp.data.pictures import open_picture
-from bnre_exp.errors import UserError, few, first_line
+from bnre_exp.data.data_yaml import YOLO_LAYOUT, read_data_yaml
+from bnre_exp.data.pictures import open_picture, picture_pixels
+from bnre_exp.data.reading import are_settled
+from bnre_exp.errors import UserError, first_line
 
 COCO_LAYOUT = (
     "Expected ROOT/annotations/instances_train2017.json with ROOT/train2017/, and instances_val2017.json with "
     "ROOT/val2017/; others by dataset.kwargs: train_annotations, train_images, val_annotations, val_images."
 )
-YOLO_LAYOUT = "Expected a file data.yaml with names, train and val, in dataset.root, or as dataset.root itself."
+COCO_ENTRIES = (
+    "expected images with id and file_name, categories with id and name, and annotations with image_id, category_id "
+    "and bbox: x, y, width, height"
+)
+YOLO_ROWS = "expected CLASS X Y WIDTH HEIGHT, as parts of the image's sides, then keypoints; or CLASS and an outline"
+
+# Files of annotations as they were parsed, with their states: two splits of two datasets. A job asks some three times.
+_PARSED: OrderedDict[Path, tuple[tuple[int, ...], Any]] = OrderedDict()
+_PARSED_MAX = 4
 
 
 class Objects(Dataset[Any]):
@@ -38,9 +46,9 @@ class Objects(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, dict[str, Any]]:
-        image = open_picture(self.images[index])
-        return image, self.target(index, image.size)
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
+        image = picture_pixels(open_picture(self.images[index]))  # upright, as what is annotated was shown
+        return image, self.target(index, (image.shape[-1], image.shape[-2]))
 
     def target(self, index: int, size: tuple[int, int]) -> dict[str, Any]:
         """Boxes ``[n, 4]`` (x1, y1, x2, y2 [pixels]), labels ``[n]``, and what else there is. size: width, height."""
@@ -56,6 +64,7 @@ class _Coco(Objects):
         for annotation in known["annotations"]:
             self._take(annotation)
         self.ids = sorted(self.annotations)
+        self.sizes = {int(entry["id"]): (entry.get("width"), entry.get("height")) for entry in known["images"]}
         paths = {int(entry["id"]): folder / str(entry["file_name"]) for entry in known["images"]}
         super().__init__(
             [paths[number] for number in self.ids], [names[category] for category in sorted(names)], [file]
@@ -68,11 +77,15 @@ class _Coco(Objects):
             raise UserError(
                 f"dataset: {self.file}: annotation {annotation.get('id')} has the {what}, which is in no list."
             )
-        if not annotation.get("iscrowd"):
+        _, _, width, height = map(float, annotation["bbox"])
+        is_empty = width == 0 or height == 0  # COCO's own training images have one
+        if not annotation.get("iscrowd") and not is_empty:
             self.annotations[image].append(annotation)
 
     def target(self, index: int, size: tuple[int, int]) -> dict[str, Any]:
-        found = self.annotations[self.ids[index]]
+        found, told = self.annotations[self.ids[index]], self.sizes[self.ids[index]]
+        if all(told) and told != size:
+            raise UserError(f"it has {size[0]} x {size[1]} pixels; {self.file} says {told[0]} x {told[1]}")
         boxes = torch.tensor([list(map(float, one["bbox"])) for one in found]).reshape(-1, 4)
         target: dict[str, Any] = {
             "boxes": torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1),
@@ -102,7 +115,7 @@ def _mask_of(segmentation: Any, size: tuple[int, int]) -> Tensor:
 
 def _json_of(file: Path) -> Mapping[str, Any]:
     try:
-        known: Mapping[str, Any] = json.loads(file.read_text())
+        known = _parsed(file)
     except (OSError, ValueError) as error:
         raise UserError(f"dataset: {file} cannot be read: {first_line(error)}. {COCO_LAYOUT}") from error
     missing = [
@@ -115,34 +128,53 @@ def _json_of(file: Path) -> Mapping[str, Any]:
     return known
 
 
+def _parsed(file: Path) -> Any:
+    """What a file of JSON holds; kept for the next ones who ask, for as long as its size and times of change stay."""
+    place, found = file.resolve(), file.stat()
+    state = (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+    before, known = _PARSED.pop(place, ((), None))
+    if before != state:
+        known = json.loads(file.read_text(encoding="utf-8"))
+    if are_settled([state]):
+        _PARSED[place] = state, known
+    while len(_PARSED) > _PARSED_MAX:
+        _PARSED.popitem(last=False)
+    return known
+
+
 def coco(
     train: bool, root: str | None = None, train_annotations: str = "annotations/instances_train2017.json",
     train_images: str = "train2017", val_annotations: str = "annotations/instances_val2017.json",
     val_images: str = "val2017",
 ) -> Objects:  # fmt: skip
-    """Images with COCO's annotations: boxes, masks (polygons or run lengths), keypoints; crowds are left out.
+    """Images with COCO's annotations: boxes, masks (polygons or run lengths), keypoints; crowds and boxes without width
+    or height are left out.
 
     Paths are below ``root``. Classes are numbered by the order of their category ids. Raises ``UserError`` for files
-    that are not there, and annotations of unknown images or categories.
+    that are not there or of another form, and annotations of unknown images or categories.
     """
     if not root:
         raise UserError(f"dataset.root is not set: it is the folder of annotations and images. {COCO_LAYOUT}")
     base = Path(root).expanduser()
-    return _Coco(
-        base / (train_annotations if train else val_annotations), base / (train_images if train else val_images)
-    )
+    file, folder = base / (train_annotations if train else val_annotations), train_images if train else val_images
+    try:
+        return _Coco(file, base / folder)
+    except UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"dataset: {file} has an entry of another form ({type(error).__name__}: {error}); {COCO_ENTRIES}."
+        ) from error
 
 
 class _Yolo(Objects):
     def __init__(self, images: Sequence[Path], names: Sequence[str], keypoints: tuple[int, int] | None) -> None:
         self.labels, self.keypoints = [_labels_file(path) for path in images], keypoints
-        super().__init__(images, names, [path for path in self.labels if path.is_file()])
+        # A file of labels that is empty says the same as none.
+        super().__init__(images, names, [path for path in self.labels if path.is_file() and path.stat().st_size])
 
     def target(self, index: int, size: tuple[int, int]) -> dict[str, Any]:
-        file, rows = self.labels[index], list[list[float]]()
-        for number, line in enumerate(file.read_text().splitlines() if file.is_file() else (), start=1):
-            if line.strip():
-                rows.append(_numbers(line, file, number))
+        rows = _rows(self.labels[index], self.keypoints)
         labels = torch.tensor([int(row[0]) for row in rows], dtype=torch.int64)
         scale = torch.tensor([*size, *size], dtype=torch.float32)
         if self.keypoints is None and any(len(row) > 5 for row in rows):
@@ -151,24 +183,33 @@ class _Yolo(Objects):
         corners = torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], dim=1) * scale
         target: dict[str, Any] = {"boxes": corners, "labels": labels}
         if self.keypoints is not None:
-            count, dims = self.keypoints
-            wrong = next((row for row in rows if len(row) != 5 + count * dims), None)
-            if wrong is not None:
-                raise UserError(f"{file} has a row of {len(wrong)} numbers; kpt_shape says {5 + count * dims}")
-            points = torch.tensor([row[5:] for row in rows]).reshape(-1, count, dims)
+            points = torch.tensor([row[5:] for row in rows]).reshape(-1, *self.keypoints)
             target["keypoints"] = torch.cat([points[..., :2] * scale[:2], points[..., 2:]], dim=-1)
         return target
 
 
-def _numbers(line: str, file: Path, number: int) -> list[float]:
+def _rows(file: Path, keypoints: tuple[int, int] | None) -> list[tuple[float, ...]]:
+    """The rows of a file of labels, each once; none where there is no file."""
+    lines = file.read_text(encoding="utf-8-sig").splitlines() if file.is_file() else []
+    rows = {number: _numbers(line, file, number) for number, line in enumerate(lines, start=1) if line.strip()}
+    has_outlines = keypoints is None and any(len(row) > 5 for row in rows.values())
+    for number, row in rows.items():
+        if keypoints is not None and len(row) != 5 + keypoints[0] * keypoints[1]:
+            expected = f"kpt_shape={list(keypoints)} says {5 + keypoints[0] * keypoints[1]}"
+            raise UserError(f"{file}, line {number}: a row of {len(row)} numbers; {expected}")
+        if has_outlines and (len(row) < 7 or len(row) % 2 == 0):
+            expected = "expected an outline of three points or more, as other rows of the file have one"
+            raise UserError(f"{file}, line {number}: a row of {len(row)} numbers; {expected}")
+    return list(dict.fromkeys(rows.values()))
+
+
+def _numbers(line: str, file: Path, number: int) -> tuple[float, ...]:
     try:
-        row = [float(part) for part in line.split()]
+        row = tuple(float(part) for part in line.split())
     except ValueError as error:
-        raise UserError(f"{file}, line {number}: {first_line(error)}") from error
-    if len(row) < 5 or row[0] != int(row[0]):
-        raise UserError(
-            f"{file}, line {number}: {line!r}; expected CLASS X Y WIDTH HEIGHT, as parts of the image's sides"
-        )
+        raise UserError(f"{file}, line {number}: {first_line(error)}; {YOLO_ROWS}") from error
+    if len(row) < 5 or not row[0].is_integer():
+        raise UserError(f"{file}, line {number}: {line!r}; {YOLO_ROWS}")
     return row
 
 
@@ -195,54 +236,15 @@ def yolo_folder(train: bool, root: str | None = None) -> Objects:
     ``val``, ``names`` and, for poses, ``kpt_shape``; labels are in ``labels/*.txt`` beside ``images/*``.
 
     A row of labels is CLASS X Y WIDTH HEIGHT (centre; as parts of the image's sides), then keypoints; or CLASS and an
-    outline. An image without a file of labels has no objects. Raises ``UserError`` where something is missing.
+    outline. A row that is there twice counts once. An image without a file of labels, or with an empty one, has no
+    objects. Raises ``UserError`` where something is missing or of another form.
     """
-    if not root:
-        raise UserError(f"dataset.root is not set. {YOLO_LAYOUT}")
-    place = Path(root).expanduser()
-    file = place / "data.yaml" if place.is_dir() else place
-    try:
-        known = yaml.safe_load(file.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"dataset: {file} cannot be read: {first_line(error)}. {YOLO_LAYOUT}") from error
-    split = (
-        "train"
-        if train
-        else next((name for name in ("val", "test") if isinstance(known, dict) and known.get(name)), "val")
-    )
-    if not isinstance(known, dict) or not known.get(split) or not known.get("names"):
-        raise UserError(f"dataset: {file} does not say where {split} is, or has no names. {YOLO_LAYOUT}")
-    named = known["names"]
-    names = [str(named[key]) for key in sorted(named)] if isinstance(named, dict) else [str(name) for name in named]
-    base = Path(known.get("path") or "")
-    base = base if base.is_absolute() else file.parent / base
-    base = base if base.is_dir() else file.parent  # a path of the machine where the file was written
-    images = _images(known[split], base, file)
-    shape = known.get("kpt_shape")
-    dataset = _Yolo(images, names, (int(shape[0]), int(shape[1])) if shape else None)
+    known = read_data_yaml(train, root)
+    dataset = _Yolo(known.images, known.names, known.keypoints)
+    kind = "training" if train else "test"
     if not any(path.is_file() for path in dataset.labels):
         raise UserError(
-            f"dataset: none of the {len(images)} images of {split} has a file of labels, such as {dataset.labels[0]}. "
-            f"{YOLO_LAYOUT}"
+            f"dataset: {known.file}: none of the {len(known.images)} {kind} images has a file of labels, such as "
+            f"{dataset.labels[0]}. {YOLO_LAYOUT}"
         )
     return dataset
-
-
-def _images(places: Any, base: Path, file: Path) -> list[Path]:
-    """The pictures in folders, or that lists in text files name."""
-    found, missing = list[Path](), list[str]()
-    for place in [places] if isinstance(places, str) else list(places):
-        path = base / place
-        if not path.exists() and place.startswith("../"):  # as Roboflow writes them
-            path = base / place.removeprefix("../")
-        if path.is_dir():
-            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES)
-        elif path.is_file():
-            found += [path.parent / line.strip() for line in path.read_text().splitlines() if line.strip()]
-        else:
-            missing.append(str(path))
-    if missing or not found:
-        raise UserError(
-            f"dataset: {file}: {few(missing) or base} {'are not there' if missing else 'holds no pictures'}."
-        )
-    return found

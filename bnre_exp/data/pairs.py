@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -33,8 +33,12 @@ class FilePairs(Dataset[Any]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
-        image, target = self.samples[index]
-        return open_picture(image), self.open_target(target)
+        path, target = self.samples[index]
+        image = open_picture(path)
+        try:
+            return image, self.open_target(target)
+        except OSError as error:
+            raise UserError(f"dataset: {target} cannot be read: {error}. Repair or remove the file.") from error
 
 
 def _pairs(root: str | None, train: bool, first: str, second: str) -> list[tuple[Path, Path]]:
@@ -67,13 +71,13 @@ def _by_name(folder: Path, layout: str) -> dict[str, Path]:
 
 def open_mask(path: Path) -> Tensor:
     """The class of each pixel ``[H, W]``, uint8: the file's own numbers, into its palette, or as gray levels."""
-    with Image.open(path) as image:
-        if image.mode not in ("1", "L", "P"):
-            raise UserError(
-                f"dataset: the mask {path} is a picture of mode {image.mode}; expected one class a pixel, as 8-bit "
-                "gray levels (L) or a palette (P)."
-            )
-        return torch.from_numpy(np.array(image).astype(np.uint8))
+    image = open_picture(path)
+    if image.mode not in ("1", "L", "P"):
+        raise UserError(
+            f"dataset: the mask {path} is a picture of mode {image.mode}; expected one class a pixel, as 8-bit gray "
+            "levels (L) or a palette (P)."
+        )
+    return torch.from_numpy(np.array(ImageOps.exif_transpose(image)).astype(np.uint8))
 
 
 def image_masks(train: bool, root: str | None = None, classes: Sequence[str] = ()) -> FilePairs:
@@ -92,6 +96,7 @@ VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
+VOC_YEARS = ("2007", "2008", "2009", "2010", "2011", "2012")
 
 
 class _Voc(Dataset[Any]):
@@ -116,7 +121,7 @@ class _Voc(Dataset[Any]):
 
 
 def voc(
-    train: bool, root: str | None = None, targets: str = "objects", year: str = "2012", difficult: bool = False
+    train: bool, root: str | None = None, targets: str = "objects", year: str | int = "2012", difficult: bool = False
 ) -> Dataset[Any]:
     """Pascal VOC, as torchvision's files in ``root``, else downloaded: boxes of 20 classes, or masks (0: background;
     255 does not count). The test split is VOC's ``val``. difficult: take objects that are marked as difficult, too."""
@@ -125,7 +130,16 @@ def voc(
     kind = {"objects": torchvision.datasets.VOCDetection, "mask": torchvision.datasets.VOCSegmentation}.get(targets)
     if kind is None:
         raise UserError(f"dataset voc has boxes and masks, for detection and segmentation; the task takes {targets!r}.")
-    source = download(lambda: kind(folder, year=year, image_set=split, download=True), "voc", folder, how)
+    if str(year) not in VOC_YEARS:
+        raise UserError(f"dataset voc: year={year}; expected one of {', '.join(VOC_YEARS)}.")
+
+    def build() -> Any:
+        try:
+            return kind(folder, year=str(year), image_set=split)
+        except RuntimeError:  # it is not there
+            return kind(folder, year=str(year), image_set=split, download=True)
+
+    source = download(build, "voc", folder, how)
     if targets == "objects":
         return _Voc(source, difficult)
     pairs = [(Path(image), Path(mask)) for image, mask in zip(source.images, source.masks)]

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import default_collate
 from torchvision import tv_tensors
 
 from bnre_exp.data.preprocess import to_uint8
-from bnre_exp.errors import UserError
+from bnre_exp.errors import UserError, first_line
 
 Sample = dict[str, Any]
 IGNORED = 255  # of a mask: a pixel that does not count
@@ -64,27 +64,28 @@ def read_sample(item: Any, kind: TargetKind, num_classes: int | None) -> Sample:
 
 
 def _tensor(value: Any, what: str) -> Tensor:
-    """A tensor, array, PIL image, or nested list of numbers, as a plain tensor."""
+    """A tensor, array, PIL image (turned as its EXIF data say), or nested list of numbers, as a plain tensor."""
     if isinstance(value, Image.Image):
-        value = np.array(value)
+        value = np.array(ImageOps.exif_transpose(value))
     try:
         found = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"its {what} is a {type(value).__name__}; expected numbers") from error
+        raise UserError(f"the type of its {what} is {type(value).__name__}; expected numbers") from error
     return found.as_subclass(Tensor)
 
 
-def _integers(value: Any, what: str) -> Tensor:
+def _integers(value: Any, what: str, or_bool: bool = False) -> Tensor:
     found = _tensor(value, what)
-    if found.numel() and (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool):
-        raise UserError(f"its {what} are {found.dtype}; expected integers")
+    is_wrong = found.is_floating_point() or found.is_complex() or (found.dtype == torch.bool and not or_bool)
+    if found.numel() and is_wrong:
+        raise UserError(f"the type of its {what} is {found.dtype}; expected integers")
     return found.to(torch.int64)
 
 
 def _read_mask(value: Any, size: tuple[int, int]) -> Sample:
     if isinstance(value, Image.Image) and value.mode not in ("1", "L", "P", "I", "I;16"):
         raise UserError(f"its mask is a picture of mode {value.mode}; expected one class a pixel: mode L or P")
-    mask = _integers(value, "mask")
+    mask = _integers(value, "mask", or_bool=True)
     mask = mask.squeeze(0) if mask.ndim == 3 and len(mask) == 1 else mask
     if tuple(mask.shape) != size:
         raise UserError(f"its mask is {list(mask.shape)}; expected {list(size)}, as the image")
@@ -103,45 +104,62 @@ def _collate_masks(samples: Sequence[Sample]) -> Tensor:
 
 
 def _read_picture(value: Any, size: tuple[int, int]) -> Sample:
-    return {"target": tv_tensors.Image(to_uint8(value))}
+    try:
+        return {"target": tv_tensors.Image(to_uint8(value))}
+    except UserError as error:
+        raise UserError(f"its target: {str(error).removeprefix('dataset: ')}") from error
+
+
+def _stacked(parts: Sequence[Tensor], what: str) -> Tensor:
+    """The targets of a batch as one tensor. Raises ``UserError`` where they are of several shapes."""
+    shapes = [list(shape) for shape in dict.fromkeys(part.shape for part in parts)]
+    if len(shapes) > 1:
+        raise UserError(f"dataset: the {what} of a batch are {shapes[0]} and {shapes[1]}; expected one shape for all.")
+    return torch.stack(list(parts))
 
 
 def _collate_pictures(samples: Sequence[Sample]) -> Tensor:
-    return torch.stack([sample["target"].as_subclass(Tensor) for sample in samples]).float() / 255
+    return _stacked([sample["target"].as_subclass(Tensor) for sample in samples], "target images").float() / 255
 
 
-def _points(value: Any, what: str, shape: str, ndim: int) -> tuple[Tensor, Tensor]:
-    """Coordinates ``[..., 2]`` [pixels] of points, and whether they are seen ``[...]``; from ``[..., 2 or 3]``."""
-    found = _tensor(value, what).to(torch.float32)
-    if found.ndim != ndim or found.shape[-1] not in (2, 3) or not found.isfinite().all():
-        raise UserError(f"its {what} are {list(found.shape)}; expected {shape}: x, y [pixels] and whether it is seen")
-    seen = found[..., 2] > 0 if found.shape[-1] == 3 else torch.ones(found.shape[:-1], dtype=torch.bool)
-    return found[..., :2], seen
-
-
-def _read_keypoints(value: Any, size: tuple[int, int]) -> Sample:
-    points, seen = _points(value, "keypoints", "[K, 2] or [K, 3]", 2)
+def _points(value: Any, shape: str, ndim: int, size: tuple[int, int]) -> Sample:
+    """Points ``[..., 2 or 3]`` of an image of a height and width, as entries of a sample: coordinates ``[..., 2]``
+    [pixels], and whether they are seen ``[...]``."""
+    found = _tensor(value, "keypoints").to(torch.float32)
+    if found.ndim != ndim or found.shape[-1] not in (2, 3):
+        raise UserError(f"its keypoints are {list(found.shape)}; expected {shape}: x, y [pixels], whether it is seen")
+    if not found.isfinite().all():
+        raise UserError("its keypoints are not all finite; expected any numbers for those that are not seen, such as 0")
+    points, seen = found[..., :2], torch.ones(found.shape[:-1], dtype=torch.bool)
+    seen = _inside(points, size) & (found[..., 2] > 0 if found.shape[-1] == 3 else seen)
     return {"keypoints": tv_tensors.KeyPoints(points, canvas_size=size), "seen": seen}
 
 
+def _inside(points: Tensor, size: Sequence[int]) -> Tensor:
+    return ((points >= 0) & (points < torch.tensor([size[1], size[0]]))).all(-1)
+
+
+def _read_keypoints(value: Any, size: tuple[int, int]) -> Sample:
+    return _points(value, "[K, 2] or [K, 3]", 2, size)
+
+
 def _keypoints(sample: Sample) -> Tensor:
-    points, seen = sample["keypoints"].as_subclass(Tensor), sample["seen"]
-    high = torch.tensor(sample["image"].shape[:-3:-1])  # width, height
-    seen = seen & ((points >= 0) & (points < high)).all(-1)
+    points = sample["keypoints"].as_subclass(Tensor)
+    seen = sample["seen"] & _inside(points, sample["image"].shape[-2:])
     return torch.cat([points, seen.unsqueeze(-1)], dim=-1)
 
 
 def _collate_keypoints(samples: Sequence[Sample]) -> Tensor:
-    return torch.stack([_keypoints(sample) for sample in samples])
+    return _stacked([_keypoints(sample) for sample in samples], "keypoints")
 
 
 def _read_objects(value: Any, size: tuple[int, int]) -> Sample:
     if not isinstance(value, Mapping) or not {"boxes", "labels"} <= set(value):
         raise UserError(f"its target is a {type(value).__name__} without boxes and labels; expected a dict of them")
-    boxes, labels = (
-        _tensor(value["boxes"], "boxes").to(torch.float32).reshape(-1, 4),
-        _integers(value["labels"], "labels"),
-    )
+    boxes, labels = _tensor(value["boxes"], "boxes").to(torch.float32), _integers(value["labels"], "labels")
+    boxes = boxes if boxes.numel() else boxes.new_zeros(0, 4)
+    if boxes.ndim != 2 or boxes.shape[1] != 4:
+        raise UserError(f"its boxes are {list(boxes.shape)}; expected [n, 4]: x1, y1, x2, y2 in pixels")
     if labels.shape != boxes.shape[:1]:
         raise UserError(f"it has {len(boxes)} boxes with labels {list(labels.shape)}; expected one a box")
     check_boxes(boxes, size)
@@ -150,13 +168,20 @@ def _read_objects(value: Any, size: tuple[int, int]) -> Sample:
         "labels": labels,
     }
     if value.get("masks") is not None:
-        masks = _tensor(value["masks"], "masks").to(torch.uint8).reshape(-1, *size)
-        if len(masks) != len(boxes):
-            raise UserError(f"it has {len(boxes)} boxes and {len(masks)} masks; expected one a box")
-        sample["masks"] = tv_tensors.Mask(masks)
+        masks = _integers(value["masks"], "masks", or_bool=True)
+        masks = masks if masks.numel() else masks.new_zeros(0, *size)
+        if masks.shape != (len(boxes), *size):
+            expected = f"expected {[len(boxes), *size]}: one a box, as large as the image"
+            raise UserError(f"its masks are {list(masks.shape)}; {expected}")
+        sample["masks"] = tv_tensors.Mask((masks != 0).to(torch.uint8))
     if value.get("keypoints") is not None:
-        points, seen = _points(value["keypoints"], "keypoints", "[objects, K, 2 or 3]", 3)
-        sample.update(keypoints=tv_tensors.KeyPoints(points, canvas_size=size), seen=seen)
+        points = _tensor(value["keypoints"], "keypoints")
+        if points.shape[:1] != boxes.shape[:1]:
+            raise UserError(
+                f"it has {len(boxes)} boxes and keypoints {list(points.shape)}; expected [boxes, K, 2 or 3]"
+            )
+        if len(boxes):
+            sample.update(_points(points, "[boxes, K, 2 or 3]", 3, size))
     return sample
 
 
@@ -177,7 +202,8 @@ def check_boxes(boxes: Tensor, size: tuple[int, int]) -> None:
 def _collate_objects(samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
     found = []
     for sample in samples:
-        target = {"boxes": sample["boxes"].as_subclass(Tensor), "labels": sample["labels"]}
+        # Copies: a network may change its targets, and samples that are kept in memory must stay as they are.
+        target = {"boxes": sample["boxes"].as_subclass(Tensor).clone(), "labels": sample["labels"].clone()}
         if "masks" in sample:
             target["masks"] = sample["masks"].as_subclass(Tensor).bool()
         if "keypoints" in sample:
@@ -189,9 +215,10 @@ def _collate_objects(samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
 def _collate_anything(samples: Sequence[Sample]) -> Any:
     try:
         return default_collate([sample["value"] for sample in samples])
-    except (TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"dataset: the targets of a batch cannot be put together: {error}. Return numbers, or tensors of one shape."
+            f"dataset: the targets of a batch cannot be put together: {first_line(error).rstrip('.')}. Return numbers, "
+            "or tensors of one shape."
         ) from error
 
 

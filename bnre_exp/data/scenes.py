@@ -34,7 +34,8 @@ class Scenes(Dataset[Any]):
         return self.count
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
-        generator = torch.Generator().manual_seed(self.seed * 2**32 + index)
+        number = range(self.count)[index]
+        generator = torch.Generator().manual_seed(self.seed * 2**32 + number)
         clean, objects = self._placed(generator)
         noise = self.noise * torch.randn(clean.shape, generator=generator)
         image = _as_bytes(clean + noise)

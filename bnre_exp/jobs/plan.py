@@ -24,10 +24,10 @@ from bnre_exp.jobs.stages.table import STAGES, stages_of
 from bnre_exp.targets import resolve_target
 
 # What every stage computes with: versions of these, and the code of seeds and batches.
-LIBRARIES = ("torch", "torchvision", "numpy", "pillow")
+LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "torchmetrics", "pycocotools")
 DATA_CODE = (
     "digests", "data.spec", "data.loaders", "data.splits", "data.reading", "data.batches", "data.items", "data.listed",
-    "data.samples", "data.geometry", "data.preprocess", "data.pictures",
+    "data.samples", "data.geometry", "data.preprocess", "data.pictures", "data.datasets", "data.pairs",
 )  # fmt: skip
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,8 @@ def _origin(setting: Setting) -> dict[str, Any]:
     config, module = setting.config, setting.built.module
     hidden = {name: buffer for name, buffer in hidden_buffers(module).items() if buffer.numel()}
     classes = {type(part).__module__ for part in module.modules()}
-    ours = [name.removeprefix(f"{PACKAGE}.") for name in classes if name.startswith(f"{PACKAGE}.")]
+    loads = getattr(resolve_target(config.dataset._target_, "dataset._target_"), "__module__", None) or ""
+    ours = [name.removeprefix(f"{PACKAGE}.") for name in {*classes, loads} if name.startswith(f"{PACKAGE}.")]
     return {
         "model": [config.model._target_, config.model.name, flatten(config.model.kwargs)],
         "network": tensors_digest({**module.state_dict(), **hidden}),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 from rich.console import Console
 
 from bnre_exp.algorithms.bn_statistics import has_running_statistics
+from bnre_exp.algorithms.feeding import to_device
 from bnre_exp.algorithms.speed import check_compiler
 from bnre_exp.config import Config, Device, MemoryFormat
 from bnre_exp.data.classes import count_classes
@@ -21,6 +24,7 @@ from bnre_exp.errors import UserError
 from bnre_exp.jobs.plan import Planned, plan
 from bnre_exp.jobs.reporting import Job, Results, log_inputs
 from bnre_exp.jobs.stages.export import check_export
+from bnre_exp.jobs.stages.fp32 import epochs_of
 from bnre_exp.jobs.stages.network import check_storable
 from bnre_exp.jobs.stages.setting import Setting, seed
 from bnre_exp.jobs.stages.simulation import modes, scheme
@@ -33,11 +37,12 @@ from bnre_exp.quantsim.sim import sim_report
 from bnre_exp.quantsim.tracing.functional import callers_of_batch_norm
 from bnre_exp.report.console import ConsoleProgress
 from bnre_exp.report.summary import Summary
-from bnre_exp.targets import resolve_target
+from bnre_exp.targets import resolve_target, what_failed
 from bnre_exp.tasks.build import build_task
 from bnre_exp.tracking import RunLog
 
 DEFAULT_THREADS = torch.get_num_threads()  # of the process, before a job changes it
+TRIED = 8  # images, before anything is trained
 
 
 def prepare(
@@ -72,7 +77,8 @@ def prepare(
         check_compiler(device.type)
     _check(setting)
     summary = Summary(name, task.headline.label)
-    job, planned = Job(config, run_dir, log, console, store, setting, Results({}, summary)), plan(setting)
+    results = Results({}, summary, setting.evaluations)
+    job, planned = Job(config, run_dir, log, console, store, setting, results), plan(setting)
     _check_before_training(job, planned)
     log_inputs(job)
     job.exceptions("note", [stage.off for stage in STAGES if stage.off and not stage.is_on(config)])
@@ -158,6 +164,7 @@ def _check_before_training(job: Job, stages: list[Planned]) -> None:
     setting, model = job.setting, job.config.model
     if known["export"] or (known["fp32"] and known.get("qat", True)):
         return
+    _try_task(setting)
     quick = replace(scheme(job.config), weight_range="minmax")  # ranges do not matter here
     how: dict[str, Any] = {
         "leaf_modules": model.leaf_modules,
@@ -169,6 +176,30 @@ def _check_before_training(job: Job, stages: list[Planned]) -> None:
         raise UserError("reest: no batch norm of the simulation has running statistics to re-estimate; set reest=off.")
     setting.trial = sim_report(sim)
     check_export(sim, job.config.export, setting.loaders.example())
+
+
+def _try_task(setting: Setting) -> None:
+    """Measure a copy of the network, and take its training loss, on a few images. Raises ``UserError`` if network, task
+    and data do not fit."""
+    config, task, network = setting.config, setting.task, copy.deepcopy(setting.built.module)
+    inputs, targets = next(iter(setting.loaders.fresh("calibration")))
+    few = to_device((inputs[:TRIED], targets[:TRIED]), setting.device)
+    steps: dict[str, Callable[[], Any]] = {
+        "measuring": lambda: task.meter().update(task.feed(network.eval(), few), few)
+    }
+    if epochs_of(setting) or config.qat.epochs:
+        steps["training"] = lambda: task.loss(task.feed(network.train(), few), few)
+    for step, work in steps.items():
+        try:
+            with torch.no_grad():
+                work()
+        except UserError:
+            raise
+        except Exception as error:  # the user's network and task
+            raise UserError(
+                f"task: {step} fails on the first {len(inputs[:TRIED])} images: {what_failed(error)} "
+                f"Do the network ({type(network).__name__}), the task ({type(task).__name__}) and the data fit?"
+            ) from error
 
 
 def open_store(config: Config, since: float) -> Store:

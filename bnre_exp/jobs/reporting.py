@@ -18,7 +18,7 @@ from bnre_exp.jobs.store import Store
 from bnre_exp.report.layers import layers_markdown
 from bnre_exp.report.summary import RUN_FOLDER, StageResult, Summary, markdown, without_places
 from bnre_exp.tasks.classification import Classification
-from bnre_exp.tasks.task import Headline
+from bnre_exp.tasks.task import Evaluation, Headline
 from bnre_exp.tracking import RunLog
 from bnre_exp.tracking.links import compare_link, ui_address, ui_command
 
@@ -27,10 +27,12 @@ HEADLINE = "bnre.headline"  # tag of a run: by which metric its stages are compa
 
 @dataclass
 class Results:
-    """What a job measured. metrics: by MLflow name; summary: the table; folded: the checkpoint's folder."""
+    """What a job measured. metrics: by MLflow name; summary: the table; evaluations: of its rows, as metrics name them;
+    folded: the checkpoint's folder."""
 
     metrics: dict[str, float]
     summary: Summary
+    evaluations: Mapping[str, Evaluation]
     folded: Path | None = None
 
 

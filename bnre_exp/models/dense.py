@@ -58,7 +58,8 @@ def build_detector(name: str, num_classes: int, weights: str | None, kwargs: Map
     labels, classes = list(range(first, first + num_classes)), first + num_classes
     if entry is not None:  # of COCO: by its own numbers, some of which are no class
         categories = entry.meta["categories"]
-        labels = [place for place, known in enumerate(categories) if known not in ("__background__", "N/A")]
+        none = ("__background__", "no person", "N/A")
+        labels = [place for place, known in enumerate(categories) if known not in none]
         _check_count(name, len(labels), num_classes)
         classes = len(categories)
     module = _made(name, entry, classes, kwargs)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,20 +19,24 @@ from bnre_exp.errors import UserError
 from bnre_exp.quantsim.admission import admitted, inputs_of, refuse_kind
 from bnre_exp.quantsim.groups import find_groups
 from bnre_exp.quantsim.node_facts import record
-from bnre_exp.quantsim.parts import by_parts, check_scheme, leaves_of_part, scheme_of_part
+from bnre_exp.quantsim.part_rules import PartRules, leaves_of_parts
+from bnre_exp.quantsim.parts import by_parts, check_names
 from bnre_exp.quantsim.placement import ActivationPlacement, place_quantizers
 from bnre_exp.quantsim.quantizers.layout import layout_of
 from bnre_exp.quantsim.quantizers.quantizer import ActivationQuantizer, WeightQuantizer, narrow_quant_max
 from bnre_exp.quantsim.quantizers.ranges import fit_symmetric_scale
 from bnre_exp.quantsim.quantizers.scheme import QuantScheme
-from bnre_exp.quantsim.sim import CONTAINER, SimReport, graphs_of, sim_report
+from bnre_exp.quantsim.sim import CONTAINER, SimReport, graphs_of, names_of, sim_report
 from bnre_exp.quantsim.tracing.frozen import META
 from bnre_exp.quantsim.tracing.modes import counterparts
 from bnre_exp.quantsim.tracing.network import EVALUATION_ALONE, TracedNetwork
+from bnre_exp.quantsim.tracing.same_behaviour import Comparison
 from bnre_exp.quantsim.tracing.whole import BOTH, EVALUATION, SAME, Tracing, traced_again, traced_and_checked
 from bnre_exp.quantsim.wrappers import unwrapped
 
 logger = logging.getLogger(__name__)
+
+Trace = Callable[[nn.Module, Sequence[Tensor], Sequence[str]], Tracing]
 
 
 def quantize(
@@ -123,45 +129,70 @@ class _How:
 
     leaf_modules: Sequence[str]
     submodules: tuple[str, ...]
-    tracing: Callable[[str], Callable[[nn.Module, Sequence[Tensor], Sequence[str]], Tracing]]
+    tracing: Callable[[str], Trace]
 
 
 @torch.inference_mode(False)  # the simulation is trained later, of whatever mode its maker was in
 def _build(model: nn.Module, example_input: Any, scheme: QuantScheme, how: _How) -> Any:
     if not how.submodules:
-        return _build_graph(model, example_input, scheme, how.leaf_modules, how.tracing(""))
+        return _build_graph(model, example_input, lambda _: scheme, how.leaf_modules, how.tracing(""))
     model = unwrapped(model)
     refuse_kind(model, "quantize")
-    check_scheme(scheme, how.submodules)
-    lost = [
-        leaf for leaf in how.leaf_modules if not any(leaf in (n, type(m).__name__) for n, m in model.named_modules())
-    ]
-    if lost:
-        raise UserError(f"leaf_modules: the network has no module or class named {', '.join(lost)}.")
+    rules = PartRules(scheme, how.submodules)
+    check_names(model, how.submodules)
+    floats = {name: model.get_submodule(name) for name in how.submodules}
+    leaves = leaves_of_parts(how.leaf_modules, floats)
 
-    def build(name: str, part: nn.Module, tensors: tuple[Tensor, ...]) -> fx.GraphModule:
-        leaves = leaves_of_part(how.leaf_modules, name, part)
-        try:
-            return _build_graph(part, tensors, scheme_of_part(scheme, name, part), leaves, how.tracing(name))
-        except UserError as error:
-            raise UserError(f"submodules: {name}: {error}") from error
+    def build(name: str, part: nn.Module, calls: Sequence[tuple[Tensor, ...]]) -> fx.GraphModule:
+        with _in_part(name):
+            of_part = partial(rules.of_part, name)
+            return _build_graph(part, calls[0], of_part, leaves[name], _for_all(calls[1:], how.tracing(name)))
 
-    return by_parts(model, example_input, how.submodules, build)
+    for name, part in floats.items():
+        with _in_part(name):
+            admitted(part, leaves[name])
+    whole = by_parts(model, example_input, how.submodules, build)
+    rules.check_used()
+    return whole
+
+
+@contextmanager
+def _in_part(name: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"submodules: {name}: {error}") from error
+
+
+def _for_all(calls: Sequence[tuple[Tensor, ...]], trace: Trace) -> Trace:
+    """As ``trace``, which looks at one call of a part; its graph has to be right for inputs of other shapes, too."""
+
+    def tracing(model: nn.Module, inputs: Sequence[Tensor], leaf_modules: Sequence[str]) -> Tracing:
+        traced = trace(model, inputs, leaf_modules)
+        for others in calls:
+            comparison = Comparison(model, traced.network, others)
+            for training in (False, True) if traced.modes != EVALUATION else (False,):
+                comparison.check(training)
+        return traced
+
+    return tracing
 
 
 def _build_graph(
     model: nn.Module,
     example_input: Tensor | Sequence[Tensor],
-    scheme: QuantScheme,
+    scheme_of: Callable[[AbstractSet[str]], QuantScheme],
     leaf_modules: Sequence[str],
-    tracing: Callable[[nn.Module, Sequence[Tensor], Sequence[str]], Tracing],
+    tracing: Trace,
 ) -> fx.GraphModule:
+    """scheme_of: gives the scheme, for the names of all operations."""
     model, notes = admitted(model, leaf_modules)
     inputs = inputs_of(example_input)
     traced = tracing(model, inputs, leaf_modules)
     sim = traced.network
     notes += traced.notes
     record(sim, inputs)
+    scheme = scheme_of({name for node in sim.graph.nodes if node.meta.get("is_float") for name in names_of(node)})
     grouping = find_groups(sim)
     placement = place_quantizers(model, sim, grouping, scheme)
     _insert_activation_quantizers(sim, placement.activations, scheme)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
@@ -50,9 +50,11 @@ def list_layers(sim: nn.Module) -> tuple[LayerRow, ...]:
     is no simulation, or is folded.
     """
     if parts := parts_of(sim):
-        return tuple(
-            replace(row, name=named(part, row.name)) for part, network in parts.items() for row in list_layers(network)
-        )
+        return tuple(row for part, network in parts.items() for row in _rows(network, part))
+    return tuple(_rows(sim, ""))
+
+
+def _rows(sim: nn.Module, part: str) -> list[LayerRow]:
     report = sim_report(sim)
     if not isinstance(sim, fx.GraphModule):
         raise TypeError(f"expected a graph, got a {type(sim).__name__}")
@@ -74,15 +76,18 @@ def list_layers(sim: nn.Module) -> tuple[LayerRow, ...]:
         group = group_of.get(node)
         if group is None:
             bn = f"kept: {grouping.kept[str(node.target)]}" if is_bn(node) and node.target in grouping.kept else ""
-            rows.append(_row(node, node, bn, "", notes))
+            rows.append(_row(node, node, bn, "", notes, part))
         else:
-            bn = "" if group.bn is None else f"{group.bn.target} folded into {group.layer.target}"
-            activation = "" if group.activation is None else names_of(group.activation)[0]
-            rows.append(_row(group.layer, node, bn, activation, notes))
-    return tuple(rows)
+            into = named(part, str(group.layer.target))
+            bn = "" if group.bn is None else f"{named(part, str(group.bn.target))} folded into {into}"
+            activation = "" if group.activation is None else named(part, names_of(group.activation)[0])
+            rows.append(_row(group.layer, node, bn, activation, notes, part))
+    return rows
 
 
-def _row(node: fx.Node, output: fx.Node, bn: str, activation: str, notes: Mapping[str, list[str]]) -> LayerRow:
+def _row(
+    node: fx.Node, output: fx.Node, bn: str, activation: str, notes: Mapping[str, list[str]], part: str
+) -> LayerRow:
     name, module = names_of(node)[0], module_of(node)
     weight = getattr(getattr(module, "parametrizations", None), "weight", [None])[0]
     quantizer = next((q for q in map(module_of, output.users) if isinstance(q, ActivationQuantizer)), None)
@@ -92,9 +97,9 @@ def _row(node: fx.Node, output: fx.Node, bn: str, activation: str, notes: Mappin
     if quantizer is None and not reasons and node is output and is_preserving(output):
         reasons.append("moves or selects values")
     elif quantizer is None and not reasons and is_relu_like(following):
-        reasons.append(f"quantized after {names_of(following)[0]}")
+        reasons.append(f"quantized after {named(part, names_of(following)[0])}")
     return LayerRow(
-        name=name,
+        name=named(part, name),
         kind=_kind(node),
         weight_bits=weight.bits if has_weight else None,
         weight_scales=weight.scale.numel() if has_weight else None,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from bnre_exp.errors import UserError
+from bnre_exp.quantsim.part_rules import joined_scheme
 from bnre_exp.quantsim.parts import named, parts_of
 from bnre_exp.quantsim.quantizers.quantizer import ActivationQuantizer, WeightQuantizer
 from bnre_exp.quantsim.quantizers.scheme import QuantScheme
@@ -66,7 +67,7 @@ def _joined(parts: Mapping[str, SimReport]) -> SimReport:
     notes = tuple(f"{part}: {note}" for part, report in parts.items() for note in report.notes)
     found = {report.modes for report in parts.values()}
     modes = next((mode for mode in ("eval", "both") if mode in found), "same")
-    scheme = next(iter(parts.values())).scheme
+    scheme = joined_scheme({part: report.scheme for part, report in parts.items()})
     return SimReport(
         scheme, rows("unquantized"), names("unreached_bns"), notes, names("frozen_bns"), modes, dict(parts)
     )

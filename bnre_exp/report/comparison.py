@@ -155,12 +155,18 @@ def without_results(rows: Sequence[RunRow], stages: Mapping[str, str]) -> list[R
     return [row for row in rows if row.status != "FINISHED" and not measured & set(row.metrics)]
 
 
+def _titled(title: str, rows: Sequence[RunRow]) -> str:
+    """The title with what the columns show; where that is more than one metric, the headings say it."""
+    labels = list(dict.fromkeys(row.headline.label for row in rows))
+    return f"{title}: {labels[0]}" if len(labels) == 1 else title
+
+
 def comparison_table(title: str, rows: Sequence[RunRow], stages: Mapping[str, str], width: int = 120) -> Group:
     """The table for a console of ``width`` columns, the best of each headline metric bold, and below it the runs that
     did not finish, with their errors. Raises ``ValueError`` without runs."""
     if not rows:
         raise ValueError("There are no runs to compare.")
-    absent = without_results(rows, stages)
+    absent, title = without_results(rows, stages), _titled(title, rows)
     shown = [row for row in rows if row not in absent]
     parts: list[RenderableType] = [] if shown else [Text(title, style="bold")]
     if shown:
@@ -219,7 +225,7 @@ def comparison_markdown(title: str, rows: Sequence[RunRow], stages: Mapping[str,
     their errors. Raises ``ValueError`` without runs."""
     if not rows:
         raise ValueError("There are no runs to compare.")
-    absent = without_results(rows, stages)
+    absent, title = without_results(rows, stages), _titled(title, rows)
     shown = [row for row in rows if row not in absent]
     lines = [f"# {title}", "", *(_markdown_table(shown, stages) if shown else [])]
     ended = [row for row in rows if row in absent or row.error]

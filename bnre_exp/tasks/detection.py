@@ -70,24 +70,26 @@ class Detection:
 
     def _as_ours(self, image: Detections) -> Detections:
         """An image's detections with classes from 0; those of no class are gone."""
+        given = image["labels"]
         if self._labels is None:
-            return {**{name: image[name] for name in NEEDED}, "labels": image["labels"] - self._first}
-        classes = torch.full((max(int(image["labels"].max()) if len(image["labels"]) else 0, *self._labels) + 1,), -1)
-        classes[list(self._labels)] = torch.arange(len(self._labels))
-        found = classes.to(image["labels"].device)[image["labels"]]
+            found = given - self._first
+        else:
+            classes = torch.full((max(int(given.max()) if len(given) else 0, *self._labels) + 1,), -1)
+            classes[list(self._labels)] = torch.arange(len(self._labels))
+            found = classes.to(given.device)[given]
         return {name: (found if name == "labels" else image[name])[found >= 0] for name in NEEDED}
 
-    def _targets(self, batch: Any) -> list[dict[str, Tensor]]:
-        targets = labels_of(batch)
-        fits = isinstance(targets, (tuple, list)) and all(
-            isinstance(target, Mapping) and {"boxes", "labels"} <= set(target) for target in targets
-        )
-        if not fits or len(targets) != len(batch[0]):
+    def _targets(self, batch: Any) -> list[Mapping[str, Tensor]]:
+        targets = objects_of(batch)
+        labels = torch.cat([target["labels"] for target in targets])
+        low, high = torch.stack(labels.aminmax()).tolist() if len(labels) else (0, 0)
+        count = self.num_classes if self._labels is None else len(self._labels)
+        if low < 0 or (count is not None and high >= count):
             raise UserError(
-                f"The targets of a batch are {_kind_of(targets)}; detection expects a list of dicts with boxes and "
-                "labels, one an image."
+                f"The objects of a batch have classes from {low} to {high}; expected 0 to {(count or high + 1) - 1}. "
+                "Number them from 0, or give the network as many."
             )
-        return list(targets)
+        return targets
 
     def samples(self, batch: Any) -> int:
         return len(batch[0])
@@ -139,6 +141,20 @@ class Detection:
 
     def check_labels(self, ranges: Mapping[str, tuple[int, int]]) -> None:
         check_objects(ranges, self.num_classes)
+
+
+def objects_of(batch: Any) -> list[Mapping[str, Tensor]]:
+    """The targets of a batch, one an image. Raises ``UserError`` unless they are dicts with boxes and labels."""
+    targets = labels_of(batch)
+    fits = isinstance(targets, (tuple, list)) and all(
+        isinstance(target, Mapping) and {"boxes", "labels"} <= set(target) for target in targets
+    )
+    if not fits or len(targets) != len(batch[0]):
+        raise UserError(
+            f"The targets of a batch are {_kind_of(targets)}; detection expects a list of dicts with boxes and "
+            "labels, one an image."
+        )
+    return list(targets)
 
 
 def check_objects(ranges: Mapping[str, tuple[int, int]], num_classes: int | None) -> None:

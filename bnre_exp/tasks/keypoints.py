@@ -129,34 +129,34 @@ def _gaussians(points: Tensor, size: tuple[int, int] | torch.Size, sigma: float)
 
 def _peaks(heatmaps: Tensor) -> Tensor:
     """Where each heatmap ``[N, K, h, w]`` is highest, ``[N, K, 2]``, as parts of its sides; a quarter of a cell nearer
-    to the higher neighbour (Newell and others, 2016)."""
+    to the higher neighbour (Newell and others, 2016) where there are two."""
     height, width = heatmaps.shape[2:]
     best = heatmaps.flatten(2).argmax(2)
-    places = torch.stack([best % width, best // width], dim=-1).to(heatmaps)
-    around = F.pad(heatmaps, (1, 1, 1, 1), mode="replicate").flatten(2)
-    middle = (best // width + 1) * (width + 2) + best % width + 1
-    slopes = [around.gather(2, (middle + step)[..., None]) - around.gather(2, (middle - step)[..., None])
-              for step in (1, width + 2)]  # fmt: skip
-    places = places + 0.5 + 0.25 * torch.cat(slopes, dim=-1).sign()
-    return places / torch.tensor([width, height]).to(places)
+    sides, cells = torch.tensor([width, height]).to(best), torch.stack([best % width, best // width], dim=-1)
+    around = F.pad(heatmaps, (1, 1, 1, 1)).flatten(2)
+    middle = (cells[..., 1:] + 1) * (width + 2) + cells[..., :1] + 1
+    slopes = [around.gather(2, middle + step) - around.gather(2, middle - step) for step in (1, width + 2)]
+    has_both = (cells > 0) & (cells < sides - 1)
+    return (cells + 0.5 + 0.25 * torch.cat(slopes, dim=-1).sign() * has_both) / sides
 
 
 class _Meter:
     def __init__(self, task: Keypoints) -> None:
         self._task = task
         self._losses, self._predictions, self._scores = list[Tensor](), list[Tensor](), list[Tensor]()
-        self._right, self._seen, self._distances = 0, 0, 0.0
+        self._right, self._seen, self._distances, self._largest = 0, 0, 0.0, 0.0
 
     def update(self, output: Any, batch: Any) -> None:
         task = self._task
         _, points, seen = task.output_and_points(output, batch)
         found, sides = task.points(output, batch), _sides(batch).to(points)
         distances = (found * sides - points).norm(dim=2)
-        right = (distances <= task.threshold * self._reference(points, seen, sides)[:, None]) & seen
-        counts = seen.sum(1)
+        reference, counts = self._reference(points, seen, sides), seen.sum(1)
+        right = (distances <= task.threshold * reference[:, None]) & seen
+        self._largest = max(self._largest, float(reference.amax()))
         self._right, self._seen = self._right + int(right.sum()), self._seen + int(counts.sum())
         self._distances += float(distances[seen].double().sum())
-        self._losses.append(task.loss(output, batch).double() * len(points))
+        self._losses.append(task.loss(output, batch).double() * counts.sum())
         self._scores.append(torch.where(counts > 0, right.sum(1) / counts.clamp(min=1), 1.0).float().cpu())
         self._predictions.append(found.float().cpu())
 
@@ -173,6 +173,11 @@ class _Meter:
         scores = torch.cat(self._scores) if self._scores else torch.zeros(0)
         if not self._seen:
             raise UserError("evaluate: the batches hold no keypoint that is seen.")
+        if self._largest <= 0:
+            raise UserError(
+                "evaluate: no image has two keypoints in different places, so that there is no box to measure by; set "
+                "reference=image."
+            )
         metrics = {"pck": self._right / self._seen, "distance": self._distances / self._seen}
-        metrics["loss"] = float(torch.stack(self._losses).sum()) / len(scores)
+        metrics["loss"] = float(torch.stack(self._losses).sum()) / self._seen
         return Evaluation(metrics, PCK, len(scores), torch.cat(self._predictions), scores)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,6 +80,16 @@ class Regression(PairTask):
         if given is None or not given.ndim or len(given) != samples or not given.is_floating_point():
             got = "nothing of tensor type" if given is None else f"{given.dtype} {list(given.shape)}"
             raise UserError(f"model: the network gives {got}; regression expects numbers [{samples}, ...].")
+        self.check_metric(list(given.shape))
+
+    def check_metric(self, shape: Sequence[int]) -> None:
+        """Raise ``UserError`` where outputs of a shape have no such metric."""
+        name = self.headline.name
+        if (name != "mae" and len(shape) != 4) or (name == "ssim" and min(shape[2:]) < SMALLEST_SIDE):
+            raise UserError(
+                f"task: metric={name}, but the network gives {list(shape)}: PSNR is that of images [N, C, H, W], SSIM "
+                f"of such of at least {SMALLEST_SIDE} pixels a side. Set metric=mae."
+            )
 
     def check_labels(self, ranges: Mapping[str, tuple[int, int]]) -> None:
         """Any number is a target."""
@@ -102,12 +112,7 @@ class _Meter:
         headline = self._task.headline
         if len({tuple(p.shape[1:]) for p in self._predictions}) > 1:
             raise UserError("evaluate: outputs of several sizes; regression is measured on samples of one size.")
-        if headline.name not in self._values:
-            shape = list(self._predictions[0].shape)
-            raise UserError(
-                f"task: metric={headline.name}, but the network gives {shape}: PSNR is that of images [N, C, H, W], "
-                f"SSIM of such of at least {SMALLEST_SIDE} pixels a side. Set metric=mae."
-            )
+        self._task.check_metric(self._predictions[0].shape)
         values = {name: torch.cat(found) for name, found in self._values.items()}
         count = len(values[headline.name])
         if not count:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from bnre_exp.errors import UserError
 from bnre_exp.tasks.boxes import agreement, image_score, packed
-from bnre_exp.tasks.detection import check_objects
+from bnre_exp.tasks.detection import check_objects, objects_of
 from bnre_exp.tasks.task import Evaluation, Headline, first_tensor
 
 KINDS = {  # by the task that a network is of: its headline, and the names of their results
@@ -26,7 +28,8 @@ KINDS = {  # by the task that a network is of: its headline, and the names of th
         {"pose_map": "metrics/mAP50-95(P)", "pose_map_50": "metrics/mAP50(P)", "map": "metrics/mAP50-95(B)"},
     ),
 }
-LARGEST_SIDE = 4  # masks are measured at a fourth of the images' sides, as theirs are
+PER_CELL = 4  # pixels: masks are measured at a fourth of the images' sides, as theirs are
+NEEDED = ("img", "cls", "bboxes", "batch_idx")  # of a batch of their loaders
 
 
 class Ultralytics:
@@ -37,32 +40,35 @@ class Ultralytics:
     those of Ultralytics' own loaders, a dict with ``img``, ``cls``, ``bboxes`` and ``batch_idx``.
 
     model: the network in floating point, whose head tells what it is for; in a job it is given by the runner. The loss
-    is the network's own criterion, its parts added, a mean over images. Metrics are those of Ultralytics' validator:
-    ``map`` over intersections over union of 0.5 to 0.95, ``map_50``; of masks and poses ``mask_map``, ``pose_map``.
-    Without ``model`` in a job, ``begin`` takes it. num_classes: labels are below it.
+    is the network's own criterion, its parts added, a mean over images. YOLOv10 and YOLO26 have two heads, whose losses
+    it adds, weighed 0.8 and 0.2. Ultralytics' trainer calls its ``update`` each epoch, which moves these to 0.1 and
+    0.9; here they stay, since a task knows no epochs. The second head gives no gradient to the rest, so that this only
+    scales learning rates; it matters where the second is what evaluates (``model.end2end``).
+
+    Metrics are those of Ultralytics' validator: ``map`` over intersections over union of 0.5 to 0.95, ``map_50``; of
+    masks and poses ``mask_map``, ``pose_map``. Without ``model`` in a job, ``begin`` takes it. num_classes: labels are
+    below it.
     """
 
     targets = "objects"
 
     def __init__(self, model: nn.Module | None = None, num_classes: int | None = None) -> None:
         self.num_classes, self.headline = num_classes, KINDS["detect"][0]
-        self.kind, self._model, self._criterion = "detect", nn.Module(), None
+        self.kind, self._model, self._criteria = "detect", cast(Any, None), dict[torch.device, Any]()
         if model is not None:
             self.begin(model)
 
     def begin(self, model: nn.Module) -> None:
         """Take the network in floating point, whose criterion is that of its simulations. Raises ``UserError`` for a
         network that is none of Ultralytics', or of another task."""
-        head = getattr(model, "model", [None])[-1]  # type: ignore[index]
-        if not hasattr(model, "init_criterion") or not hasattr(head, "nc"):
+        if not hasattr(model, "init_criterion") or not isinstance(getattr(model, "model", None), nn.Sequential):
             raise UserError(
                 f"task: a {type(model).__name__} is no network of Ultralytics; this task takes their detectors "
                 "(model=ultralytics, or YOLO(...).model). For others there is task=detection."
             )
         self.kind = _kind_of(model)
         self.headline = KINDS[self.kind][0]
-        self._model, self._criterion = model, None
-        model.args = _settings(getattr(model, "args", None), self.kind)  # type: ignore[assignment]
+        self._model, self._criteria = model, {}
 
     def feed(self, model: nn.Module, batch: Any) -> Any:
         return model(_images(batch))
@@ -73,17 +79,36 @@ class Ultralytics:
     def loss(self, output: Any, batch: Any, label_smoothing: float = 0.0) -> Tensor:
         if label_smoothing:
             raise UserError(f"task: label_smoothing={label_smoothing}, but detection has no labels to smooth; set 0.")
-        found = first_tensor(output)
-        if self._criterion is None and found is not None:
-            state = next(self._model.parameters()).device
-            self._model.to(found.device)
-            self._criterion = self._model.init_criterion()  # type: ignore[operator]
-            self._model.to(state)
-        if self._criterion is None:
-            raise UserError("task: the network returns no tensors.")
-        parts, _ = self._criterion(output, theirs(batch, self.kind))
+        criterion = self._criterion(self.compared(output).device)
+        parts, _ = criterion(output, self.theirs(batch))
         loss: Tensor = parts.sum() / self.samples(batch)
         return loss
+
+    def _criterion(self, device: torch.device) -> Any:
+        """The network's criterion on a device; made from a copy, since its settings are not the network's own."""
+        if device not in self._criteria:
+            model = self._network()
+            home, likeness = next(model.parameters()).device, copy.copy(model)
+            likeness.args = _settings(getattr(model, "args", None), self.kind)
+            model.to(device)  # whose tensors the copy shares
+            self._criteria[device] = likeness.init_criterion()
+            model.to(home)
+        return self._criteria[device]
+
+    def theirs(self, batch: Any) -> dict[str, Any]:
+        """A batch as the network's criterion and validator take it."""
+        return theirs(batch, self.kind, self._keypoint_shape()[0])
+
+    def _keypoint_shape(self) -> list[int]:
+        """How many keypoints an object has, and how many numbers each: x, y and perhaps whether it is seen."""
+        return list(getattr(self._network().model[-1], "kpt_shape", (0, 3)))
+
+    def _network(self) -> Any:
+        if self._model is None:
+            raise UserError(
+                "task: Ultralytics needs the network in floating point: Ultralytics(model), or begin(model)."
+            )
+        return self._model
 
     def meter(self) -> _Meter:
         return _Meter(self)
@@ -117,13 +142,14 @@ class Ultralytics:
             validator = kinds[self.kind](save_dir=Path(folder), args=settings)
         made: Any = validator
         made.device = device
-        made.data = {"val": "", "kpt_shape": list(getattr(self._model.model[-1], "kpt_shape", (0, 3)))}  # type: ignore[index]
-        made.init_metrics(self._model)
+        made.data = {"val": "", "kpt_shape": self._keypoint_shape()}
+        known = self._network()
+        made.init_metrics(SimpleNamespace(names=known.names, end2end=getattr(known, "end2end", False)))
         return made
 
 
 def _kind_of(model: Any) -> str:
-    kinds = {"Segment": "segment", "Pose": "pose", "OBB": "obb", "Classify": "classify", "RTDETRDecoder": "rtdetr"}
+    kinds = {"Segment": "segment", "Pose": "pose", "OBB": "obb", "Classify": "classify", "ClassLogits": "classify"}
     names = [kind.__name__ for kind in type(model.model[-1]).__mro__]
     kind = next((kinds[name] for name in names if name in kinds), "detect")
     if kind not in KINDS or "Detect" not in names:
@@ -138,9 +164,7 @@ def _settings(known: Any, kind: str) -> Any:
 
     own = dict(known) if isinstance(known, Mapping) else dict(vars(known)) if known is not None else {}
     settings = get_cfg()
-    for name, value in own.items():
-        setattr(settings, name, value)
-    settings.task, settings.overlap_mask = kind, False  # each object has a mask of its own here
+    vars(settings).update(own, task=kind, overlap_mask=False)  # each object has a mask of its own here
     return settings
 
 
@@ -152,15 +176,19 @@ def _images(batch: Any) -> Tensor:
     return found  # type: ignore[no-any-return]
 
 
-def theirs(batch: Any, kind: str) -> dict[str, Any]:
-    """A batch as Ultralytics' losses and validators take it: boxes as centre and size, parts of the images' sides."""
+def theirs(batch: Any, kind: str, points: int) -> dict[str, Any]:
+    """A batch as Ultralytics' losses and validators take it: boxes as centre and size, parts of the images' sides.
+    points: of an object, in a pose network. Raises ``UserError`` for a batch without what this kind is taught."""
+    if isinstance(batch, Mapping):
+        _check_theirs(batch, kind)
     images = _images(batch)
     height, width = images.shape[2:]
-    names = {"ori_shape": [(height, width)] * len(images), "ratio_pad": [None] * len(images)}
-    extra: dict[str, Any] = {"img": images, **names, "im_file": [str(place) for place in range(len(images))]}
+    extra: dict[str, Any] = {"img": images, "im_file": [str(place) for place in range(len(images))]}
+    extra |= {"ori_shape": [(height, width)] * len(images), "ratio_pad": [None] * len(images)}
     if isinstance(batch, Mapping):
-        return {**batch, **{name: value for name, value in extra.items() if name not in batch or name == "img"}}
-    targets, device = batch[1], images.device
+        masks = {"masks": _one_each(batch)} if kind == "segment" else {}
+        return {**extra, **batch, "img": images, **masks}
+    targets, device = objects_of(batch), images.device
     scale = torch.tensor([width, height, width, height], device=device)
     boxes = torch.cat([target["boxes"].to(device) for target in targets]) / scale
     counts = torch.tensor([len(target["boxes"]) for target in targets], device=device)
@@ -170,47 +198,102 @@ def theirs(batch: Any, kind: str) -> dict[str, Any]:
         "cls": torch.cat([target["labels"] for target in targets]).to(device).float().reshape(-1, 1),
         "bboxes": torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], dim=1),
     }
-    if kind != "detect":
-        made.update(_masks(targets, (height, width)) if kind == "segment" else _points(targets, scale[:2]))
+    if kind == "segment":
+        made.update(_masks(targets, (height, width), device))
+    if kind == "pose":
+        made["keypoints"] = _keypoints(targets, scale[:2], points)
     return made
 
 
-def _masks(targets: Any, size: tuple[int, int]) -> dict[str, Tensor]:
+def _check_theirs(batch: Mapping[str, Any], kind: str) -> None:
+    needed = (*NEEDED, *{"segment": ("masks",), "pose": ("keypoints",)}.get(kind, ()))
+    if missing := [name for name in needed if name not in batch]:
+        raise UserError(
+            f"A batch is a dict without {', '.join(missing)}; expected one of Ultralytics' loaders, with "
+            f"{', '.join(needed)}, or a pair (images, targets)."
+        )
+
+
+def _one_each(batch: Mapping[str, Any]) -> Tensor:
+    """The masks of a batch of their loaders, one an object ``[n, h, w]``. By their default there is one an image, which
+    holds the numbers of its objects, from 1."""
+    masks, images = batch["masks"], batch["batch_idx"].long()
+    if len(masks) != len(batch["img"]) or (len(masks) == len(images) and not bool((masks > 1).any())):
+        return cast(Tensor, masks)
+    counts = images.bincount(minlength=len(masks))
+    numbers = torch.arange(1, len(images) + 1, device=images.device) - (counts.cumsum(0) - counts)[images]
+    return (masks[images] == numbers[:, None, None]).float()
+
+
+def _masks(targets: Any, size: tuple[int, int], device: torch.device) -> dict[str, Tensor]:
+    """Masks of the objects ``[n, h, w]``, and the class of each pixel ``[N, h, w]``: of the smallest object there."""
     if any("masks" not in target for target in targets if len(target["boxes"])):
         raise UserError("task: the network segments objects, and the dataset gives no masks of them.")
-    found = [target["masks"] for target in targets if len(target["boxes"])]
-    masks = torch.cat(found).float() if found else torch.zeros(0, *size)
-    smaller = (size[0] // LARGEST_SIDE, size[1] // LARGEST_SIDE)
-    return {"masks": nn.functional.interpolate(masks[None], smaller, mode="nearest")[0]}
+    smaller = (size[0] // PER_CELL, size[1] // PER_CELL)
+    masks, classes = [torch.zeros(0, *smaller, device=device)], list[Tensor]()
+    for target in targets:
+        classes.append(torch.zeros(smaller, device=device))
+        if not len(target["boxes"]):
+            continue
+        found = nn.functional.interpolate(target["masks"].to(device).float()[None], smaller, mode="nearest")[0]
+        masks.append(found)
+        areas = found.sum((1, 2))[:, None, None]
+        smallest = torch.where(found > 0, areas, areas.amax() + 1).argmin(0)
+        classes[-1] = target["labels"].to(device)[smallest] * (found > 0).any(0).float()
+    return {"masks": torch.cat(masks), "sem_masks": torch.stack(classes)}
 
 
-def _points(targets: Any, scale: Tensor) -> dict[str, Tensor]:
-    if any("keypoints" not in target for target in targets if len(target["boxes"])):
+def _keypoints(targets: Any, scale: Tensor, many: int) -> Tensor:
+    """Keypoints ``[n, K, 3]``, as parts of the images' sides, and 2 where they are seen, as COCO has it."""
+    found = [target.get("keypoints") for target in targets if len(target["boxes"])]
+    if any(points is None for points in found):
         raise UserError("task: the network tells poses, and the dataset gives no keypoints of objects.")
-    points = torch.cat([target["keypoints"] for target in targets if len(target["boxes"])])
-    return {"keypoints": torch.cat([points[..., :2] / scale, 2 * points[..., 2:]], dim=-1)}
+    odd = [list(points.shape) for points in found if points.ndim != 3 or list(points.shape[1:]) != [many, 3]]
+    if odd:
+        raise UserError(
+            f"task: the network tells {many} keypoints an object; expected [n, {many}, 3], got {odd[0]}. A network for "
+            "others is made by model.kwargs.data_kpt_shape=[K,3]."
+        )
+    every = torch.cat([torch.zeros(0, many, 3), *found]).to(scale.device)
+    return torch.cat([every[..., :2] / scale, 2.0 * (every[..., 2:] > 0)], dim=-1)
+
+
+def _one_image(output: Any, place: int) -> Any:
+    """The output for one image of a batch."""
+    if isinstance(output, Tensor):
+        return output[place : place + 1]
+    if isinstance(output, Mapping):
+        return {name: _one_image(value, place) for name, value in output.items()}
+    if isinstance(output, (tuple, list)):
+        return type(output)(_one_image(value, place) for value in output)
+    return output
 
 
 class _Meter:
     def __init__(self, task: Ultralytics) -> None:
         self._task, self._validator = task, cast(Any, None)
-        self._predictions, self._scores = list[Tensor](), list[float]()
+        self._predictions, self._scores, self._objects = list[Tensor](), list[float](), 0
 
     def update(self, output: Any, batch: Any) -> None:
         if self._validator is None:
             self._validator = self._task.validator(self._task.compared(output).device)
-        validator, given = self._validator, theirs(batch, self._task.kind)
-        found = validator.postprocess(output)
+        validator, given = self._validator, self._task.theirs(batch)
+        # Image by image: of a batch, their non-maximum suppression leaves out the last images once it has taken long.
+        images = [_one_image(output, place) for place in range(self._task.samples(batch))]
+        found = [validator.postprocess(image)[0] for image in images]
         validator.update_metrics(found, given)
         predictions = packed([{"boxes": f["bboxes"], "scores": f["conf"], "labels": f["cls"]} for f in found])
         self._predictions.append(predictions)
         for place, image in enumerate(predictions):
             target = validator._prepare_batch(place, given)
+            self._objects += len(target["cls"])
             self._scores.append(image_score(image, target["bboxes"].cpu(), target["cls"].cpu()))
 
     def compute(self) -> Evaluation:
         if self._validator is None:
             raise UserError("evaluate: the batches hold no samples.")
+        if not self._objects:
+            raise UserError("evaluate: no image has an object; mAP is not defined then.")
         results, (headline, names) = self._validator.get_stats(), KINDS[self._task.kind]
         metrics = {name: float(results[theirs]) for name, theirs in names.items()}
         scores = torch.tensor(self._scores, dtype=torch.float32)

@@ -77,7 +77,9 @@ def test_names_are_short_where_that_is_clear():
 
 def test_the_best_of_each_accuracy_is_bold():
     text = comparison_markdown("a | b", ROWS, HEADINGS)
-    assert text.startswith("# a | b\n") and "**0.8951**" in text and "**0.8950**" in text and text.count("**") == 6
+    assert (
+        text.startswith("# a | b: top-1\n") and "**0.8951**" in text and "**0.8950**" in text and text.count("**") == 6
+    )
     assert "**0.9000** |" in text  # of quantized; FP32 is the same everywhere
     console = Console(record=True, width=120, force_terminal=True, file=io.StringIO())
     console.print(comparison_table("title", ROWS, HEADINGS))

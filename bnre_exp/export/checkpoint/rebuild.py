@@ -71,6 +71,8 @@ def rebuild(
         parameter.requires_grad_(name not in frozen)
     if "fold_report" in document:
         loaded.meta["fold_report"] = decode_value(document["fold_report"], {})
+    if "classes" in document:
+        loaded.meta["classes"] = tuple(str(name) for name in document["classes"])
     return loaded.eval()
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ def save_folded(folded: nn.Module, path: str | os.PathLike[str]) -> tuple[str, .
     """Write a folded network to the folder ``path``, whole or not at all; the network is unchanged.
 
     The folder holds ``weights.safetensors`` (every tensor as it is, weights as integer codes and scales) and
-    ``network.json`` (the graph, the class and constructor arguments of its modules). A checkpoint that is there is
-    replaced. A network that was simulated in parts gives a folder with such a folder a part; it needs ``model=``.
+    ``network.json`` (the graph, the class and constructor arguments of its modules, and the names of the classes where
+    ``folded.meta["classes"]`` has them). A checkpoint that is there is replaced. A network that was simulated in parts
+    gives a folder with such a folder a part; it needs ``model=``.
 
     Returns, and logs, what these files cannot rebuild, as ``"name (type)"``: modules and functions that are neither
     torch's, torchvision's nor ours. :func:`load_folded` then needs ``model=``. Named tuples need nothing: without the
@@ -98,7 +100,7 @@ def _describe(folded: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "modules": modules,
         "attributes": {key: _kind(folded, key) for key in attributes},
         "frozen": [name for name, parameter in parameters.items() if not parameter.requires_grad],
-        **_fold_report(folded),
+        **_meta(folded),
     }
     tensors = {f"{name}.{key}": value for name, leaf in leaves.items() for key, value in _state(name, leaf).items()}
     return document, {**tensors, **attributes}
@@ -169,9 +171,11 @@ def _kind(folded: fx.GraphModule, path: str) -> str:
     return "non-persistent buffer" if name in owner._non_persistent_buffers_set else "buffer"
 
 
-def _fold_report(folded: fx.GraphModule) -> dict[str, Any]:
-    report = folded.meta.get("fold_report")
-    try:
-        return {"fold_report": encode_value(report)} if isinstance(report, dict) else {}
-    except UserError:
-        return {}
+def _meta(folded: fx.GraphModule) -> dict[str, Any]:
+    """What is known of the network besides what it computes."""
+    report, classes, known = folded.meta.get("fold_report"), folded.meta.get("classes"), dict[str, Any]()
+    with suppress(UserError):
+        known.update({"fold_report": encode_value(report)} if isinstance(report, dict) else {})
+    if classes is not None:
+        known["classes"] = [str(name) for name in classes]
+    return known

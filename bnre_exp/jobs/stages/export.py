@@ -40,6 +40,11 @@ FILES = {
 }
 
 
+def export_settings(setting: Setting, own: dict[str, Any]) -> dict[str, Any]:
+    """The names of the classes are in the files."""
+    return {**own, "dataset.classes": setting.loaders.classes}
+
+
 def export(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
     """Write the formats that the configuration asks for, and compare what they predict with the folded simulation.
 
@@ -49,6 +54,9 @@ def export(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
     outcome, how, folder, advice = Outcome(), setting.config.export, given.run_dir, ""
     checkpoint, plain = folder / FILES[ExportFormat.checkpoint], None
     network: Any = given.network
+    for graph in graphs_of(network).values():
+        if setting.loaders.classes is not None:
+            graph.meta["classes"] = setting.loaders.classes
     seed(setting.config, "export")
     for name in (*FILES.values(), _onnx_file(folder, "any").parent.name):
         shutil.rmtree(folder / name, ignore_errors=True)

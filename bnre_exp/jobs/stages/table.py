@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bnre_exp.config import Config, ExportFormat
-from bnre_exp.jobs.stages.export import export, leave_exported
+from bnre_exp.jobs.stages.export import export, export_settings, leave_exported
 from bnre_exp.jobs.stages.fold import FOLDED, fold
 from bnre_exp.jobs.stages.fp32 import fp32, fp32_settings, leave_fp32
 from bnre_exp.jobs.stages.network import FLOAT, SAME
@@ -81,8 +81,8 @@ STAGES = (
         rows={"fold": "folded"},
     ),
     Stage(
-        "export", section="export", run=export, follows=("fold",), form=SAME, leave=leave_exported,
-        uses=_export_uses, rows={},
+        "export", section="export", settings=export_settings, run=export, follows=("fold",), form=SAME,
+        leave=leave_exported, uses=_export_uses, rows={},
     ),
 )  # fmt: skip
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torchvision.ops import FrozenBatchNorm2d
 
 PRODUCTS = ("ConvolutionBackward0", "AddmmBackward0", "MmBackward0")
@@ -31,11 +32,11 @@ class Foldable:
     before: frozenset[str]
 
 
-def foldable_bns(model: nn.Module, *inputs: Tensor) -> Foldable:
+def foldable_bns(model: nn.Module, *inputs: Any) -> Foldable:
     """The BNs of ``model`` (in evaluation mode) that can be folded exactly; the model is unchanged.
 
-    A layer that is called several times counts only if the same BN follows each time, and a weight that anything else
-    reads does not count.
+    inputs: tensors, or lists and dicts of tensors. A layer that is called several times counts only if the same BN
+    follows each time, and a weight that anything else reads does not count.
     """
     model = copy.deepcopy(model).eval()
     for parameter in model.parameters():
@@ -51,7 +52,7 @@ def foldable_bns(model: nn.Module, *inputs: Tensor) -> Foldable:
 
             module.register_forward_pre_hook(note)
     with torch.enable_grad():  # clones: even a BN that reads the network's input then has a node to be read from
-        output = model(*(x.detach().requires_grad_(x.is_floating_point()).clone() for x in inputs))
+        output = model(*tree_map(_with_gradient, inputs))
     readers = _readers(output)
     after, through, before = set(), set(), set()
     for name, directly in read.items():
@@ -73,6 +74,10 @@ def foldable_bns(model: nn.Module, *inputs: Tensor) -> Foldable:
         if len(users) == 1 and _is_depthwise_without_padding(users[0]) and users[0] not in taken:
             before.add(name)
     return Foldable(frozenset(after), frozenset(through & after), frozenset(before))
+
+
+def _with_gradient(x: Any) -> Any:
+    return x.detach().requires_grad_(x.is_floating_point()).clone() if isinstance(x, Tensor) else x
 
 
 def _readers(output: Any) -> dict[Any, list[Any]]:

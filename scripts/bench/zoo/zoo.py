@@ -4,8 +4,9 @@
     python scripts/bench/zoo/zoo.py          # torchvision, and one network of every family of timm
     python scripts/bench/zoo/zoo.py --source timm --filter 'mobilenet*'      # any others
 
-What is checked of a network is in zoo_network.py. Weights are random. The rows are kept in OUTPUT.csv: an
-interrupted run goes on where it was, and networks that are there already are not done again unless --again is given.
+What is checked of a network is in zoo_network.py and zoo_checks.py. Weights are random. The rows are kept in
+OUTPUT.csv: an interrupted run goes on where it was, and networks that are there already are not done again unless
+--again is given.
 """
 
 from __future__ import annotations
@@ -46,12 +47,15 @@ COLUMNS = (
     "folded", "kept", "modes", "logits_float32", "rounding", "logits_float64", "layers_float32", "layers_float64",
     "seconds", "reasons", "error",
 )  # fmt: skip
+COUNTS = ("activations", "bns", "folded", "kept")
+DIFFERENCES = ("logits_float32", "rounding", "logits_float64", "layers_float32", "layers_float64")
 Row = dict[str, Any]
 Check = Callable[[str, str], Row]
 
 
 def names_of(source: str) -> list[str]:
-    """All networks of a source that the pipeline applies to: detectors are represented by their backbones."""
+    """All networks of a source that the pipeline applies to: of torchvision's detectors the backbones; as wholes they
+    are a source of their own."""
     if source in packages.SOURCES:
         return list(packages.SOURCES[source][0]())
     if source == "timm":
@@ -181,13 +185,16 @@ def markdown(rows: Sequence[Row], command: str) -> str:
 
 
 HOW = """Weights, BN parameters and statistics are random, weights quantized at 4 bits per channel, activations at 8.
-Every network goes through quantize, calibrate, re-estimate (only BN statistics change, undone bit for bit, done
-again), fold, save and load (same outputs bit for bit). Differences are those of folding, the largest over the outputs
-divided by the largest output, with activations unquantized: of the logits; and of every folded layer, given the same
-input as its original. *Own rounding* is how far the folded network in float32 is from itself in float64 on that input:
-deep networks with random weights multiply every rounding error, folded or not. The number of folded BNs equals a count
-by autograd's record of the original network (foldable.py). ⁺: no gamma is negative or zero, because with such
-ones the network overflows or rounding errors outgrow its signals."""
+Every network goes through quantize, calibrate, a backward pass in training mode (which has to reach the scale of every
+weight that it reaches in the float network), scales that are moved at random as QAT would move them, re-estimate (only
+BN statistics change, undone bit for bit, done again), fold, save and load (same outputs bit for bit). Differences are
+those of folding, the largest over the outputs divided by the largest output, with activations unquantized: of the
+logits; and of every folded layer, given the same input as its original. *Own rounding* is how far the folded network in
+float32 is from itself in float64 on that input: deep networks with random weights multiply every rounding error, folded
+or not. Of a network that is quantized in parts (`submodules=`: detectors), every part gets the same inputs before and
+after folding, its outputs are the logits here, and the row is that of all parts together. The number of folded BNs
+equals a count by autograd's record of the original network (foldable.py). ⁺: no gamma is negative or zero, because with
+such ones the network overflows or rounding errors outgrow its signals."""
 
 
 def _timm_version(rows: Sequence[Row]) -> str:
@@ -203,10 +210,10 @@ def _cell(text: str) -> str:
 
 
 def _line(row: Row) -> str:
-    figures = [f"{float(row[key]):.0e}" for key in COLUMNS[13:18]]
+    figures = [f"{float(row[key]):.0e}" for key in DIFFERENCES]
     star = "" if row["gammas"] != "positive" else " ⁺"
     cells = [f"{row['name']}{star}", f"{int(row['parameters']) / 1e6:.1f} M", row["input"]]
-    cells += [f"{row['weights']} ({row['weights_named']})", *(str(row[key]) for key in COLUMNS[8:12]), *figures]
+    cells += [f"{row['weights']} ({row['weights_named']})", *(str(row[key]) for key in COUNTS), *figures]
     return f"| {' | '.join([*cells, str(round(float(row['seconds'])))])} |"
 
 

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 sys.path.insert(0, str(Path(__file__).parent))
+import pieces  # noqa: E402
 import zoo  # noqa: E402
 import zoo_network  # noqa: E402
 
@@ -62,10 +63,10 @@ Statistics = dict[str, tuple[Tensor, Tensor]]
 def check(name: str) -> dict[str, Any]:
     """All checks of one network; a row of the table."""
     torch.manual_seed(0)
-    model, sizes = zoo_network.build("torchvision", name)
+    model, sizes, _ = zoo_network.build("torchvision", name)
     if not any(isinstance(module, _BatchNorm) for module in model.modules()):
         return {"status": "no BN", "bns": 0}
-    batches = zoo_network.first_that_fits(model, sizes)
+    batches = pieces.first_that_fits(model, sizes)
     zoo_network.randomize(model, batches, "positive")
     row: dict[str, Any] = {"input": "×".join(map(str, batches[0].shape[1:]))}
     proto = exported(model, batches[2])
@@ -205,7 +206,7 @@ def check_qdq(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, Any]:
         kinds = [node.op_type for node in onnx.load(optimized).graph.node]
         got = session.run(None, feeds(session, batches[0]))
     with torch.no_grad():
-        wanted = list(zoo_network._tensors(folded(batches[0])))
+        wanted = list(pieces.tensors_in(folded(batches[0])))
     equal = [torch.isclose(torch.from_numpy(a), b, rtol=1e-4, atol=1e-6).double().mean() for a, b in zip(got, wanted)]
     return {
         "qdq": "exported",
