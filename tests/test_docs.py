@@ -64,7 +64,7 @@ SMALL = {
     # MobileNetV2 of three blocks, and a small network for ResNet18, which the main job of .ci/run trains
     rf"{JOB}.*{MOBILENET}": "model.kwargs.width_mult=0.25 "
     "'model.kwargs.inverted_residual_setting=[[1,16,1,1],[6,24,2,2]]'",
-    rf"{JOB}(?!.*(model=(custom|timm|onnx)|{MOBILENET}))": "model._target_=small.Small",
+    rf"{JOB}(?!.*(model=(custom|timm|onnx|ultralytics|torchvision_.*)|{MOBILENET}))": "model._target_=small.Small",
     rf"{JOB}.*dataset=image_folder": "model.kwargs.num_classes=2",
     # ONNX too where it is shown, where it is the source, of another task, and of the main job
     rf"{JOB}(?!$|.*(export|model=onnx|task=custom))": "export=checkpoint",

@@ -35,7 +35,7 @@ class Scenes(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         number = range(self.count)[index]
-        generator = torch.Generator().manual_seed(self.seed * 2**32 + number)
+        generator = torch.Generator().manual_seed(self.seed * 2**31 + number)  # it takes 32 bits of a seed
         clean, objects = self._placed(generator)
         noise = self.noise * torch.randn(clean.shape, generator=generator)
         image = _as_bytes(clean + noise)
@@ -122,4 +122,4 @@ def digit_scenes(
     if not (size >= 16 and most >= 1 and noise >= 0 and (count is None or count >= 1)):
         raise UserError("dataset digit_scenes: expected size >= 16, most >= 1, noise >= 0 and count >= 1.")
     source = SOURCES[of](train, root)
-    return Scenes(source.images, source.labels, count or COUNTS[train], int(train), targets, size, most, noise)
+    return Scenes(source.images, source.labels, count or COUNTS[train], int(not train), targets, size, most, noise)

@@ -12,12 +12,15 @@ import pytest
 import torch
 from torch import nn
 
+from bnre_exp.quantsim.sim import graphs_of
 from scripts.bench.zoo import zoo_network
 from scripts.bench.zoo.foldable import foldable_bns
+from scripts.bench.zoo.zoo_network import packages
 from tests.networks import Net
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench" / "zoo" / "zoo.py"
 X = torch.randn(3, 4, 6, 6)
+PARTS = ("body", "head")
 
 FAST = ["torchvision/shufflenet_v2_x0_5", "timm/tf_mobilenetv3_small_minimal_100"]
 SLOW = [
@@ -25,6 +28,7 @@ SLOW = [
     "timm/mobilenetv3_small_050", "timm/levit_128s", "timm/mobilevit_xxs",
     "torchvision/lraspp_mobilenet_v3_large", "torchvision/fasterrcnn_resnet50_fpn_backbone",
     "timm/resnest14d", "timm/ghostnet_050", "timm/efficientvit_m0",
+    "torchvision_detection/fasterrcnn_mobilenet_v3_large_320_fpn", "torchvision_detection/fcos_resnet50_fpn",
 ]  # fmt: skip
 
 
@@ -61,6 +65,85 @@ def test_the_check_sees_a_bn_that_could_have_been_folded(monkeypatch):
     monkeypatch.setattr(zoo_network, "fold_batch_norms", lazy)
     row = zoo_network.run("timm", "mobilenetv3_small_050")
     assert row["status"] == "wrong" and "did not fold ['bn1']" in row["error"]
+
+
+class Chooser(nn.Module):
+    """Chooses by values between its parts, as detectors do, and takes images and how many of them to answer for."""
+
+    def __init__(self, outside=False):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU())
+        self.head = Head()
+        self.last = nn.BatchNorm1d(4) if outside else nn.Identity()
+
+    def forward(self, x, count):
+        found = self.body(x)
+        best = found.sum(dim=(2, 3)).argmax(dim=1)
+        return self.last(self.head([found, found[torch.arange(len(x)), best][:, None]]))[: count.max().item()]
+
+
+class Head(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(7, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, maps):
+        return self.bn(self.conv(torch.cat(maps, dim=1))).mean(dim=(2, 3))
+
+
+class Deciding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(x) if x.abs().sum() > 0 else x
+
+
+def run_own(monkeypatch, build, inputs, parts=()):
+    monkeypatch.setitem(packages.SOURCES, "own", (lambda: ["net"], lambda _: packages.Built(build(), [inputs], parts)))
+    return zoo_network.run("own", "net")
+
+
+def images_and_counts(size):
+    return torch.randn(size, 3, 8, 8), torch.full((size,), size)
+
+
+def test_a_network_in_parts_is_a_row_of_all_its_parts(monkeypatch):
+    row = run_own(monkeypatch, Chooser, images_and_counts, PARTS)
+    assert row["status"] == "passed", row.get("error")
+    assert (row["bns"], row["folded"], row["weights"], row["input"]) == (2, 2, 2, "3×8×8")
+
+
+@pytest.mark.parametrize("layer", ["body.0", "head.conv"])
+def test_the_check_sees_a_wrong_fold_in_every_part(monkeypatch, layer):
+    right = zoo_network.fold_batch_norms
+
+    def wrong(sim):
+        folded, report = right(sim)
+        part, _, name = layer.partition(".")
+        with torch.no_grad():
+            graphs_of(folded)[part].get_submodule(name).bias[0] += 1e-3
+        return folded, report
+
+    monkeypatch.setattr(zoo_network, "fold_batch_norms", wrong)
+    row = run_own(monkeypatch, Chooser, images_and_counts, PARTS)
+    assert row["status"] == "wrong" and "folding changes" in row["error"]
+
+
+def test_a_bn_in_no_part_is_told(monkeypatch):
+    row = run_own(monkeypatch, lambda: Chooser(outside=True), images_and_counts, PARTS)
+    assert row["status"] == "wrong" and row["error"] == "of 3 BNs 2 are folded and 0 are kept"
+
+
+def test_what_a_refusal_advises_is_tried(monkeypatch):
+    def build():
+        pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), pooled, Deciding())
+
+    row = run_own(monkeypatch, build, (3, 8, 8))
+    assert row["status"] == "refused" and "depends on the values of tensors" in row["error"]
+    assert row["error"].endswith("(Tried: leaf_modules=['3']: passed, 1 of 1 BNs folded.)")
 
 
 @pytest.mark.parametrize(

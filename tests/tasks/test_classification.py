@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchmetrics.functional.classification import multiclass_accuracy
 
 from bnre_exp import TrainingDivergedError, UserError, evaluate, train
 from bnre_exp.tasks import Classification, Evaluation
@@ -199,3 +200,33 @@ def test_weights_that_grew_too_large_in_the_last_step_are_told_with_the_learning
         UserError, match="train: validation: batch 1: the network's outputs are not finite.*learning rate"
     ):
         train(flat_cnn(), [FEW], 1, lr=1e30, validation=[FEW])
+
+
+@pytest.mark.parametrize("classes", [6, 40])
+def test_top5_is_that_of_torchmetrics_whatever_the_batches(classes):
+    logits, labels = torch.randn(57, classes), torch.randint(classes, (57,))
+    expected = float(multiclass_accuracy(logits, labels, classes, average="micro", top_k=5))
+    assert 0 < expected < 1
+    for size in (57, 16, 1):
+        meter = Classification().meter()
+        for some, known in zip(logits.split(size), labels.split(size)):
+            meter.update(some, (some, known))
+        result = meter.compute()
+        assert result.top5 == pytest.approx(expected, abs=1e-6) and result.top5 >= result.top1
+        assert result.value == result.top1 and result.count == 57
+
+
+def test_there_is_no_top5_where_five_guesses_are_all_classes():
+    for classes in (2, 5):
+        meter = Classification(classes).meter()
+        meter.update(torch.randn(4, classes), (None, torch.tensor([0, 1, 1, 0])))
+        assert set(meter.compute().metrics) == {"top1", "loss"}
+
+
+def test_a_label_ruled_out_is_not_among_the_five():
+    logits = torch.full((1, 7), -math.inf)
+    logits[0, :6] = torch.arange(6.0)
+    for label, expected in ((5, 1), (1, 1), (0, 0), (6, 0)):
+        meter = Classification().meter()
+        meter.update(logits, (None, torch.tensor([label])))
+        assert meter.compute().top5 == expected

@@ -102,7 +102,9 @@ def _described(name: str, part: Any) -> dict[str, Any]:
         structure = treespec_dumps(part.calling.structure)
         _structure(structure)
     except (*DAMAGES, NotImplementedError) as error:
-        raise UserError(f"The network cannot be saved: {name} is called with {first_line(error)}.") from error
+        raise UserError(
+            f"The network cannot be saved: {name} is called with other containers than tuples, lists and dicts."
+        ) from error
     gives = part.calling.gives and part.calling.gives.__name__
     _class_named(gives, part.original)
     return {"structure": structure, "constants": sorted(part.calling.constants.items()), "gives": gives}

@@ -94,16 +94,14 @@ MONAI: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def _sequences(count: int) -> tuple[torch.Tensor, ...]:
-    return torch.randn(count, 48, 40), torch.randint(24, 49, (count,)).clamp(min=1).index_fill(0, torch.tensor(0), 48)
+    lengths = torch.randint(24, 49, (count,))
+    lengths[0] = 48
+    return torch.randn(count, 48, 40), lengths
 
 
 def _text_and_spectrogram(count: int) -> tuple[torch.Tensor, ...]:
-    return (
-        torch.randint(20, (count, 12)),
-        torch.full((count,), 12),
-        torch.randn(count, 16, 10),
-        torch.full((count,), 10),
-    )
+    full = torch.ones(count, dtype=torch.int64)
+    return torch.randint(20, (count, 12)), 12 * full, torch.randn(count, 16, 10), 10 * full
 
 
 def _wave_and_spectrogram(count: int) -> tuple[torch.Tensor, ...]:
@@ -133,19 +131,19 @@ SPEECHBRAIN: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "ResNet": ("ResNet", {"input_size": 40, "lin_neurons": 48, "channels": [16, 16, 32, 32]}, (64, 40)),
     "ContextNet": (
         "ContextNet",
-        {
-            "input_shape": (5, 64, 40),
-            "out_channels": 32,
-            "conv_channels": [32] * 4,
-            "strides": [1, 2, 1, 2],
-            "num_blocks": 4,
-        },
+        {"input_shape": (5, 64, 40), "out_channels": 32, "conv_channels": [32] * 4, "strides": [1, 2, 1, 2],
+         "num_blocks": 4},
         (64, 40),
     ),
     "Cnn14": ("Cnn14", {"mel_bins": 64, "emb_dim": 64}, (96, 64)),
-    "CRDNN": ("CRDNN", {"input_shape": (5, 64, 40), "cnn_blocks": 1, "rnn_neurons": 16, "dnn_neurons": 32}, (64, 40)),
+    "CRDNN": (
+        "CRDNN",
+        {"input_shape": (5, 12, 40), "cnn_blocks": 1, "rnn_layers": 1, "rnn_neurons": 16, "rnn_bidirectional": False,
+         "dnn_neurons": 32},
+        (12, 40),
+    ),
     "EnhanceResnet": ("EnhanceResnet", {"n_fft": 128, "win_length": 16, "channel_counts": [16, 16]}, (4000,)),
-}
+}  # fmt: skip
 DETECTORS = (
     "fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2", "fasterrcnn_mobilenet_v3_large_fpn",
     "fasterrcnn_mobilenet_v3_large_320_fpn", "fcos_resnet50_fpn", "retinanet_resnet50_fpn",
@@ -154,7 +152,7 @@ DETECTORS = (
 )  # fmt: skip
 
 
-FEW_BOXES = {
+FEW_BOXES = {  # every one costs as much as an image
     "rpn_post_nms_top_n_train": 40, "rpn_post_nms_top_n_test": 40, "box_batch_size_per_image": 16,
     "box_detections_per_img": 8,
 }  # fmt: skip
