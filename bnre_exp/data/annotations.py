@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bnre_exp.data.data_yaml import YOLO_LAYOUT, read_data_yaml
+from bnre_exp.data.data_yaml import YOLO_LAYOUT, DataYaml, read_data_yaml
 from bnre_exp.data.pictures import open_picture, picture_pixels
 from bnre_exp.data.reading import are_settled
 from bnre_exp.errors import UserError, first_line
@@ -168,10 +168,11 @@ def coco(
 
 
 class _Yolo(Objects):
-    def __init__(self, images: Sequence[Path], names: Sequence[str], keypoints: tuple[int, int] | None) -> None:
-        self.labels, self.keypoints = [_labels_file(path) for path in images], keypoints
+    def __init__(self, known: DataYaml) -> None:
+        self.labels, self.keypoints = [_labels_file(path) for path in known.images], known.keypoints
         # A file of labels that is empty says the same as none.
-        super().__init__(images, names, [path for path in self.labels if path.is_file() and path.stat().st_size])
+        labels = [path for path in self.labels if path.is_file() and path.stat().st_size]
+        super().__init__(known.images, known.names, [*labels, known.file])
 
     def target(self, index: int, size: tuple[int, int]) -> dict[str, Any]:
         rows = _rows(self.labels[index], self.keypoints)
@@ -240,7 +241,7 @@ def yolo_folder(train: bool, root: str | None = None) -> Objects:
     objects. Raises ``UserError`` where something is missing or of another form.
     """
     known = read_data_yaml(train, root)
-    dataset = _Yolo(known.images, known.names, known.keypoints)
+    dataset = _Yolo(known)
     kind = "training" if train else "test"
     if not any(path.is_file() for path in dataset.labels):
         raise UserError(

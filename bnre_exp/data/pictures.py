@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,20 @@ _ORIENTATION = 0x0112  # EXIF: 1 is upright
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF
 
 
+def _opened(path: str | Path) -> Image.Image:
+    """As Pillow opens it. Ultralytics puts another function in the place of ``Image.open``, which tries to install
+    packages where a file is no picture, and keeps Pillow's."""
+    patches = sys.modules.get("ultralytics.utils.patches")
+    found: Image.Image = getattr(patches, "_image_open", Image.open)(path)
+    return found
+
+
 def open_picture(path: str | Path) -> Image.Image:
     """The picture of a file, decoded, in the file's own mode: how it becomes 8-bit pixels depends on that.
 
     Raises what PIL raises for a file that is no picture, and UserError for one that PIL would garble.
     """
-    with Image.open(path) as image:
+    with _opened(path) as image:
         is_raw_tiff = image.format == "TIFF" and any(tile[0] == "raw" for tile in getattr(image, "tile", ()))
         if is_raw_tiff and image.size[0] != image.size[1] and _orientation(image) in range(5, 9):
             raise UserError(  # Pillow 13.0 takes its height for its width
@@ -41,7 +50,7 @@ def open_rgb(path: str | Path) -> Image.Image:
 
 def check_header(path: str | Path) -> None:
     """Raise what PIL raises for a file that is no picture, too large, or (PNG) damaged. Pixels are not decoded."""
-    with Image.open(path) as image:
+    with _opened(path) as image:
         image.verify()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +35,7 @@ _SAMPLED_ITEMS = 64
 # A file that changes twice within a tick of the file system's clock (two seconds on some) has one time of change.
 _CLOCK_TICK = 2 * 10**9  # [ns]
 
-_NO_PICTURES = (".json", ".txt", ".xml", ".yaml")  # files of targets
+_NO_PICTURES = (".json", ".txt", ".xml", ".yaml", ".yml")  # files of targets
 
 
 @dataclass(frozen=True)
@@ -140,10 +140,20 @@ def _sample_parts(samples: Sequence[Sample]) -> list[Any]:
     """Samples as what a digest is made of."""
     parts = list[Any]()
     for name, value in (entry for sample in samples for entry in sorted(sample.items())):
-        is_tensor = isinstance(value, Tensor)
-        parts += [f"{name} {list(value.shape) if is_tensor else repr(value)}"]
-        parts += [value.as_subclass(Tensor).numpy()] if is_tensor else []
+        parts += [name, *_value_parts(value)]
     return parts
+
+
+def _value_parts(value: Any) -> list[Any]:
+    if isinstance(value, Tensor):
+        value = value.as_subclass(Tensor).numpy()
+    if isinstance(value, np.ndarray):  # whose repr leaves out what is in the middle
+        return [f"{value.dtype} {list(value.shape)}", value if value.dtype != object else repr(value.tolist())]
+    if isinstance(value, Mapping):
+        return [part for key in value for part in (repr(key), *_value_parts(value[key]))]
+    if isinstance(value, (tuple, list)):
+        return [f"{len(value)}", *(part for item in value for part in _value_parts(item))]
+    return [repr(value)]
 
 
 def _unlisted(name: str, count: int) -> str:

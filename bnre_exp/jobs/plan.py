@@ -28,6 +28,7 @@ LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "torchmetrics", "pycocot
 DATA_CODE = (
     "digests", "data.spec", "data.loaders", "data.splits", "data.reading", "data.batches", "data.items", "data.listed",
     "data.samples", "data.geometry", "data.preprocess", "data.pictures", "data.datasets", "data.pairs",
+    "data.data_yaml",
 )  # fmt: skip
 logger = logging.getLogger(__name__)
 

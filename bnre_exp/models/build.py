@@ -30,6 +30,7 @@ from bnre_exp.tasks.task import Task
 
 _BUILDERS = {torchvision_model: build_torchvision, timm_model: build_timm}
 _DENSE = {torchvision_segmentation: build_segmentation, torchvision_detector: build_detector}
+_EXAMPLES = {torchvision_detector: "fcos_resnet50_fpn", torchvision_segmentation: "lraspp_mobilenet_v3_large"}
 
 
 def onnx_model(path: str) -> nn.Module:
@@ -37,10 +38,19 @@ def onnx_model(path: str) -> nn.Module:
     return _build_onnx(path).module
 
 
-def _build_onnx(path: str) -> BuiltModel:
+def _build_onnx(path: str | None) -> BuiltModel:
+    if path is None:
+        raise UserError("model.path is not set: expected an ONNX file, as in model=onnx model.path=net.onnx.")
     from bnre_exp.models.from_onnx import build_onnx  # onnx and its runtime take a second to import
 
     return build_onnx(path)
+
+
+def _build_own(target: str, factory: Any, kwargs: Mapping[str, Any]) -> BuiltModel:
+    module = call_target(factory, target, "model.kwargs", kwargs)
+    if not isinstance(module, nn.Module):
+        raise UserError(f"model._target_={target} returned a {type(module).__name__}; expected a torch.nn.Module.")
+    return BuiltModel(module)
 
 
 def build_model(
@@ -67,37 +77,29 @@ def build_model(
     does not exist, cannot be fetched or does not fit.
     """
     factory = resolve_target(target, "model._target_")
-    known, dense = _BUILDERS.get(factory), _DENSE.get(factory)
     if path is not None and factory not in (onnx_model, ultralytics_model):
         raise UserError(f"model.path={path} means nothing to {target}; it is the file of model=onnx or ultralytics.")
+    named, kwargs = {**_BUILDERS, **_DENSE}.get(factory), dict(kwargs or {})
+    if named is not None and not name:
+        raise UserError(
+            f"model.name is not set: expected an architecture such as {_EXAMPLES.get(factory, 'resnet18')}."
+        )
+    if named is None and weights_setting(weights) is not None:
+        raise UserError(
+            f"model.weights={weights} means nothing to {target}; it is for torchvision's and timm's networks. Give a "
+            "file of weights as model.checkpoint (model=ultralytics and model=onnx: as model.path)."
+        )
     if factory is ultralytics_model:
-        if weights_setting(weights) is not None:
-            raise UserError(f"model.weights={weights} means nothing to model=ultralytics: give a file as model.path.")
-        built = build_ultralytics(name, num_classes, path, trusted, dict(kwargs or {}))
+        built = build_ultralytics(name, num_classes, path, trusted, kwargs)
     elif factory is onnx_model:
-        if path is None:
-            raise UserError("model.path is not set: expected an ONNX file, as in model=onnx model.path=net.onnx.")
-        if weights_setting(weights) is not None:
-            raise UserError(f"model.weights={weights} means nothing to model=onnx: its file holds the weights.")
         built = _build_onnx(path)
-    elif dense is not None:
-        if not name:
-            raise UserError("model.name is not set: expected an architecture such as fcos_resnet50_fpn.")
-        built = dense(name, _needed(num_classes), weights if checkpoint is None else None, kwargs or {})
-    elif known is not None:
-        if not name:
-            raise UserError("model.name is not set: expected an architecture such as resnet18.")
-        built = known(name, _needed(num_classes), weights, checkpoint is None, replace_head, dict(kwargs or {}))
+    elif factory in _DENSE:
+        built = _DENSE[factory](str(name), _needed(num_classes), weights if checkpoint is None else None, kwargs)
+    elif factory in _BUILDERS:
+        how = (weights, checkpoint is None, replace_head, kwargs)
+        built = _BUILDERS[factory](str(name), _needed(num_classes), *how)
     else:
-        if weights_setting(weights) is not None:
-            raise UserError(
-                f"model.weights={weights} means nothing to {target}; it is for torchvision's and timm's networks. Pass "
-                "what the callable takes in model.kwargs, or a file as model.checkpoint."
-            )
-        module = call_target(factory, target, "model.kwargs", kwargs or {})
-        if not isinstance(module, nn.Module):
-            raise UserError(f"model._target_={target} returned a {type(module).__name__}; expected a torch.nn.Module.")
-        built = BuiltModel(module)
+        built = _build_own(target, factory, kwargs)
     notes = built.notes
     if checkpoint is not None:
         notes += load_checkpoint(
@@ -108,7 +110,7 @@ def build_model(
             heads=head_names(built.module),
             replace_head=replace_head,
         )
-    if replace_head and known is None and dense is None:
+    if replace_head and named is None:
         notes += replace_heads(built.module, _needed(num_classes))
     return replace(built, pretrained=built.pretrained or checkpoint is not None, notes=notes)
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from bnre_exp.errors import UserError
+from bnre_exp.files import work_folder
 from bnre_exp.tasks.boxes import agreement, image_score, packed
-from bnre_exp.tasks.detection import check_objects, objects_of
+from bnre_exp.tasks.detection import check_objects
 from bnre_exp.tasks.task import Evaluation, Headline, first_tensor
+from bnre_exp.tasks.ultralytics_batch import images_of, one_image, theirs
 
 KINDS = {  # by the task that a network is of: its headline, and the names of their results
     "detect": (Headline("map", "mAP"), {"map": "metrics/mAP50-95(B)", "map_50": "metrics/mAP50(B)"}),
@@ -28,8 +28,6 @@ KINDS = {  # by the task that a network is of: its headline, and the names of th
         {"pose_map": "metrics/mAP50-95(P)", "pose_map_50": "metrics/mAP50(P)", "map": "metrics/mAP50-95(B)"},
     ),
 }
-PER_CELL = 4  # pixels: masks are measured at a fourth of the images' sides, as theirs are
-NEEDED = ("img", "cls", "bboxes", "batch_idx")  # of a batch of their loaders
 
 
 class Ultralytics:
@@ -71,10 +69,10 @@ class Ultralytics:
         self._model, self._criteria = model, {}
 
     def feed(self, model: nn.Module, batch: Any) -> Any:
-        return model(_images(batch))
+        return model(images_of(batch))
 
     def samples(self, batch: Any) -> int:
-        return len(_images(batch))
+        return len(images_of(batch))
 
     def loss(self, output: Any, batch: Any, label_smoothing: float = 0.0) -> Tensor:
         if label_smoothing:
@@ -137,9 +135,9 @@ class Ultralytics:
         from ultralytics.models.yolo.segment import SegmentationValidator
 
         kinds = {"detect": DetectionValidator, "segment": SegmentationValidator, "pose": PoseValidator}
-        with tempfile.TemporaryDirectory() as folder:  # it makes one, and writes nothing there
+        with work_folder() as folder:  # it makes one, and writes nothing there
             settings = {"task": self.kind, "plots": False, "save_json": False, "overlap_mask": False, "mode": "val"}
-            validator = kinds[self.kind](save_dir=Path(folder), args=settings)
+            validator = kinds[self.kind](save_dir=folder, args=settings)
         made: Any = validator
         made.device = device
         made.data = {"val": "", "kpt_shape": self._keypoint_shape()}
@@ -168,107 +166,6 @@ def _settings(known: Any, kind: str) -> Any:
     return settings
 
 
-def _images(batch: Any) -> Tensor:
-    if isinstance(batch, Mapping):
-        images: Tensor = batch["img"]
-        return images if images.is_floating_point() else images.float() / 255
-    found = batch[0] if isinstance(batch, (tuple, list)) else batch
-    return found  # type: ignore[no-any-return]
-
-
-def theirs(batch: Any, kind: str, points: int) -> dict[str, Any]:
-    """A batch as Ultralytics' losses and validators take it: boxes as centre and size, parts of the images' sides.
-    points: of an object, in a pose network. Raises ``UserError`` for a batch without what this kind is taught."""
-    if isinstance(batch, Mapping):
-        _check_theirs(batch, kind)
-    images = _images(batch)
-    height, width = images.shape[2:]
-    extra: dict[str, Any] = {"img": images, "im_file": [str(place) for place in range(len(images))]}
-    extra |= {"ori_shape": [(height, width)] * len(images), "ratio_pad": [None] * len(images)}
-    if isinstance(batch, Mapping):
-        masks = {"masks": _one_each(batch)} if kind == "segment" else {}
-        return {**extra, **batch, "img": images, **masks}
-    targets, device = objects_of(batch), images.device
-    scale = torch.tensor([width, height, width, height], device=device)
-    boxes = torch.cat([target["boxes"].to(device) for target in targets]) / scale
-    counts = torch.tensor([len(target["boxes"]) for target in targets], device=device)
-    made = {
-        **extra,
-        "batch_idx": torch.arange(len(targets), device=device).repeat_interleave(counts).float(),
-        "cls": torch.cat([target["labels"] for target in targets]).to(device).float().reshape(-1, 1),
-        "bboxes": torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], dim=1),
-    }
-    if kind == "segment":
-        made.update(_masks(targets, (height, width), device))
-    if kind == "pose":
-        made["keypoints"] = _keypoints(targets, scale[:2], points)
-    return made
-
-
-def _check_theirs(batch: Mapping[str, Any], kind: str) -> None:
-    needed = (*NEEDED, *{"segment": ("masks",), "pose": ("keypoints",)}.get(kind, ()))
-    if missing := [name for name in needed if name not in batch]:
-        raise UserError(
-            f"A batch is a dict without {', '.join(missing)}; expected one of Ultralytics' loaders, with "
-            f"{', '.join(needed)}, or a pair (images, targets)."
-        )
-
-
-def _one_each(batch: Mapping[str, Any]) -> Tensor:
-    """The masks of a batch of their loaders, one an object ``[n, h, w]``. By their default there is one an image, which
-    holds the numbers of its objects, from 1."""
-    masks, images = batch["masks"], batch["batch_idx"].long()
-    if len(masks) != len(batch["img"]) or (len(masks) == len(images) and not bool((masks > 1).any())):
-        return cast(Tensor, masks)
-    counts = images.bincount(minlength=len(masks))
-    numbers = torch.arange(1, len(images) + 1, device=images.device) - (counts.cumsum(0) - counts)[images]
-    return (masks[images] == numbers[:, None, None]).float()
-
-
-def _masks(targets: Any, size: tuple[int, int], device: torch.device) -> dict[str, Tensor]:
-    """Masks of the objects ``[n, h, w]``, and the class of each pixel ``[N, h, w]``: of the smallest object there."""
-    if any("masks" not in target for target in targets if len(target["boxes"])):
-        raise UserError("task: the network segments objects, and the dataset gives no masks of them.")
-    smaller = (size[0] // PER_CELL, size[1] // PER_CELL)
-    masks, classes = [torch.zeros(0, *smaller, device=device)], list[Tensor]()
-    for target in targets:
-        classes.append(torch.zeros(smaller, device=device))
-        if not len(target["boxes"]):
-            continue
-        found = nn.functional.interpolate(target["masks"].to(device).float()[None], smaller, mode="nearest")[0]
-        masks.append(found)
-        areas = found.sum((1, 2))[:, None, None]
-        smallest = torch.where(found > 0, areas, areas.amax() + 1).argmin(0)
-        classes[-1] = target["labels"].to(device)[smallest] * (found > 0).any(0).float()
-    return {"masks": torch.cat(masks), "sem_masks": torch.stack(classes)}
-
-
-def _keypoints(targets: Any, scale: Tensor, many: int) -> Tensor:
-    """Keypoints ``[n, K, 3]``, as parts of the images' sides, and 2 where they are seen, as COCO has it."""
-    found = [target.get("keypoints") for target in targets if len(target["boxes"])]
-    if any(points is None for points in found):
-        raise UserError("task: the network tells poses, and the dataset gives no keypoints of objects.")
-    odd = [list(points.shape) for points in found if points.ndim != 3 or list(points.shape[1:]) != [many, 3]]
-    if odd:
-        raise UserError(
-            f"task: the network tells {many} keypoints an object; expected [n, {many}, 3], got {odd[0]}. A network for "
-            "others is made by model.kwargs.data_kpt_shape=[K,3]."
-        )
-    every = torch.cat([torch.zeros(0, many, 3), *found]).to(scale.device)
-    return torch.cat([every[..., :2] / scale, 2.0 * (every[..., 2:] > 0)], dim=-1)
-
-
-def _one_image(output: Any, place: int) -> Any:
-    """The output for one image of a batch."""
-    if isinstance(output, Tensor):
-        return output[place : place + 1]
-    if isinstance(output, Mapping):
-        return {name: _one_image(value, place) for name, value in output.items()}
-    if isinstance(output, (tuple, list)):
-        return type(output)(_one_image(value, place) for value in output)
-    return output
-
-
 class _Meter:
     def __init__(self, task: Ultralytics) -> None:
         self._task, self._validator = task, cast(Any, None)
@@ -279,7 +176,7 @@ class _Meter:
             self._validator = self._task.validator(self._task.compared(output).device)
         validator, given = self._validator, self._task.theirs(batch)
         # Image by image: of a batch, their non-maximum suppression leaves out the last images once it has taken long.
-        images = [_one_image(output, place) for place in range(self._task.samples(batch))]
+        images = [one_image(output, place) for place in range(self._task.samples(batch))]
         found = [validator.postprocess(image)[0] for image in images]
         validator.update_metrics(found, given)
         predictions = packed([{"boxes": f["bboxes"], "scores": f["conf"], "labels": f["cls"]} for f in found])

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from bnre_exp.quantsim.sim import graphs_of
+from scripts.bench.zoo import zoo as zoo_script
 from scripts.bench.zoo import zoo_network
 from scripts.bench.zoo.foldable import foldable_bns
 from scripts.bench.zoo.zoo_network import packages
@@ -134,6 +135,12 @@ def test_the_check_sees_a_wrong_fold_in_every_part(monkeypatch, layer):
 def test_a_bn_in_no_part_is_told(monkeypatch):
     row = run_own(monkeypatch, lambda: Chooser(outside=True), images_and_counts, PARTS)
     assert row["status"] == "wrong" and row["error"] == "of 3 BNs 2 are folded and 0 are kept"
+
+
+def test_a_network_of_which_nothing_folds_has_all_figures(monkeypatch):
+    row = run_own(monkeypatch, lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)), (3, 8, 8))
+    assert (row["status"], row["folded"], row["kept"]) == ("passed", 0, 1), row.get("error")
+    assert "| 1 | 0 | 1 |" in zoo_script.markdown([row], "zoo.py")
 
 
 def test_what_a_refusal_advises_is_tried(monkeypatch):

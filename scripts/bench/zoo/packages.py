@@ -142,7 +142,9 @@ SPEECHBRAIN: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
          "dnn_neurons": 32},
         (12, 40),
     ),
-    "EnhanceResnet": ("EnhanceResnet", {"n_fft": 128, "win_length": 16, "channel_counts": [16, 16]}, (4000,)),
+    "EnhanceResnet": (
+        "EnhanceResnet", {"n_fft": 256, "win_length": 16, "channel_counts": [16, 16], "dense_nodes": 32}, (4000,),
+    ),
 }  # fmt: skip
 DETECTORS = (
     "fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2", "fasterrcnn_mobilenet_v3_large_fpn",

@@ -191,10 +191,11 @@ BN statistics change, undone bit for bit, done again), fold, save and load (same
 those of folding, the largest over the outputs divided by the largest output, with activations unquantized: of the
 logits; and of every folded layer, given the same input as its original. *Own rounding* is how far the folded network in
 float32 is from itself in float64 on that input: deep networks with random weights multiply every rounding error, folded
-or not. Of a network that is quantized in parts (`submodules=`: detectors), every part gets the same inputs before and
-after folding, its outputs are the logits here, and the row is that of all parts together. The number of folded BNs
-equals a count by autograd's record of the original network (foldable.py). ⁺: no gamma is negative or zero, because with
-such ones the network overflows or rounding errors outgrow its signals."""
+or not. (Where the places of maxima guide an unpooling, rounding moves values, and the float64 figures decide.) Of a
+network that is quantized in parts (`submodules=`: detectors), every part gets the same inputs before and after folding,
+its outputs are the logits here, and the row is that of all parts together. The number of folded BNs equals a count by
+autograd's record of the original network (foldable.py). ⁺: no gamma is negative or zero, because with such ones the
+network overflows or rounding errors outgrow its signals."""
 
 
 def _timm_version(rows: Sequence[Row]) -> str:

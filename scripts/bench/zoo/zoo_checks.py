@@ -148,7 +148,7 @@ def check_fold(
 ) -> dict[str, float]:
     """How far the folded network is from the simulation, the largest of all pieces; each gets the same inputs in both,
     since boxes that are chosen between the parts of a detector jump."""
-    worst = Counter[str]()
+    worst: dict[str, float] = {}
     for piece in pieces:
         graph, after, inputs = graphs_of(sim)[piece.name], graphs_of(folded)[piece.name], piece.tensors(dtype)
         pairs = [(piece.inner(layer), piece.inner(bn)) for layer, bn in fold_report.folded if piece.has(bn)]
@@ -158,8 +158,8 @@ def check_fold(
         if dtype == torch.float32:
             precise = outputs(copy.deepcopy(after).double(), piece.tensors(torch.float64))
             found["rounding"] = relative(precise, got)
-        worst |= Counter(found)
-    return dict(worst)
+        worst = {key: max(value, worst.get(key, 0.0)) for key, value in found.items()}
+    return worst
 
 
 @torch.no_grad()
