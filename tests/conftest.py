@@ -10,12 +10,14 @@ import os
 import runpy
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from bnre_exp.data.datasets import DEBIAN_FASHION_MNIST
 from bnre_exp.tracking import stores
@@ -55,6 +57,13 @@ def _tables_of_mlflow_are_made_once(tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _pillow_opens_pictures() -> None:
+    """Also after another test has imported Ultralytics, which puts a function of its own there."""
+    if patches := sys.modules.get("ultralytics.utils.patches"):
+        Image.open = patches._image_open
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -79,15 +79,15 @@ def build_model(
     factory = resolve_target(target, "model._target_")
     if path is not None and factory not in (onnx_model, ultralytics_model):
         raise UserError(f"model.path={path} means nothing to {target}; it is the file of model=onnx or ultralytics.")
-    named, kwargs = {**_BUILDERS, **_DENSE}.get(factory), dict(kwargs or {})
-    if named is not None and not name:
+    is_named, kwargs = factory in (*_BUILDERS, *_DENSE), dict(kwargs or {})
+    if is_named and not name:
         raise UserError(
             f"model.name is not set: expected an architecture such as {_EXAMPLES.get(factory, 'resnet18')}."
         )
-    if named is None and weights_setting(weights) is not None:
+    if not is_named and weights_setting(weights) is not None:
         raise UserError(
             f"model.weights={weights} means nothing to {target}; it is for torchvision's and timm's networks. Give a "
-            "file of weights as model.checkpoint (model=ultralytics and model=onnx: as model.path)."
+            "file of weights as model.checkpoint; for model=ultralytics and model=onnx, give a file as model.path."
         )
     if factory is ultralytics_model:
         built = build_ultralytics(name, num_classes, path, trusted, kwargs)
@@ -110,7 +110,7 @@ def build_model(
             heads=head_names(built.module),
             replace_head=replace_head,
         )
-    if replace_head and named is None:
+    if replace_head and not is_named:
         notes += replace_heads(built.module, _needed(num_classes))
     return replace(built, pretrained=built.pretrained or checkpoint is not None, notes=notes)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from bnre_exp.errors import UserError, few, first_line
@@ -58,11 +59,13 @@ def build_ultralytics(
     exported models do: decoded boxes, and masks' prototypes; one for classification returns logits in both modes."""
     try:
         from ultralytics.nn import tasks
+        from ultralytics.utils import patches
     except ImportError as error:
         raise UserError(
             f"model: Ultralytics cannot be imported ({first_line(error)}); run `pip install bnre_exp[ultralytics]`. "
             "Where libGL is missing, `pip install opencv-python-headless` helps."
         ) from error
+    Image.open = patches._image_open  # Pillow's own: theirs wants to install packages for a file that is no picture
     if path is not None:
         module = _loaded(tasks, Path(path), num_classes, trusted)
     elif name:

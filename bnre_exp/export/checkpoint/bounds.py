@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from bnre_exp.errors import UserError
 
 LARGEST_SIZE = 2**28  # elements that the numbers of one operation may ask for
-LARGEST_EXPONENT = 1024
+LARGEST_EXPONENT, LARGEST_BASE = 1024, 2**20  # of numbers; integers grow without end
 BITS = (2, 32)  # of codes; biases have 32
 POWERS = ("pow", "ipow", "lshift", "ilshift")
 # Operations and layers whose numbers say how large the result is, by what their names begin with; and the arguments
@@ -40,8 +40,11 @@ def check_call(target: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     numbers = [abs(x) for x in given if isinstance(x, (int, float)) and not isinstance(x, bool)]
     if space in ("operator", "math") and not any(isinstance(x, fx.Node) for x in given):
         raise UserError(f"{target} computes with constants only, which no traced network does")
-    if name in POWERS and any(x > LARGEST_EXPONENT for x in numbers):
-        raise UserError(f"{target} is given {max(numbers)}, expected at most {LARGEST_EXPONENT}")
+    if name in POWERS:
+        is_base = bool(args) and not isinstance(args[0], fx.Node)
+        most = LARGEST_BASE if is_base else LARGEST_EXPONENT
+        if any(x > most for x in numbers):
+            raise UserError(f"{target} is given {max(numbers)}, expected at most {most}")
     if name.endswith("full"):
         args = args[: 1 if name == "full" else 2]  # then comes the value
     check_size(name, args, kwargs)

@@ -126,7 +126,7 @@ def _record(
     with torch.random.fork_rng(devices=_cuda_devices(inputs)), torch.no_grad(), _hooked(model, names, outputs, calls):
         _seed(0)
         try:
-            return model(*inputs), outputs
+            return model(*(x.clone() for x in inputs)), outputs  # which it may change
         except Exception as error:
             mode = "training" if training else "evaluation"
             shapes = ", ".join(str(tuple(x.shape)) for x in inputs)

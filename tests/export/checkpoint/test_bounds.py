@@ -94,6 +94,7 @@ ATTACKS = {
     "binomial": (call("math.comb", 10**7, 10**6), "math.comb' is not on the list"),
     "power of constants": (call("operator.pow", 2, 10**9), "computes with constants only"),
     "power": (call("operator.pow", X, 10**9), "expected at most 1024"),
+    "power of a number": (call("operator.pow", 10**9, X), "expected at most 1048576"),
     "shift": (call("operator.lshift", X, 10**9), "expected at most 1024"),
     "text": (call("operator.mul", "x", 10**12), "computes with constants only"),
     "list": (call("operator.mul", [0], 10**12), "computes with constants only"),

@@ -187,3 +187,10 @@ def test_loaded_networks_are_independent_and_can_be_saved_again(tmp_path):
     round_trip(second, tmp_path / "again", IMAGES)
     for name in ("network.json", "weights.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "net" / name).read_bytes()
+
+
+def test_a_number_to_the_power_of_a_tensor(tmp_path):
+    """As encodings of positions have it: 10000 ** x."""
+    model = Net(lambda m, x: m.bn(m.conv(x)) * 10000 ** (x * 0.1), conv=nn.Conv2d(3, 3, 1), bn=nn.BatchNorm2d(3))
+    images = torch.rand(4, 3, 6, 6)
+    round_trip(folded_network(model.eval(), images), tmp_path / "net", images)

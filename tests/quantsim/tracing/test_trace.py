@@ -325,3 +325,10 @@ def test_sizes_of_inputs_that_a_network_has_seen_are_forgotten():
     for batch in (1, 4, 7):
         x = torch.randn(batch, 3, 12, 12)
         torch.testing.assert_close(sim(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_that_changes_its_input_is_compared_as_it_is_called():
+    """The networks are given the same values one after the other; the first must not change those of the second."""
+    model = randomize(Net(lambda m, x: m.bn(m.conv(x.sigmoid_())), **conv_bn())).eval()
+    sim = quantize(model, X.clone(), FLOAT)
+    assert torch.equal(sim(X.clone()), model(X.clone()))
