@@ -37,7 +37,7 @@ def deeplabv3plus(num_classes: int = 11) -> nn.Module:
 class DnCNN(nn.Module):
     """A denoiser that tells the noise of a gray image, by convolutions with BN (Zhang and others, 2017); smaller."""
 
-    def __init__(self, depth: int = 8, width: int = 32) -> None:
+    def __init__(self, depth: int = 6, width: int = 24) -> None:
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(1, width, 3, padding=1), nn.ReLU()]
         for _ in range(depth - 2):

@@ -43,7 +43,7 @@ NETWORKS = {  # heading, task, overrides, epochs
     "deeplabv3plus": (
         "DeepLabV3+, MobileNetV2", [CUSTOM, "model._target_=networks.deeplabv3plus", "task=segmentation"], 20,
     ),
-    "dncnn": ("DnCNN", [CUSTOM, "model._target_=networks.DnCNN", "task=regression"], 10),
+    "dncnn": ("DnCNN", [CUSTOM, "model._target_=networks.DnCNN", "task=regression"], 8),
     "pose": ("pose network", [CUSTOM, "model._target_=networks.Pose", "task=keypoints"], 30),
 }  # fmt: skip
 HOW = [

@@ -99,6 +99,11 @@ def _sequences(count: int) -> tuple[torch.Tensor, ...]:
     return torch.randn(count, 48, 40), lengths
 
 
+def _spectra_and_lengths(count: int) -> tuple[torch.Tensor, ...]:
+    _, lengths = _sequences(count)
+    return torch.randn(count, 64, 48), lengths
+
+
 def _text_and_spectrogram(count: int) -> tuple[torch.Tensor, ...]:
     full = torch.ones(count, dtype=torch.int64)
     return torch.randint(20, (count, 12)), 12 * full, torch.randn(count, 16, 10), 10 * full
@@ -124,6 +129,12 @@ TORCHAUDIO: dict[str, tuple[dict[str, Any], Arguments, tuple[str, ...]]] = {
         _wave_and_spectrogram, (),
     ),
 }  # fmt: skip
+PYTORCHCV_OF_SOUND: dict[str, tuple[dict[str, Any], Arguments]] = {
+    "jasper": ({"from_audio": False}, _spectra_and_lengths),
+    "quartznet": ({"from_audio": False}, _spectra_and_lengths),
+    "voca": ({}, lambda count: (torch.randn(count, 1, 16, 29), torch.full((count,), 3))),
+    "visemenet": ({}, lambda count: (torch.randn(count, 8, 195), torch.full((count, 76), 3))),
+}
 _CHANNELS = {"channels": [64, 64, 64, 64, 192], "attention_channels": 32, "se_channels": 32, "lin_neurons": 48}
 SPEECHBRAIN: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "ECAPA_TDNN": ("ECAPA_TDNN", {"input_size": 40, **_CHANNELS}, (64, 40)),
@@ -203,6 +214,9 @@ def _efficientnet_pytorch(name: str) -> Built:
 def _pytorchcv(name: str) -> Built:
     from pytorchcv.model_provider import get_model
 
+    for prefix, (kwargs, arguments) in PYTORCHCV_OF_SOUND.items():
+        if name.startswith(prefix):
+            return Built(get_model(name, **kwargs), [arguments])
     model = get_model(name)
     channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)), 3)
     size = getattr(model, "in_size", (224, 224))
