@@ -13,9 +13,9 @@ from torch.nn.utils import parametrize
 from bnre_exp.errors import UserError
 from bnre_exp.quantsim.nodes import is_layer
 from bnre_exp.quantsim.operations import input_quantizer
-from bnre_exp.quantsim.parts import named, parts_of
 from bnre_exp.quantsim.quantizers.codes import set_codes
 from bnre_exp.quantsim.quantizers.quantizer import ActivationQuantizer, Dequantize, positive
+from bnre_exp.quantsim.whole import named, parts_of
 
 SMALLEST_STEP = 2.0**-126  # the smallest float32 of full precision
 

@@ -20,8 +20,8 @@ from bnre_exp.algorithms.feeding import (
 )
 from bnre_exp.errors import UserError, few
 from bnre_exp.progress import Progress, no_progress
-from bnre_exp.quantsim.parts import parts_of
 from bnre_exp.quantsim.sim import bypassed
+from bnre_exp.quantsim.whole import parts_of
 from bnre_exp.tasks.classification import Classification
 from bnre_exp.tasks.task import Task
 

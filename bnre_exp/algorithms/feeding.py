@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from bnre_exp.errors import UserError
-from bnre_exp.quantsim.parts import parts_of
+from bnre_exp.quantsim.whole import parts_of
 from bnre_exp.tasks.task import first_input
 
 ForwardFn = Callable[[nn.Module, Any], Any]

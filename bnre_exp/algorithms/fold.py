@@ -14,7 +14,6 @@ from bnre_exp.errors import UserError
 from bnre_exp.quantsim.groups import PLAIN_BN, Group, find_groups, num_features
 from bnre_exp.quantsim.nodes import module_of, source_of
 from bnre_exp.quantsim.operations import does_nothing_in_evaluation
-from bnre_exp.quantsim.parts import named, parts_of, with_parts
 from bnre_exp.quantsim.quantizers.affine import ChannelAffine
 from bnre_exp.quantsim.quantizers.codes import set_codes
 from bnre_exp.quantsim.quantizers.layout import BATCH_NORMS, layout_of
@@ -22,6 +21,7 @@ from bnre_exp.quantsim.quantizers.quantizer import Dequantize, WeightQuantizer, 
 from bnre_exp.quantsim.quantizers.ranges import fit_symmetric_scale
 from bnre_exp.quantsim.sim import sim_report
 from bnre_exp.quantsim.usable import refuse_unusable
+from bnre_exp.quantsim.whole import named, parts_of, with_parts
 
 MODES = ("scale", "weight")
 SMALLEST_SCALE = 1e-30  # a channel scaled below this adds nothing in float32, and its scale would near the denormals

@@ -13,8 +13,8 @@ from torch.nn.utils import parametrize
 from bnre_exp.errors import UserError
 from bnre_exp.quantsim.nodes import is_layer, module_of, sole_user
 from bnre_exp.quantsim.operations import input_quantizer
-from bnre_exp.quantsim.parts import parts_of, with_parts
 from bnre_exp.quantsim.quantizers.quantizer import ActivationQuantizer, Dequantize, WeightQuantizer, positive
+from bnre_exp.quantsim.whole import parts_of, with_parts
 
 KERNEL_BITS = 8  # integer kernels multiply no wider codes
 PRECISE = (torch.float32, torch.float64)  # a layer in half precision rounds its sums

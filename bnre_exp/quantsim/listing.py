@@ -12,9 +12,9 @@ from bnre_exp.errors import UserError
 from bnre_exp.quantsim.groups import find_groups
 from bnre_exp.quantsim.nodes import is_bn, is_relu_like, module_of, sole_user
 from bnre_exp.quantsim.operations import is_preserving
-from bnre_exp.quantsim.parts import named, parts_of
 from bnre_exp.quantsim.quantizers.quantizer import ActivationQuantizer, WeightQuantizer, positive
 from bnre_exp.quantsim.sim import names_of, sim_report
+from bnre_exp.quantsim.whole import named, parts_of
 
 
 @dataclass(frozen=True)

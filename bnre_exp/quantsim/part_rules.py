@@ -10,8 +10,8 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from bnre_exp.errors import UserError, few
-from bnre_exp.quantsim.parts import named
 from bnre_exp.quantsim.quantizers.scheme import LayerRule, QuantScheme
+from bnre_exp.quantsim.whole import named
 
 
 class PartRules:

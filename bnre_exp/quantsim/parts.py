@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from bnre_exp.errors import UserError, few, first_line
 from bnre_exp.quantsim.part import CONSTANTS, Call, Calling, Part
 from bnre_exp.quantsim.tracing.frozen import MARK, frozen_modules
+from bnre_exp.quantsim.whole import PARTS, named
 from bnre_exp.quantsim.wrappers import copied, unwrapped
 
-PARTS = "bnre_exp_parts"  # attribute of the whole network: the path of each part's graph, by the name that was given
 Inputs = tuple[Tensor, ...]
 See = Callable[[str, Any, Any], Any]  # of a part's name, and what torch gives to a hook
 Build = Callable[[str, nn.Module, Sequence[Inputs]], fx.GraphModule]
@@ -39,25 +39,6 @@ def _without_parameters(part: nn.Module) -> nn.Module:
         for p in part.parameters()
     }
     return copy.deepcopy(part, memo)
-
-
-def parts_of(model: nn.Module) -> dict[str, fx.GraphModule]:
-    """The graphs of the parts of a network that is simulated in parts, by the names of these; none of any other."""
-    paths: Mapping[str, str] = getattr(model, PARTS, {})
-    return {name: model.get_submodule(path) for name, path in paths.items()}  # type: ignore[misc]
-
-
-def with_parts(model: nn.Module, change: Callable[[str, fx.GraphModule], nn.Module]) -> nn.Module:
-    """A copy of a network that is simulated in parts, with what ``change(name, graph)`` makes of each."""
-    whole = copy.deepcopy(model)
-    for name, path in getattr(whole, PARTS).items():
-        whole.set_submodule(path, change(name, whole.get_submodule(path)))  # type: ignore[arg-type]
-    return whole
-
-
-def named(part: str, name: str) -> str:
-    """How something in a part is called in the whole network."""
-    return f"{part}.{name}" if part else name
 
 
 def by_parts(model: nn.Module, example_input: Any, names: Sequence[str], build: Build) -> nn.Module:

@@ -10,9 +10,9 @@ from torch import fx, nn
 
 from bnre_exp.errors import UserError
 from bnre_exp.quantsim.part_rules import joined_scheme
-from bnre_exp.quantsim.parts import named, parts_of
 from bnre_exp.quantsim.quantizers.quantizer import ActivationQuantizer, WeightQuantizer
 from bnre_exp.quantsim.quantizers.scheme import QuantScheme
+from bnre_exp.quantsim.whole import named, parts_of
 
 CONTAINER = "act_quantizers"  # submodule of a simulation that holds its activation quantizers, by node name
 

@@ -25,7 +25,7 @@ from bnre_exp import (
     train,
 )
 from bnre_exp.algorithms.compare import compare_outputs
-from bnre_exp.quantsim.parts import parts_of
+from bnre_exp.quantsim.whole import parts_of
 from tests.detectors import LABELS, PARTS, block, detector, equal, folded_detector, images, tensors
 from tests.networks import Net, randomize
 

@@ -28,7 +28,7 @@ from bnre_exp import (
 )
 from bnre_exp.quantsim.insert import rebuild_sim
 from bnre_exp.quantsim.part_rules import _rests
-from bnre_exp.quantsim.parts import parts_of
+from bnre_exp.quantsim.whole import parts_of
 from tests.detectors import LABELS, PARTS, Backbone, Detector, Head, block, detector, equal, images, tensors
 from tests.networks import Net, randomize
 

@@ -21,7 +21,8 @@ from bnre_exp.export.checkpoint.files import check_replaceable
 from bnre_exp.export.checkpoint.names import is_path
 from bnre_exp.files import read_file, replacing
 from bnre_exp.quantsim.part import Calling, Part
-from bnre_exp.quantsim.parts import PARTS, check_names, parts_of, put_back
+from bnre_exp.quantsim.parts import check_names, put_back
+from bnre_exp.quantsim.whole import PARTS, parts_of
 from bnre_exp.quantsim.wrappers import unwrapped
 
 FORMAT, VERSION = "bnre_exp.folded_parts", 2  # 1 had no digest of the rest

@@ -24,8 +24,8 @@ from bnre_exp.export.checkpoint.rebuild import outside_names, rebuild, some_of
 from bnre_exp.export.checkpoint.tensors import encode_tensors
 from bnre_exp.export.checkpoint.value_json import encode_value
 from bnre_exp.export.folded import check_folded
-from bnre_exp.quantsim.parts import parts_of
 from bnre_exp.quantsim.quantizers.state import scheme_keys
+from bnre_exp.quantsim.whole import parts_of
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,9 @@ from bnre_exp.export.onnx.plain import plain_network
 from bnre_exp.export.onnx.qdq import insert_qdq
 from bnre_exp.export.onnx.records import Plain
 from bnre_exp.files import write_file
-from bnre_exp.quantsim.parts import inputs_of_parts, parts_of
+from bnre_exp.quantsim.parts import inputs_of_parts
 from bnre_exp.quantsim.sim import activation_quantizers, bypassed
+from bnre_exp.quantsim.whole import parts_of
 
 
 def export_onnx(

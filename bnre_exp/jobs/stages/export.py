@@ -27,8 +27,9 @@ from bnre_exp.jobs.stages.reload import Verifier
 from bnre_exp.jobs.stages.setting import Setting, run_name, seed, timed
 from bnre_exp.quantsim.nodes import is_layer
 from bnre_exp.quantsim.operations import input_quantizer
-from bnre_exp.quantsim.parts import inputs_of_parts, named
+from bnre_exp.quantsim.parts import inputs_of_parts
 from bnre_exp.quantsim.sim import graphs_of
+from bnre_exp.quantsim.whole import named
 from bnre_exp.tasks.task import Evaluation
 
 WITHOUT_ONNX = " Or leave ONNX out: export.formats=[checkpoint]."

@@ -21,7 +21,7 @@ from bnre_exp.algorithms.feeding import evaluation_mode
 from bnre_exp.errors import UserError
 from bnre_exp.jobs.stages import reload_process
 from bnre_exp.jobs.stages.setting import Setting
-from bnre_exp.quantsim.parts import with_parts
+from bnre_exp.quantsim.whole import with_parts
 from bnre_exp.tasks.task import Evaluation
 
 

@@ -16,7 +16,7 @@ from bnre_exp.jobs.stages.stage import Stage, Uses
 # What every stage does: take up the network before it, measure, and keep what it measured.
 MEASURING = (
     "tasks", "algorithms.evaluate", "algorithms.feeding", "jobs.stages.setting", "jobs.stages.network",
-    "jobs.stages.outcome", "algorithms.snapshot", "algorithms.speed",
+    "jobs.stages.outcome", "algorithms.snapshot", "algorithms.speed", "quantsim.whole",
 )  # fmt: skip
 TRAINING = (
     "jobs.stages.training",

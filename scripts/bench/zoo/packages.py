@@ -133,7 +133,6 @@ PYTORCHCV_OF_SOUND: dict[str, tuple[dict[str, Any], Arguments]] = {
     "jasper": ({"from_audio": False}, _spectra_and_lengths),
     "quartznet": ({"from_audio": False}, _spectra_and_lengths),
     "voca": ({}, lambda count: (torch.randn(count, 1, 16, 29), torch.full((count,), 3))),
-    "visemenet": ({}, lambda count: (torch.randn(count, 8, 195), torch.full((count, 76), 3))),
 }
 _CHANNELS = {"channels": [64, 64, 64, 64, 192], "attention_channels": 32, "se_channels": 32, "lin_neurons": 48}
 SPEECHBRAIN: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
@@ -229,13 +228,13 @@ def _pytorchcv(name: str) -> Built:
 
 def _families_of_pytorchcv() -> Sequence[str]:
     """Of every file of networks the first name, numbers in order of size: the smallest, most often. Files of networks
-    for the images of CUB build what other files build."""
+    for the images of CUB build what other files build; VisemeNet makes its windows over the samples of a batch."""
     from pytorchcv import model_provider
 
     first: dict[str, str] = {}
     for name, builder in sorted(model_provider._models.items(), key=lambda item: _by_numbers(item[0])):
         first.setdefault(builder.__module__, name)
-    return [name for module, name in first.items() if not module.endswith("_cub")]
+    return [name for module, name in first.items() if not module.endswith(("_cub", ".visemenet"))]
 
 
 def _by_numbers(name: str) -> list[tuple[int, str]]:

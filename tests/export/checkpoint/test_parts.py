@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, treespec_dumps
 
 from bnre_exp import UserError, calibrate, fold_batch_norms, load_folded, quantize, save_folded
-from bnre_exp.quantsim.parts import parts_of
+from bnre_exp.quantsim.whole import parts_of
 from tests.detectors import PARTS, Detector, block, detector, equal, folded_detector, images
 from tests.networks import Net, randomize
 

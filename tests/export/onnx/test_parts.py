@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from bnre_exp import QuantScheme, UserError, calibrate, export_onnx, fold_batch_norms, quantize, quantize_biases
 from bnre_exp.export.onnx.model import check_exportable
 from bnre_exp.quantsim.nodes import module_of
-from bnre_exp.quantsim.parts import inputs_of_parts, parts_of
+from bnre_exp.quantsim.parts import inputs_of_parts
+from bnre_exp.quantsim.whole import parts_of
 from tests.detectors import PARTS, block, detector, equal, folded_detector, images, tensors
 from tests.networks import Net, randomize
 
