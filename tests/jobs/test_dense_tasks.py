@@ -60,7 +60,7 @@ def job(folder, *overrides: str, name: str = "run"):
     return run(config, run_dir=folder / name, overrides=overrides, console=console), console.export_text()
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [pytest.param(t, marks=[] if t == "keypoints" else pytest.mark.slow) for t in TASKS])
 def test_every_stage_goes_by_the_task(tmp_path, task):
     network, headline = TASKS[task]
     results, said = job(tmp_path, f"task={task}", "model=custom", *network, "export=all")
@@ -88,6 +88,7 @@ def session(folder):
     return onnxruntime.InferenceSession(folder / "model.onnx")
 
 
+@pytest.mark.slow
 def test_another_task_on_the_same_scenes_is_another_job(tmp_path):
     network = ["model=custom", "model._target_=tests.tasks.scenes.UNet", "+model.kwargs.outputs=11", "train.epochs=1"]
     network += ["task=segmentation", "export=checkpoint"]
@@ -98,6 +99,7 @@ def test_another_task_on_the_same_scenes_is_another_job(tmp_path):
     assert said.count("reused") >= 5
 
 
+@pytest.mark.slow
 def test_a_sweep_of_segmenters_is_compared_by_miou(tmp_path, monkeypatch, capsys):
     network = ["model=custom", "model._target_=tests.tasks.scenes.UNet", "+model.kwargs.outputs=11"]
     arguments = [*SMALL, *network, "task=segmentation", "export=checkpoint", f"runtime.output_dir={tmp_path}"]

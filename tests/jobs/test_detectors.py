@@ -59,6 +59,7 @@ def job(folder, *overrides: str, name: str = "run"):
     return run(config, run_dir=folder / name, overrides=overrides, console=console), console.export_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", DETECTORS)
 def test_a_detector_goes_through_every_stage(tmp_path, which):
     """QAT too; and every stage is found again, those of parts as well."""
@@ -68,7 +69,6 @@ def test_a_detector_goes_through_every_stage(tmp_path, which):
     stages = ("fp32", "ptq", "qat", "reest", "fold", "export", "encodings", "onnx")
     assert all(f"{stage}/{name}" in metrics for stage in stages for name in ("map", "map_50"))
     assert "mAP" in said and metrics["export/map"] == metrics["fold/map"]
-    assert metrics["export/map_agreement"] == 1 if "export/map_agreement" in metrics else True
     folded = tmp_path / "run" / "folded"
     files = [tmp_path / "run" / "model.onnx"]
     if which == "torchvision":
