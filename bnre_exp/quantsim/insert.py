@@ -161,7 +161,8 @@ def _in_part(name: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"submodules: {name}: {error}") from error
+        said = str(error).replace("leaf_modules=['", f"leaf_modules=['{name}.")  # by the names of the whole network
+        raise UserError(f"submodules: {name}: {said}") from error
 
 
 def _for_all(calls: Sequence[tuple[Tensor, ...]], trace: Trace) -> Trace:

@@ -38,7 +38,10 @@ MORE_FUNCTIONS = (
 # Integers of any length, which take any time and memory.
 REFUSED_MATH = ("factorial", "comb", "perm")
 # Functions that make a tensor.
-FACTORIES = ("arange", "as_tensor", "asarray", "eye", "full", "linspace", "ones", "tensor", "zeros")
+FACTORIES = (
+    "arange", "as_tensor", "asarray", "eye", "full", "linspace", "ones", "tensor", "zeros", "empty_like", "rand",
+    "rand_like", "randint", "randint_like", "randn", "randn_like", "randperm",
+)  # fmt: skip
 # These read packed weights as raw memory, or exist for one kind of device.
 REFUSED_FUNCTIONS = ("fbgemm_", "quantized_", "miopen_")
 # These take code, hand out memory or attach hooks.

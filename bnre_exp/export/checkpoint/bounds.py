@@ -23,7 +23,7 @@ POWERS = ("pow", "ipow", "lshift", "ilshift")
 # whose numbers do not.
 SIZED = (
     "zeros", "ones", "full", "empty", "eye", "arange", "linspace", "logspace", "new_", "expand", "broadcast_to",
-    "repeat", "tile", "interpolate", "upsample", "pad", "one_hot", "adaptive_", "tril_indices", "triu_indices",
+    "repeat", "tile", "interpolate", "upsample", "pad", "one_hot", "rand", "adaptive_", "tril_indices", "triu_indices",
     "Upsample", "Adaptive", "ConstantPad", "ZeroPad",
 )  # fmt: skip
 VALUES = ("value", "fill_value", "align_corners", "mode")

@@ -17,6 +17,8 @@ _INPLACE_OPERATORS = {
     for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imod", "imatmul", "iand", "ior")
 }
 
+_FILLING = ("copy_", "fill_", "zero_")  # all of a tensor
+
 
 def make_out_of_place(traced: TracedNetwork) -> None:
     """Later readers of a tensor that was changed in place read the result instead; the values stay the same."""
@@ -40,7 +42,13 @@ def make_out_of_place(traced: TracedNetwork) -> None:
             if node.kwargs.get("inplace"):
                 node.kwargs, changed = {**node.kwargs, "inplace": False}, True
         elif node.op == "call_method" and re.fullmatch(r"[a-z]\w*[a-z0-9]_", node.target):  # relu_, not __len__
-            node.target, changed = node.target[:-1], True
+            changed = True
+            if node.target in _FILLING:
+                value = node.args[1:2] or tuple(node.kwargs.values())[:1] or (0,)
+                node.op, node.target = "call_function", assigned
+                node.args, node.kwargs = (node.args[0], ..., *value), {}
+            elif hasattr(torch.Tensor, node.target[:-1]):  # of random numbers there is no other
+                node.target = node.target[:-1]
         if changed and node.args and isinstance(node.args[0], fx.Node):
             _read_instead(node.args[0], node, order)
     for module in traced.modules():

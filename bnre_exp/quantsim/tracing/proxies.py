@@ -25,7 +25,9 @@ PROXIES_MEET = (
     ),
     os.path.dirname(os.path.dirname(__file__)),
 )
-CONVERSIONS = ("as_tensor", "asarray", "tensor")  # of torch; they ask no argument for its own way of doing it
+# Of torch: they ask no argument for its own way of doing it; and those that give another value each time.
+MAKERS = ("as_tensor", "asarray", "tensor", "zeros", "ones", "empty", "full")
+RANDOM = ("rand", "randn", "randint", "randperm")
 
 
 class _Decided:
@@ -71,34 +73,47 @@ class TracedAttribute(_Decided, Attribute):
 
 @contextmanager
 def recorded(tracer: Any) -> Iterator[None]:
-    """Within the block ``isinstance(x, Tensor)`` is true of what stands for a tensor, and functions of torch that make
-    a tensor of anything take it. (A ``__class__`` that says so would be believed by torch's C++ as well, which then
-    reads memory that is not there.)"""
+    """Within the block ``isinstance(x, Tensor)`` is true of what stands for a tensor, ``len(x)`` of a tensor is
+    ``x.shape[0]``, functions of torch that make a tensor of anything take it, and random tensors are made anew at every
+    call. (A ``__class__`` that says so would be believed by torch's C++ as well, which then reads memory that is not
+    there.)"""
 
     def is_instance(value: Any, kinds: Any) -> bool:
-        if not issubclass(type(value), _Decided) or sys._getframe(1).f_code.co_filename.startswith(PROXIES_MEET):
+        if not issubclass(type(value), _Decided) or _asker(2).startswith(PROXIES_MEET):
             return plain(value, kinds)
         return issubclass(tracer.kind_of(value), kinds)
 
-    def making(function: Callable[..., Any]) -> Callable[..., Any]:
+    def length(value: Any) -> Any:
+        if not issubclass(type(value), _Decided) or _asker(2).startswith(PROXIES_MEET):
+            return plain_length(value)
+        return value.shape[0] if issubclass(tracer.kind_of(value), Tensor) else plain_length(value)
+
+    def making(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if any(issubclass(type(value), Proxy) for value in pytree.tree_leaves((args, kwargs))):
+            stands_for = any(issubclass(type(value), Proxy) for value in pytree.tree_leaves((args, kwargs)))
+            if stands_for or (name in RANDOM and not tracer.is_looking_up and not _asker(2).startswith(PROXIES_MEET)):
                 return tracer.create_proxy("call_function", function, args, kwargs)
             return function(*args, **kwargs)
 
         return call
 
-    plain, makers = builtins.isinstance, {name: getattr(torch, name) for name in CONVERSIONS}
+    plain, plain_length = builtins.isinstance, builtins.len
+    makers = {name: getattr(torch, name) for name in (*MAKERS, *RANDOM)}
     try:
-        builtins.isinstance = is_instance
+        builtins.isinstance, builtins.len = is_instance, length
         for name, function in makers.items():
-            setattr(torch, name, making(function))
+            setattr(torch, name, making(name, function))
         yield
     finally:
-        builtins.isinstance = plain
+        builtins.isinstance, builtins.len = plain, plain_length
         for name, function in makers.items():
             setattr(torch, name, function)
+
+
+def _asker(depth: int) -> str:
+    """The file of the code that called, so many calls up."""
+    return sys._getframe(depth).f_code.co_filename
 
 
 def assigned(x: Tensor, index: Any, value: Any) -> Tensor:

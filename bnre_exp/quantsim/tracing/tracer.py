@@ -38,7 +38,8 @@ class Tracer(fx.Tracer):
         self._checked: set[tuple[fx.Node, str]] = set()
         self._examples = [[resized(x, size) for x in examples] for size in BATCH_SIZES]
         self._values: list[dict[fx.Node, Any]] = [{} for _ in BATCH_SIZES]
-        self._looking_up = False
+        self.is_looking_up = False
+        self._buffers: dict[str, Tensor] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if {module_qualified_name, type(m).__name__} & self.leaves:
@@ -48,9 +49,17 @@ class Tracer(fx.Tracer):
         return self.whole(m)
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """The graph of ``root``, called with as many inputs as there are examples."""
-        with recorded(self):
-            return super().trace(root, concrete_args)
+        """The graph of ``root``, called with as many inputs as there are examples. What its forward puts in the place
+        of a buffer (the same on another device, say) is forgotten at its end."""
+        self._buffers = dict(root.named_buffers(remove_duplicate=False))
+        before = [(module._buffers, dict(module._buffers)) for module in root.modules()]
+        try:
+            with recorded(self):
+                return super().trace(root, concrete_args)
+        finally:
+            for buffers, known in before:
+                buffers.clear()
+                buffers.update(known)
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -74,7 +83,7 @@ class Tracer(fx.Tracer):
         return a.node if issubclass(type(a), Proxy) else super().create_arg(a)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        if self._looking_up:
+        if self.is_looking_up:
             return forward(*args, **kwargs)
         if self.is_leaf_module(m, self.path_of_module(m)):
             _check_call(m, args, kwargs)
@@ -84,7 +93,7 @@ class Tracer(fx.Tracer):
         return result
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        return attr_val if self._looking_up else super().getattr(attr, attr_val, parameter_proxy_cache)
+        return attr_val if self.is_looking_up else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def proxy(self, node: fx.Node) -> Proxy:
         return TracedValue(node, self)
@@ -145,7 +154,7 @@ class Tracer(fx.Tracer):
                     needed.add(source)
                     queue.append(source)
         order = [n for n in self.graph.nodes if n in needed]
-        self._looking_up = True
+        self.is_looking_up = True
         try:
             with torch.no_grad():
                 for examples, values in zip(self._examples[:samples], self._values):
@@ -153,7 +162,7 @@ class Tracer(fx.Tracer):
                         if n not in values:
                             values[n] = self._value(n, examples, values)
         finally:
-            self._looking_up = False
+            self.is_looking_up = False
         return [values[node] for values in self._values[:samples]]
 
     def _value(self, node: fx.Node, examples: list[Tensor], values: dict[fx.Node, Any]) -> Any:
@@ -163,7 +172,8 @@ class Tracer(fx.Tracer):
                 return examples[place]
             raise TraceError(f"its control flow depends on the argument {node.target}, which has no example")
         if node.op == "get_attr":
-            return attrgetter(str(node.target))(self.root)
+            known = self._buffers.get(str(node.target))
+            return attrgetter(str(node.target))(self.root) if known is None else known
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
         if node.op == "call_module":
             with _in_evaluation(self.root.get_submodule(str(node.target))) as module:
