@@ -88,7 +88,7 @@ def verdict(before: Evaluation, after: Evaluation) -> Mapping[str, Any]:
     """Whether re-estimation helps: the mean change of the images' scores, beside its standard error."""
     change = (after.scores - before.scores).double()
     mean, error = float(change.mean()), float(change.std()) / math.sqrt(len(change))
-    word = "helps" if mean > SURE * error else "harms" if mean < -SURE * error else "changes nothing"
+    word = "helps" if mean > SURE * error else "harms" if mean < -SURE * error else "no clear change"
     return {"verdict": word, "change": mean, "error": error}
 
 
