@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bnre_exp.errors import UserError
 from bnre_exp.tasks.boxes import Detections, agreement, image_score, packed
-from bnre_exp.tasks.task import Evaluation, Headline, first_tensor, labels_of
+from bnre_exp.tasks.task import Evaluation, Headline, first_tensor, labels_of, refuse_smoothing
 
 MAP = Headline("map", "mAP")
 WITH_BACKGROUND = ("GeneralizedRCNN", "SSD")  # torchvision's detectors whose class 0 is no object
@@ -95,8 +95,7 @@ class Detection:
         return len(batch[0])
 
     def loss(self, output: Any, batch: Any, label_smoothing: float = 0.0) -> Tensor:
-        if label_smoothing:
-            raise UserError(f"task: label_smoothing={label_smoothing}, but detection has no labels to smooth; set 0.")
+        refuse_smoothing(label_smoothing)
         if self.loss_fn is not None:
             return self.loss_fn(output, batch)
         losses = list(output.values()) if isinstance(output, Mapping) else []

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bnre_exp.errors import UserError
 from bnre_exp.tasks.logits import wide
-from bnre_exp.tasks.task import Evaluation, Headline, PairTask, TargetFn, first_input, first_tensor
+from bnre_exp.tasks.task import Evaluation, Headline, PairTask, TargetFn, first_input, first_tensor, refuse_smoothing
 
 PCK = Headline("pck", "PCK")
 REFERENCES = ("box", "image")
@@ -52,8 +52,7 @@ class Keypoints(PairTask):
         self.num_keypoints, self.threshold, self.reference, self.sigma = num_keypoints, threshold, reference, sigma
 
     def loss(self, output: Any, batch: Any, label_smoothing: float = 0.0) -> Tensor:
-        if label_smoothing:
-            raise UserError(f"task: label_smoothing={label_smoothing}, but keypoints have no labels to smooth; set 0.")
+        refuse_smoothing(label_smoothing)
         given, points, seen = self.output_and_points(output, batch)
         sides = _sides(batch).to(points)
         if given.ndim == 4:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bnre_exp.errors import UserError
 from bnre_exp.tasks.logits import wide
-from bnre_exp.tasks.task import Evaluation, Headline, PairTask, TargetFn, first_tensor
+from bnre_exp.tasks.task import Evaluation, Headline, PairTask, TargetFn, first_tensor, refuse_smoothing
 
 HEADLINES = {
     "psnr": Headline("psnr", "PSNR [dB]"),
@@ -51,8 +51,7 @@ class Regression(PairTask):
         self.data_range, self.headline, self.loss_name = float(data_range), HEADLINES[metric], loss
 
     def loss(self, output: Any, batch: Any, label_smoothing: float = 0.0) -> Tensor:
-        if label_smoothing:
-            raise UserError(f"task: label_smoothing={label_smoothing}, but regression has no labels to smooth; set 0.")
+        refuse_smoothing(label_smoothing)
         loss: Tensor = LOSSES[self.loss_name](*self.output_and_target(output, batch))
         return loss
 

@@ -156,6 +156,15 @@ def first_tensor(output: Any) -> Tensor | None:
     return next((tensor for tensor in found if tensor is not None), None)
 
 
+def refuse_smoothing(label_smoothing: float) -> None:
+    """Raise ``UserError`` unless it is 0: for tasks that have no labels to smooth."""
+    if label_smoothing:
+        raise UserError(
+            f"task: label_smoothing={label_smoothing}, but this task has no labels to smooth; set "
+            "train.label_smoothing and qat.label_smoothing to 0."
+        )
+
+
 class PairTask:
     """What tasks share whose batches are ``(input, target)`` and whose output is a tensor, or has one as its first.
 

@@ -14,7 +14,7 @@ from bnre_exp.errors import UserError
 from bnre_exp.files import work_folder
 from bnre_exp.tasks.boxes import agreement, image_score, packed
 from bnre_exp.tasks.detection import check_objects
-from bnre_exp.tasks.task import Evaluation, Headline, first_tensor
+from bnre_exp.tasks.task import Evaluation, Headline, first_tensor, refuse_smoothing
 from bnre_exp.tasks.ultralytics_batch import images_of, one_image, theirs
 
 KINDS = {  # by the task that a network is of: its headline, and the names of their results
@@ -75,8 +75,7 @@ class Ultralytics:
         return len(images_of(batch))
 
     def loss(self, output: Any, batch: Any, label_smoothing: float = 0.0) -> Tensor:
-        if label_smoothing:
-            raise UserError(f"task: label_smoothing={label_smoothing}, but detection has no labels to smooth; set 0.")
+        refuse_smoothing(label_smoothing)
         criterion = self._criterion(self.compared(output).device)
         parts, _ = criterion(output, self.theirs(batch))
         loss: Tensor = parts.sum() / self.samples(batch)

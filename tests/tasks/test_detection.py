@@ -313,5 +313,5 @@ def test_labels_of_a_data_set_are_checked_and_there_is_nothing_to_smooth() -> No
         with pytest.raises(UserError, match=message):
             task.check_labels(ranges)
     Detection().check_labels({"train": (0, 90), "test": (0, 3)})
-    with pytest.raises(UserError, match="label_smoothing=0.1, but detection has no labels to smooth"):
+    with pytest.raises(UserError, match="label_smoothing=0.1, but this task has no labels to smooth"):
         task.loss({"loss": torch.zeros(())}, (torch.zeros(1), [ONE]), 0.1)
