@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torchvision.models import resnet18
 from torchvision.models.detection import FCOS
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
 PIXELS = 64  # of the scenes' sides
-SIZES = ((8,), (16,), (32,))  # of objects, for each level of the pyramid [pixels]
+SIZES = ((8,), (16,), (32,), (64,))  # of objects, for each level of the pyramid [pixels]
 
 
 def fcos(num_classes: int = 10) -> FCOS:
-    """FCOS of torchvision on ResNet18 with BN and a pyramid of three levels."""
-    backbone = resnet_fpn_backbone(
-        backbone_name="resnet18", weights=None, norm_layer=nn.BatchNorm2d, trainable_layers=5, returned_layers=[1, 2],
-    )  # fmt: skip
+    """FCOS of torchvision on ResNet18 with BN and a pyramid of four levels of 64 channels."""
+    levels = {"layer1": "0", "layer2": "1", "layer3": "2"}
+    backbone = BackboneWithFPN(resnet18(weights=None), levels, in_channels_list=[64, 128, 256], out_channels=64)
     anchors = AnchorGenerator(sizes=SIZES, aspect_ratios=((1.0,),) * len(SIZES))
     return FCOS(backbone, num_classes, anchor_generator=anchors, min_size=PIXELS, max_size=PIXELS)
 

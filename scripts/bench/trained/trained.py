@@ -37,14 +37,14 @@ NETWORKS = {  # heading, task, overrides, epochs
     "fcos": (
         "FCOS, ResNet18",
         [CUSTOM, "model._target_=networks.fcos", "task=detection", "model.submodules=[backbone, head]"],
-        15,
+        12,
     ),
-    "unet": ("U-Net, MobileNetV2", [CUSTOM, "model._target_=networks.unet", "task=segmentation"], 20),
+    "unet": ("U-Net, MobileNetV2", [CUSTOM, "model._target_=networks.unet", "task=segmentation"], 10),
     "deeplabv3plus": (
-        "DeepLabV3+, MobileNetV2", [CUSTOM, "model._target_=networks.deeplabv3plus", "task=segmentation"], 20,
+        "DeepLabV3+, MobileNetV2", [CUSTOM, "model._target_=networks.deeplabv3plus", "task=segmentation"], 10,
     ),
-    "dncnn": ("DnCNN", [CUSTOM, "model._target_=networks.DnCNN", "task=regression"], 8),
-    "pose": ("pose network", [CUSTOM, "model._target_=networks.Pose", "task=keypoints"], 30),
+    "dncnn": ("DnCNN", [CUSTOM, "model._target_=networks.DnCNN", "task=regression"], 5),
+    "pose": ("pose network", [CUSTOM, "model._target_=networks.Pose", "task=keypoints"], 20),
 }  # fmt: skip
 HOW = [
     "dataset=digit_scenes", "train=adamw", "train.lr=2e-3", "qat.lr=1e-3", "qat.optimizer=adamw",
