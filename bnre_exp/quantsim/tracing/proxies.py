@@ -66,6 +66,14 @@ class _Decided:
 class TracedValue(_Decided, Proxy):
     tracer: Any
 
+    def __getitem__(self, index: Any) -> Any:
+        """What a module gives as None, among others, is None: networks ask for that."""
+        if isinstance(index, int) and self.tracer.is_of_users_module(self.node):
+            (value,) = self.tracer.values_of(self, samples=1)
+            if isinstance(value, (tuple, list)) and value[index] is None:
+                return None
+        return super().__getitem__(index)  # type: ignore[misc]
+
 
 class TracedAttribute(_Decided, Attribute):
     tracer: Any

@@ -130,8 +130,17 @@ class Tracer(fx.Tracer):
 
     def kind_of(self, obj: Proxy) -> type:
         """The type of the value. Python asks for it in isinstance."""
-        (value,) = self._look_up(obj.node, samples=1)
+        (value,) = self.values_of(obj, samples=1)
         return type(value)
+
+    def values_of(self, obj: Proxy, samples: int = len(BATCH_SIZES)) -> list[Any]:
+        """What it stands for, for the first ``samples`` batch sizes."""
+        return self._look_up(obj.node, samples)
+
+    def is_of_users_module(self, node: fx.Node) -> bool:
+        """Whether it is what a module gives that is not looked into, and is not torch's."""
+        kind = type(self.root.get_submodule(str(node.target))) if node.op == "call_module" else nn.Module
+        return not kind.__module__.startswith("torch.")
 
     def _is_constant(self, node: fx.Node, known: dict[fx.Node, bool] | None = None) -> bool:
         """Whether only the number of axes, the type or the device is read, which no image size changes."""

@@ -386,3 +386,20 @@ def test_tensors_that_a_network_makes_itself(what, tmp_path):
     save_folded(folded, tmp_path / "net")
     assert report.folded and torch.equal(outputs_of(load_folded(tmp_path / "net"), X), outputs_of(folded, X))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Split(nn.Conv2d):
+    """As octave convolutions do: two outputs, of which one may be None."""
+
+    def forward(self, x):
+        return super().forward(x).flip(1), None
+
+
+def test_a_module_that_gives_none_among_others():
+    def forward(m, x):
+        high, low = m.split(x)
+        return m.bn(high if low is None else high + low)
+
+    model = randomize(Net(forward, split=Split(3, 3, 3), bn=nn.BatchNorm2d(3))).eval()
+    sim = quantize(model, X, FLOAT)
+    assert torch.allclose(sim(X), model(X), atol=1e-5)
