@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from bnre_exp.quantsim.nodes import (
     sole_user,
     source_of,
 )
-from bnre_exp.quantsim.quantizers.layout import CONVS, out_channels
+from bnre_exp.quantsim.quantizers.layout import CONVS, LAYERS, out_channels
 from bnre_exp.quantsim.quantizers.quantizer import ActivationQuantizer
 from bnre_exp.quantsim.tracing.functional import FunctionalBatchNorm, is_call, why_function
 from bnre_exp.quantsim.tracing.trace import BatchNormNd
@@ -106,7 +107,7 @@ def _why_not_after_layer(bns: list[fx.Node], calls: dict[Any, list[fx.Node]]) ->
             return "a quantizer between the layer and the BN"
         layer = _layer_before(node)
         if layer is None:
-            return f"no conv or linear layer directly before it (its input is {describe(source_of(node))})"
+            return _why_no_layer(source_of(node))
         reason = _why_not_pair(layer, node, bn)
         if reason:
             return reason
@@ -120,6 +121,13 @@ def _why_not_after_layer(bns: list[fx.Node], calls: dict[Any, list[fx.Node]]) ->
     if len(callers) != len(bns):
         return f"the layer {name} is called more than once, and not always followed by this BN"
     return None
+
+
+def _why_no_layer(source: Any) -> str:
+    whole: Any = source_of(source) if source.target is operator.getitem else None
+    if isinstance(module_of(whole), LAYERS):
+        return f"{whole.target} gives several outputs and is kept whole"
+    return f"no conv or linear layer directly before it (its input is {describe(source)})"
 
 
 def _layer_before(bn: fx.Node) -> Any:

@@ -403,3 +403,4 @@ def test_a_module_that_gives_none_among_others():
     model = randomize(Net(forward, split=Split(3, 3, 3), bn=nn.BatchNorm2d(3))).eval()
     sim = quantize(model, X, FLOAT)
     assert torch.allclose(sim(X), model(X), atol=1e-5)
+    assert fold_batch_norms(sim)[1].kept == (("bn", "split gives several outputs and is kept whole"),)
