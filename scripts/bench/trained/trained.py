@@ -5,7 +5,8 @@
     python scripts/bench/trained/trained.py --network yolov8n --bits 4 --epochs 1     # a try
 
 Needs the extras ultralytics and bench. Every job goes through the runner; its stages are in the stage store, so that an
-interrupted run goes on where it was. Writes OUTPUT.md and OUTPUT.json.
+interrupted run goes on where it was. Writes OUTPUT.md, OUTPUT.json and a picture in the folder images beside them;
+--render makes the page and the picture again from OUTPUT.json.
 """
 
 from __future__ import annotations
@@ -97,15 +98,47 @@ def quiet() -> Console:
     return Console(file=io.StringIO())
 
 
-def page(rows: list[Row], command: str) -> str:
+def picture(rows: list[Row], path: Path) -> None:
+    """A panel a network: its metric by the bits of the weights, before and after re-estimation, also with QAT."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys(row["network"] for row in rows))
+    columns = (len(names) + 1) // 2
+    figure, axes = pyplot.subplots(2, columns, figsize=(3.6 * columns, 6), squeeze=False)
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
+    for name, axis in zip(names, axes.flat):
+        own = [row for row in rows if row["network"] == name]
+        axis.axhline(own[0]["values"]["fp32"], color="gray", linestyle=":", label="FP32")
+        for is_qat, color in ((False, "tab:blue"), (True, "tab:orange")):
+            some = sorted((row for row in own if bool(row["qat"]) == is_qat), key=lambda row: row["bits"])
+            bits, label = [row["bits"] for row in some], "with QAT" if is_qat else "without QAT"
+            before = [row["values"][row["before"]] for row in some]
+            axis.plot(bits, before, "o--", color=color, alpha=0.6, label=f"{label}, before")
+            axis.plot(bits, [row["values"]["reest"] for row in some], "o-", color=color, label=f"{label}, re-estimated")
+        axis.set(title=name, xlabel="bits of weights", ylabel=own[0]["metric"], xticks=sorted({r["bits"] for r in own}))
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=3)
+    figure.tight_layout(rect=(0, 0.1, 1, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+
+
+def page(rows: list[Row], command: str, image: str) -> str:
     """The table, as Markdown."""
     lines = [
         "# Trained networks of other tasks",
         "",
+        f"![the metric of each network before and after re-estimation, by bits of its weights]({image})",
+        "",
         f"Made by `{command}` (torch {torch.__version__}, {platform.machine()}, CPU). Every network is trained from "
         "scratch on `dataset=digit_scenes` (1200 scenes of 64×64 pixels, of which a tenth are for validation; 300 to "
         "test on), its weights are quantized per channel with MSE ranges, activations at 8 bits, and 30 batches "
-        "re-estimate its BN statistics. QAT is 3 epochs of AdamW. *Before* is what re-estimation starts from: without "
+        "re-estimate its BN statistics. FP32 training is short (5 to 20 epochs), so that QAT, 3 more epochs of AdamW, "
+        "may end above it. *Before* is what re-estimation starts from: without "
         "QAT the quantized network, its activation ranges fitted anew; with QAT the trained one. *Folded* has its BNs "
         "in the weight scales and biases on the int32 grid; *ONNX Runtime* is the exported file, in another process. "
         "The verdict is of the scores of the 300 images (a detector's: average precision of the image at an overlap "
@@ -134,16 +167,28 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="FP32 epochs, in place of each network's own")
     parser.add_argument("--folder", type=Path, default=Path("outputs/trained"), help="runs and the stage store")
     parser.add_argument("--output", type=Path, default=Path("docs/trained"), help="without its ending")
+    parser.add_argument("--render", action="store_true", help="only the page and the picture, from OUTPUT.json")
     given = parser.parse_args()
     rows, console = list[Row](), Console()
+    if given.render:
+        known = json.loads(given.output.with_suffix(".json").read_text())
+        leave(known["rows"], known["command"], given.output)
+        return
     for name, bits, qat in jobs(given.network, given.bits):
         with console.status(f"{NETWORKS[name][0]}, {bits} bits, {'QAT' if qat else 'no QAT'}"):
             row = measured(name, bits, qat, given.folder, given.epochs)
         rows.append(row)
-        console.print(page([row], "").splitlines()[-1], highlight=False)
+        console.print(page([row], "", "").splitlines()[-1], highlight=False)
         command = shlex.join(["python", "scripts/bench/trained/trained.py", *sys.argv[1:]])
         given.output.with_suffix(".json").write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
-        given.output.with_suffix(".md").write_text(page(rows, command))
+        leave(rows, command, given.output)
+
+
+def leave(rows: list[Row], command: str, output: Path) -> None:
+    """Write the page and its picture."""
+    image = output.parent / "images" / f"{output.name}.png"
+    picture(rows, image)
+    output.with_suffix(".md").write_text(page(rows, command, f"images/{image.name}"))
 
 
 if __name__ == "__main__":
