@@ -61,10 +61,10 @@ class _Coco(Objects):
         names = {int(entry["id"]): str(entry["name"]) for entry in known["categories"]}
         self.numbers = {category: number for number, category in enumerate(sorted(names))}
         self.annotations: dict[int, list[Mapping[str, Any]]] = {int(entry["id"]): [] for entry in known["images"]}
+        self.sizes = {int(entry["id"]): (entry.get("width"), entry.get("height")) for entry in known["images"]}
         for annotation in known["annotations"]:
             self._take(annotation)
         self.ids = sorted(self.annotations)
-        self.sizes = {int(entry["id"]): (entry.get("width"), entry.get("height")) for entry in known["images"]}
         paths = {int(entry["id"]): folder / str(entry["file_name"]) for entry in known["images"]}
         super().__init__(
             [paths[number] for number in self.ids], [names[category] for category in sorted(names)], [file]
@@ -77,8 +77,17 @@ class _Coco(Objects):
             raise UserError(
                 f"dataset: {self.file}: annotation {annotation.get('id')} has the {what}, which is in no list."
             )
-        _, _, width, height = map(float, annotation["bbox"])
+        left, top, width, height = map(float, annotation["bbox"])
         is_empty = width == 0 or height == 0  # COCO's own training images have one
+        wide, high = self.sizes[image]
+        if wide and high and not is_empty:
+            right, bottom = left + width, top + height
+            if not (-1 <= left < right <= wide + 1 and -1 <= top < bottom <= high + 1):
+                raise UserError(
+                    f"dataset: {self.file}: the box {annotation['bbox']} of annotation {annotation.get('id')} is empty "
+                    f"or outside of its image {image}, which has {wide} x {high} pixels; expected x, y, width, height "
+                    "in pixels."
+                )
         if not annotation.get("iscrowd") and not is_empty:
             self.annotations[image].append(annotation)
 

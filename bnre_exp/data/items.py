@@ -55,7 +55,12 @@ def read_item(source: Any, index: int, num_classes: int | None = None) -> tuple[
         raise UserError(f"dataset: image {name} cannot be read: {error}. {REPAIR}") from error
     label = _integer(item[1])
     if label is None:
-        raise UserError(f"dataset: the class of item {name} is {item[1]!r}; expected an integer.")
+        shown = repr(item[1])
+        shown = shown if len(shown) <= 60 else f"a {type(item[1]).__name__}"
+        raise UserError(
+            f"dataset: the class of item {name} is {shown}; expected an integer. For masks, boxes and other targets "
+            "set task, as in task=segmentation or task=detection (docs/tasks.md)."
+        )
     if num_classes is not None and not 0 <= label < num_classes:
         raise UserError(
             f"dataset: the class of item {name} is {label}; expected 0 to {num_classes - 1} "

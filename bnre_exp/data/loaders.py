@@ -7,7 +7,7 @@ that come along and a user's own alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from bnre_exp.data.preprocess import Preprocessing
 from bnre_exp.data.spec import DataSpec
 from bnre_exp.data.splits import Split, load_split
 from bnre_exp.digests import digest, stream_seed, tensors_digest
-from bnre_exp.errors import UserError
+from bnre_exp.errors import UserError, few
 from bnre_exp.progress import Progress, no_progress
 from bnre_exp.tasks.classification import Classification
 
@@ -93,6 +93,7 @@ def build_loaders(
         )
         for name in ("train", "test")
     }
+    _check_same_classes(splits["train"].classes, splits["test"].classes)
     positions = _positions(spec, splits)
     recipes = {
         role: partial(
@@ -127,6 +128,14 @@ def build_loaders(
         preprocessing=preprocessing,
         notes=tuple(dict.fromkeys(note for split in splits.values() for note in split.notes)),
     )
+
+
+def _check_same_classes(of_train: Sequence[str] | None, of_test: Sequence[str] | None) -> None:
+    if of_train is not None and of_test is not None and of_train != of_test:
+        raise UserError(
+            f"dataset: the training images have the classes {few(of_train)}, the test images {few(of_test)}; expected "
+            "the same, in the same order."
+        )
 
 
 def check_labels(loaders: Loaders, num_classes: int) -> None:

@@ -126,6 +126,10 @@ def sample_split(
     sampled = indices[:: max(1, len(indices) // _SAMPLED_ITEMS)].tolist()
     with own_random_state(0):
         seen = [read(index) for index in sampled]
+        if kind.labels is not None and not any(_shows_something(kind, sample) for sample in seen):
+            looked_at = set(sampled)  # objects may be rare
+            left = (read(index) for index in indices.tolist() if index not in looked_at)
+            seen += [next((sample for sample in left if _shows_something(kind, sample)), seen[0])]
     labels, files, notes = torch.cat([kind.labels_of(sample) for sample in seen]), all_files(source), list[str]()
     if files is None:
         contents = digest_of(_sample_parts(seen))
@@ -134,6 +138,12 @@ def sample_split(
         contents = _files_digest(files, True, digests_folder, progress, name)
     digest = digest_of([contents, indices.numpy()])
     return Split(indices, labels, digest, source=source, kind=kind, read=read, notes=tuple(notes))
+
+
+def _shows_something(kind: TargetKind, sample: Sample) -> bool:
+    """Whether a sample has an object, or a class beside the background."""
+    labels = kind.labels_of(sample)
+    return bool(labels.any()) if kind.name == "mask" else len(labels) > 0
 
 
 def _sample_parts(samples: Sequence[Sample]) -> list[Any]:

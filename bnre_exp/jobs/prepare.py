@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from bnre_exp.data.classes import count_classes
 from bnre_exp.data.loaders import Loaders, build_loaders
 from bnre_exp.data.preprocess import resolve_preprocessing
 from bnre_exp.data.samples import CLASS, KINDS
+from bnre_exp.data.served import check_served
 from bnre_exp.data.spec import DataSpec
-from bnre_exp.errors import UserError
+from bnre_exp.errors import UserError, few
 from bnre_exp.jobs.plan import Planned, plan
 from bnre_exp.jobs.reporting import Job, Results, log_inputs
 from bnre_exp.jobs.stages.export import check_export
@@ -82,9 +84,18 @@ def prepare(
     _check_before_training(job, planned)
     log_inputs(job)
     job.exceptions("note", [stage.off for stage in STAGES if stage.off and not stage.is_on(config)])
-    job.exceptions("note", [("model", note) for note in built.notes])
+    job.exceptions("note", [("model", note) for note in (*built.notes, *_other_names(built, loaders))])
     job.exceptions("note", [("store", note) for note in loaders.notes if store.mode != "off"])
     return job, planned
+
+
+def _other_names(built: BuiltModel, loaders: Loaders) -> list[str]:
+    """A note where a trained network calls its classes otherwise than the dataset does."""
+    known = getattr(built.module, "names", None)
+    own = [str(known[number]) for number in sorted(known)] if isinstance(known, dict) else []
+    if not built.pretrained or loaders.classes is None or own == list(loaders.classes):
+        return []
+    return [f"its classes are {few(own)}, in this order; the dataset's are {few(loaders.classes)}"] if own else []
 
 
 def _targets(config: Config) -> str:
@@ -95,6 +106,7 @@ def _targets(config: Config) -> str:
             f"task._target_={config.task._target_}: its targets are {kind!r}; expected one of "
             f"{', '.join([CLASS, *KINDS])}."
         )
+    check_served(resolve_target(config.dataset._target_, "dataset._target_"), str(kind))
     return str(kind)
 
 
@@ -121,8 +133,10 @@ def _loaders(
 ) -> Loaders:
     data = config.dataset
     channels = input_channels(built.module) if data.channels == "auto" else int(data.channels)
-    is_plain = built.takes_unit_range or targets == "image"
+    is_plain = built.takes_unit_range or targets in ("image", "objects")  # detectors normalize for themselves
     mean, std = ([0.0], [1.0]) if is_plain else (data.default_mean, data.default_std)
+    if channels == 1:
+        mean, std = [fmean(mean)], [fmean(std)]
     preprocessing = resolve_preprocessing(
         built.preprocessing, image_size=data.image_size, mean=data.mean, std=data.std,
         default_image_size=data.default_image_size, default_mean=mean, default_std=std,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -11,7 +13,7 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from bnre_exp.data.preprocess import Preprocessing
-from bnre_exp.errors import UserError
+from bnre_exp.errors import UserError, few
 from bnre_exp.models.zoo import BuiltModel, guarded, torchvision_weights, unknown_name, weights_setting
 
 # The parts of a detector that compute with weights; what chooses boxes between them stays as it is.
@@ -97,7 +99,24 @@ def _made(name: str, entry: Any, classes: int, kwargs: Mapping[str, Any]) -> nn.
         module: nn.Module = torchvision.models.get_model(name, weights=entry, **options)
         return module
 
+    _check_arguments(name, kwargs)
     return guarded(build, name, options, None if entry is None else str(entry), getattr(entry, "url", ""))
+
+
+def _check_arguments(name: str, kwargs: Mapping[str, Any]) -> None:
+    """Raise ``UserError`` for arguments that torchvision would pass over: its builders hand them on, to detectors that
+    take any."""
+    builder: Any = torchvision.models.get_model_builder(name)
+    detection = torchvision.models.detection
+    kinds = (detection.FasterRCNN, detection.FCOS, detection.KeypointRCNN, detection.MaskRCNN, detection.RetinaNet,
+             detection.ssd.SSD)  # fmt: skip
+    takers = [builder, *(kinds if builder.__module__.startswith(detection.__name__) else ())]
+    known = {parameter for taker in takers for parameter in inspect.signature(taker).parameters}
+    if unknown := [argument for argument in kwargs if argument not in known]:
+        like = difflib.get_close_matches(unknown[0], known, n=1)
+        raise UserError(
+            f"model.kwargs: {name} takes no {few(unknown)}." + (f" Did you mean {like[0]}?" if like else "")
+        )
 
 
 def _has(module: nn.Module, path: str) -> bool:

@@ -166,8 +166,9 @@ def comparison_table(title: str, rows: Sequence[RunRow], stages: Mapping[str, st
     did not finish, with their errors. Raises ``ValueError`` without runs."""
     if not rows:
         raise ValueError("There are no runs to compare.")
-    absent, title = without_results(rows, stages), _titled(title, rows)
+    absent = without_results(rows, stages)
     shown = [row for row in rows if row not in absent]
+    title = _titled(title, shown)
     parts: list[RenderableType] = [] if shown else [Text(title, style="bold")]
     if shown:
         parts += _table_that_fits(title, shown, stages, width)
@@ -225,8 +226,9 @@ def comparison_markdown(title: str, rows: Sequence[RunRow], stages: Mapping[str,
     their errors. Raises ``ValueError`` without runs."""
     if not rows:
         raise ValueError("There are no runs to compare.")
-    absent, title = without_results(rows, stages), _titled(title, rows)
+    absent = without_results(rows, stages)
     shown = [row for row in rows if row not in absent]
+    title = _titled(title, shown)
     lines = [f"# {title}", "", *(_markdown_table(shown, stages) if shown else [])]
     ended = [row for row in rows if row in absent or row.error]
     if ended:

@@ -194,7 +194,7 @@ def _save(draw: Callable[[Any], None], folder: Path, name: str, label: str, what
             axes.spines[side].set_visible(False)
         draw(axes)
         axes.margins(y=0.07)
-        axes.set_title(f"{label[:1].upper()}{label[1:]} {what}")
+        axes.set_title(f"{label[:1].upper() if label[:2].islower() else label[:1]}{label[1:]} {what}")
         axes.set_ylabel(f"{label} on the test data")
         entries = len(axes.get_legend_handles_labels()[1])
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)

@@ -12,6 +12,7 @@ MOST = 100  # detections an image that count, as in COCO's mAP
 CONFIDENT = 0.25  # score from which a detection is shown to someone, and counts for the agreement of two networks
 MARGIN = 0.1  # by how much a score may differ in another network
 OVERLAP = 0.5  # intersection over union from which two boxes are of the same object
+NEAR = 0.5  # pixels: boxes whose sides are no further apart are the same
 X1Y1X2Y2, SCORE, LABEL = slice(0, 4), 4, 5  # columns of packed detections
 
 Detections = Mapping[str, Tensor]  # of an image: boxes [n, 4] (x1, y1, x2, y2 [pixels]), scores [n], labels [n]
@@ -48,7 +49,10 @@ def _above(detections: Tensor, score: float) -> Tensor:
 
 def _are_same(these: Tensor, those: Tensor) -> Tensor:
     is_one_class = these[:, None, LABEL] == those[None, :, LABEL]
-    return is_one_class & (box_iou(these[:, X1Y1X2Y2], those[:, X1Y1X2Y2]) >= OVERLAP)
+    boxes, others = these[:, X1Y1X2Y2], those[:, X1Y1X2Y2]
+    overlap_or_alike = box_iou(boxes, others) >= OVERLAP
+    overlap_or_alike |= (boxes[:, None] - others[None, :]).abs().amax(2) <= NEAR  # boxes without area overlap nothing
+    return is_one_class & overlap_or_alike
 
 
 def image_score(detections: Tensor, boxes: Tensor, labels: Tensor) -> float:

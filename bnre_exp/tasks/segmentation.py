@@ -44,7 +44,10 @@ class Segmentation(PairTask):
     ) -> None:
         super().__init__(target_fn)
         if not isinstance(num_classes, int) or num_classes < 2:
-            raise UserError(f"task: num_classes={num_classes!r}; segmentation needs at least 2, background included.")
+            raise UserError(
+                f"task: num_classes={num_classes!r}; segmentation needs at least 2, background included. Set "
+                "dataset.num_classes, or name the classes in order: +dataset.kwargs.classes=[background,road,car]."
+            )
         if loss not in LOSSES:
             raise UserError(f"task: loss={loss!r}; expected one of {', '.join(LOSSES)}.")
         self.num_classes, self.ignore_index, self.loss_name = num_classes, ignore_index, loss

@@ -16,6 +16,7 @@ from bnre_exp.cli.compose import compose_config
 from bnre_exp.cli.main import main
 from bnre_exp.jobs.run import run
 from bnre_exp.jobs.sweep import job_rows
+from tests.jobs.test_classes import setting_of
 
 SCENES = ["dataset=digit_scenes", "dataset.kwargs={size: 32, most: 2, count: 96}", "dataset.image_size=32"]
 SMALL = [
@@ -154,3 +155,24 @@ def test_what_does_not_fit_is_told_before_training(tmp_path, what):
     overrides, message = WRONG[what]
     with pytest.raises(UserError, match=message):
         job(tmp_path, "model=custom", *overrides, "train.epochs=10000", "train.lr=1e-3")
+
+
+def test_a_network_of_one_channel_takes_means_of_three(tmp_path):
+    network = ["model=custom", "model._target_=tests.tasks.scenes.UNet", "+model.kwargs.outputs=11"]
+    means = ["dataset.default_mean=[0.4, 0.5, 0.6]", "dataset.default_std=[0.1, 0.2, 0.3]"]
+    setting = setting_of(tmp_path, *SCENES, "task=segmentation", *network, *means)
+    how = setting.loaders.preprocessing
+    assert how.mean == pytest.approx((0.5,)) and how.std == pytest.approx((0.2,)) and setting.example().shape[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["dataset=coco", "task=keypoints"], "coco has targets of the kind 'objects'.*set task=detection"),
+        (["dataset=coco"], "coco has targets of the kind 'objects', and the task takes 'class'"),
+        (["dataset=image_masks", "task=detection"], "image_masks has targets of the kind 'mask'.*task=segmentation"),
+    ],
+)
+def test_a_dataset_says_which_task_it_is_for(tmp_path, overrides, message):
+    with pytest.raises(UserError, match=message):
+        setting_of(tmp_path, *overrides, f"dataset.root={tmp_path}")

@@ -80,6 +80,7 @@ def test_a_detector_goes_through_every_stage(tmp_path, which):
     for path in files:
         known = onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map
         assert json.loads(known["bnre_exp.classes"]) == [str(digit) for digit in range(10)]
+        assert '"mean": [0.0, 0.0, 0.0]' in " ".join(known.values())  # detectors normalize for themselves
     again, said = job(tmp_path, *how, name="again")
     assert said.count("reused") >= 6
     assert {n: v for n, v in again.metrics.items() if "seconds" not in n} == {

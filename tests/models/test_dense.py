@@ -163,7 +163,10 @@ REFUSED = [
     (build_detector, "keypointrcnn_resnet50_fpn", 2, "DEFAULT", {}, "weights tell 1 classes apart"),
     (build_segmentation, "lraspp_mobilenet_v3_large", 3, "DEFAULT", {}, "weights tell 21 classes.*weights_backbone"),
     (build_segmentation, "lraspp_mobilenet_v3_large", 21, "COCO_V9", {}, "expected DEFAULT or one of COCO_WITH_VOC"),
-    (build_segmentation, "lraspp_mobilenet_v3_large", 3, None, {"aux_loss": 1}, "cannot be built with model.kwargs"),
+    (build_segmentation, "lraspp_mobilenet_v3_large", 3, None, {"aux_loss": 1}, "takes no aux_loss"),
+    (build_segmentation, "lraspp_mobilenet_v3_large", 3, None, {"weight_backbone": None}, "Did you mean weights_backb"),
+    (build_detector, "fcos_resnet50_fpn", 3, None, {"min_sise": 64}, "takes no min_sise. Did you mean min_size"),
+    (build_detector, "ssdlite320_mobilenet_v3_large", 3, None, {"foo": 1}, "takes no foo"),
 ]
 
 

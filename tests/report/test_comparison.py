@@ -51,6 +51,13 @@ def test_only_what_differs_and_matters_is_shown_in_numeric_order():
     assert columns["change"] == ["–", "+0.0050", "-0.5800", "–"] and columns["MB"][0] == "2.25"
 
 
+def test_the_title_names_the_metric_of_the_runs_that_have_one():
+    miou = RunRow("a", "FINISHED", {"seed": "1"}, {"fold/miou": 0.5}, Headline("miou", "mIoU"))
+    failed = RunRow("b", "FAILED", {"seed": "2"}, {})
+    assert comparison_markdown("sweep", [miou, failed], HEADINGS).startswith("# sweep: mIoU\n")
+    assert comparison_markdown("sweep", [failed], HEADINGS).startswith("# sweep\n")
+
+
 def test_runs_that_did_not_finish_are_shown_with_what_they_have():
     columns = comparison_columns([row("2", status="FAILED"), row("3", fp32_top1=math.nan)], HEADINGS)
     assert columns["status"] == ["FAILED", "FINISHED"] and columns["FP32"] == ["–", "nan"]

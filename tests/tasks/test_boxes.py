@@ -119,3 +119,10 @@ def test_the_score_of_an_image_is_near_its_average_precision() -> None:
         assert score <= expected + 0.01 and expected - score < 0.15
         right = box_iou(near, boxes).amax(0) >= 0.5
         assert score <= float(right.float().mean()) + 1e-6
+
+
+def test_boxes_without_area_agree_with_themselves() -> None:
+    """Their intersection over union, with themselves too, is none."""
+    line = [4.0, 4.0, 4.0, 20.0]
+    assert agree(image((line, 0.9, 1)), image((line, 0.9, 1))) == 1
+    assert agree(image((line, 0.9, 1)), image(([4.0, 6.0, 4.0, 20.0], 0.9, 1))) == 0

@@ -21,17 +21,22 @@ def fcos(num_classes: int = 10) -> FCOS:
 
 
 def unet(num_classes: int = 11) -> nn.Module:
-    """U-Net of segmentation_models_pytorch on MobileNetV2."""
+    """U-Net of segmentation_models_pytorch on MobileNetV2 down to an eighth of the image's sides."""
     import segmentation_models_pytorch as smp
 
-    return smp.Unet("mobilenet_v2", encoder_weights=None, in_channels=1, classes=num_classes)
+    return smp.Unet(
+        "mobilenet_v2", encoder_depth=3, encoder_weights=None, decoder_channels=(64, 32, 16), in_channels=1,
+        classes=num_classes,
+    )  # fmt: skip
 
 
 def deeplabv3plus(num_classes: int = 11) -> nn.Module:
     """DeepLabV3+ of segmentation_models_pytorch on MobileNetV2."""
     import segmentation_models_pytorch as smp
 
-    return smp.DeepLabV3Plus("mobilenet_v2", encoder_weights=None, in_channels=1, classes=num_classes)
+    return smp.DeepLabV3Plus(
+        "mobilenet_v2", encoder_weights=None, encoder_output_stride=8, in_channels=1, classes=num_classes
+    )
 
 
 class DnCNN(nn.Module):

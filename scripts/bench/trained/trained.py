@@ -33,6 +33,7 @@ from bnre_exp.jobs.run import run  # noqa: E402
 from bnre_exp.tasks import Evaluation  # noqa: E402
 
 CUSTOM = "model=custom"
+SEGMENTATION = ("task=segmentation", "task.kwargs.loss=dice_cross_entropy", "dataset.batch_size=16")
 NETWORKS = {  # heading, task, overrides, epochs
     "yolov8n": ("YOLOv8n", ["model=ultralytics", "model.name=yolov8n", "task=ultralytics"], 20),
     "fcos": (
@@ -40,9 +41,9 @@ NETWORKS = {  # heading, task, overrides, epochs
         [CUSTOM, "model._target_=networks.fcos", "task=detection", "model.submodules=[backbone, head]"],
         12,
     ),
-    "unet": ("U-Net, MobileNetV2", [CUSTOM, "model._target_=networks.unet", "task=segmentation"], 10),
+    "unet": ("U-Net, MobileNetV2", [CUSTOM, "model._target_=networks.unet", *SEGMENTATION], 20),
     "deeplabv3plus": (
-        "DeepLabV3+, MobileNetV2", [CUSTOM, "model._target_=networks.deeplabv3plus", "task=segmentation"], 10,
+        "DeepLabV3+, MobileNetV2", [CUSTOM, "model._target_=networks.deeplabv3plus", *SEGMENTATION], 15,
     ),
     "dncnn": ("DnCNN", [CUSTOM, "model._target_=networks.DnCNN", "task=regression"], 5),
     "pose": ("pose network", [CUSTOM, "model._target_=networks.Pose", "task=keypoints"], 20),
