@@ -76,7 +76,10 @@ def _one_each(batch: Mapping[str, Any]) -> Tensor:
 def _masks(targets: Any, size: tuple[int, int], device: torch.device) -> dict[str, Tensor]:
     """Masks of the objects ``[n, h, w]``, and the class of each pixel ``[N, h, w]``: of the smallest object there."""
     if any("masks" not in target for target in targets if len(target["boxes"])):
-        raise UserError("task: the network segments objects, and the dataset gives no masks of them.")
+        raise UserError(
+            "task: the network segments objects, and the dataset gives no masks of them for an image; every object "
+            "needs one (COCO's segmentation must not be empty)."
+        )
     smaller = (size[0] // PER_CELL, size[1] // PER_CELL)
     masks, classes = [torch.zeros(0, *smaller, device=device)], list[Tensor]()
     for target in targets:
@@ -95,7 +98,10 @@ def _keypoints(targets: Any, scale: Tensor, many: int) -> Tensor:
     """Keypoints ``[n, K, 3]``, as parts of the images' sides, and 2 where they are seen, as COCO has it."""
     found = [target.get("keypoints") for target in targets if len(target["boxes"])]
     if any(points is None for points in found):
-        raise UserError("task: the network tells poses, and the dataset gives no keypoints of objects.")
+        raise UserError(
+            "task: the network tells poses, and the dataset gives no keypoints of objects for an image; every "
+            "object needs them."
+        )
     odd = [list(points.shape) for points in found if points.ndim != 3 or list(points.shape[1:]) != [many, 3]]
     if odd:
         raise UserError(
