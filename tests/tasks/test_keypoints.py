@@ -211,7 +211,7 @@ def test_settings_and_checks() -> None:
         with pytest.raises(UserError, match=message):
             Keypoints(**settings)
     images, output, points = examples()
-    with pytest.raises(UserError, match="label_smoothing=0.1, but keypoints have no labels"):
+    with pytest.raises(UserError, match="label_smoothing=0.1, but this task has no labels"):
         Keypoints().loss(output, (images, points), 0.1)
     with pytest.raises(UserError, match="no keypoint that is seen"):
         Keypoints().meter().compute()
