@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -198,9 +199,8 @@ def _try_task(setting: Setting) -> None:
     config, task, network = setting.config, setting.task, copy.deepcopy(setting.built.module)
     inputs, targets = next(iter(setting.loaders.fresh("calibration")))
     few = to_device((inputs[:TRIED], targets[:TRIED]), setting.device)
-    steps: dict[str, Callable[[], Any]] = {
-        "measuring": lambda: task.meter().update(task.feed(network.eval(), few), few)
-    }
+    meter = task.meter()
+    steps: dict[str, Callable[[], Any]] = {"measuring": lambda: meter.update(task.feed(network.eval(), few), few)}
     if epochs_of(setting) or config.qat.epochs:
         steps["training"] = lambda: task.loss(task.feed(network.train(), few), few)
     for step, work in steps.items():
@@ -214,6 +214,19 @@ def _try_task(setting: Setting) -> None:
                 f"task: {step} fails on the first {len(inputs[:TRIED])} images: {what_failed(error)} "
                 f"Do the network ({type(network).__name__}), the task ({type(task).__name__}) and the data fit?"
             ) from error
+    measured: list[str] = []
+    with suppress(UserError):  # so few images may show nothing that can be measured
+        measured = list(meter.compute().metrics)
+    if measured:
+        _check_objective(config.objective, measured)
+
+
+def _check_objective(objective: str | None, measured: Sequence[str]) -> None:
+    """Raise ``UserError`` if a search is to go by a metric of the validation data that the task does not measure."""
+    stage, _, name = (objective or "").partition("/")
+    if name.startswith("val_") and name.removeprefix("val_") not in measured:
+        names = ", ".join(f"{stage}/val_{metric}" for metric in measured)
+        raise UserError(f"objective={objective}: the task does not measure that; it measures {names}.")
 
 
 def open_store(config: Config, since: float) -> Store:

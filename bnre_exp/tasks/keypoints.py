@@ -107,6 +107,8 @@ class Keypoints(PairTask):
                 f"model: the network gives {got}; expected heatmaps [{samples}, {points}, h, w] or coordinates "
                 f"[{samples}, {numbers}]."
             )
+        if self.reference == "box" and given is not None and given.shape[1] == (2 if given.ndim == 2 else 1):
+            raise UserError("task: around one keypoint there is no box to measure by; set task.kwargs.reference=image.")
 
     def check_labels(self, ranges: Mapping[str, tuple[int, int]]) -> None:
         """Keypoints have no classes."""

@@ -27,15 +27,15 @@ pytestmark = pytest.mark.usefixtures("verified_here")
 
 
 class Points(nn.Module):
-    """Coordinates of four points, of an image with one channel."""
+    """Coordinates of points, of an image with one channel."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int = 4) -> None:
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv2d(1, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
             nn.Conv2d(16, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten(),
         )  # fmt: skip
-        self.head = nn.Linear(32 * 64, 8)
+        self.head = nn.Linear(32 * 64, 2 * count)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.body(x)).sigmoid()
@@ -138,6 +138,15 @@ WRONG = {
     "a picture of another size": (
         ["task=regression", "model._target_=tests.jobs.test_dense_tasks.Shrinking"],
         r"targets of a batch are .*; regression expects the same shape",
+    ),
+    "one point, and a box around it": (
+        ["task=keypoints", "model._target_=tests.jobs.test_dense_tasks.Points", "+model.kwargs.count=1"],
+        r"around one keypoint there is no box to measure by; set task.kwargs.reference=image",
+    ),
+    "an objective of another task": (
+        ["task=segmentation", "model._target_=tests.tasks.scenes.UNet", "+model.kwargs.outputs=11",
+         "objective=fold/val_top1"],
+        "objective=fold/val_top1: the task does not measure that; it measures fold/val_miou, ",
     ),
     "points of another number": (
         ["task=keypoints", "+task.kwargs.num_keypoints=5", "model._target_=tests.jobs.test_dense_tasks.Points"],
