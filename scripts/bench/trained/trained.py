@@ -143,7 +143,8 @@ def page(rows: list[Row], command: str, image: str) -> str:
         "QAT the quantized network, its activation ranges fitted anew; with QAT the trained one. *Folded* has its BNs "
         "in the weight scales and biases on the int32 grid; *ONNX Runtime* is the exported file, in another process. "
         "The verdict is of the scores of the 300 images (a detector's: average precision of the image at an overlap "
-        "of 0.5; of a segmenter the part of the pixels that is right; the denoiser's PSNR [dB]; of points those that are right): the mean change by "
+        "of 0.5; of a segmenter the part of the pixels that is right; the denoiser's PSNR [dB]; of keypoints the part "
+        "that is right): the mean change by "
         f"re-estimation, and whether it is more than {SURE:.0f} standard errors (in brackets).",
         "",
         "| network, metric | weights | QAT | FP32 | quantized | before | re-estimated | folded | ONNX Runtime "
