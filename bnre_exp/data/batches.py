@@ -100,17 +100,10 @@ class MemoryView(Dataset[Batch]):
         return normalise(images, self.preprocessing), self.labels[where]
 
 
-class ItemView(Dataset[Batch]):
-    """Items ``indices`` of a dataset, read and resized whenever they are asked for, as normalised batches.
+class _Reading(Dataset[Batch]):
+    """Images ``indices`` of a dataset, read whenever they are asked for."""
 
-    num_classes: every class must lie below it; None: any integer.
-    """
-
-    def __init__(
-        self, source: Any, indices: Tensor, preprocessing: Preprocessing, augment: bool, num_classes: int | None
-    ) -> None:
-        self.source, self.indices, self.num_classes = source, indices, num_classes
-        self.preprocessing, self.augment = preprocessing, augment
+    indices: Tensor
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -128,6 +121,22 @@ class ItemView(Dataset[Batch]):
             return error
 
     def _read(self, key: BatchKey) -> Batch:
+        raise NotImplementedError
+
+
+class ItemView(_Reading):
+    """Items ``indices`` of a dataset, read and resized whenever they are asked for, as normalised batches.
+
+    num_classes: every class must lie below it; None: any integer.
+    """
+
+    def __init__(
+        self, source: Any, indices: Tensor, preprocessing: Preprocessing, augment: bool, num_classes: int | None
+    ) -> None:
+        self.source, self.indices, self.num_classes = source, indices, num_classes
+        self.preprocessing, self.augment = preprocessing, augment
+
+    def _read(self, key: BatchKey) -> Batch:
         images, labels = [], []
         with own_random_state(key[1]):
             for index in self.indices[key[0]].tolist():
@@ -138,7 +147,7 @@ class ItemView(Dataset[Batch]):
         return normalise(torch.stack(images), self.preprocessing), torch.tensor(labels)
 
 
-class SampleView(Dataset[Batch]):
+class SampleView(_Reading):
     """Samples ``indices`` of those that ``read`` gives, fitted already, as batches of normalised images and targets."""
 
     def __init__(
@@ -152,21 +161,7 @@ class SampleView(Dataset[Batch]):
         self.read, self.indices, self.kind = read, indices, kind
         self.preprocessing, self.augment = preprocessing, augment
 
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def look(self, count: int) -> Tensor:
-        """The first ``count`` images, not augmented."""
-        return self._batch((list(range(count)), 0))[0]
-
-    def __getitems__(self, key: BatchKey) -> Batch | UserError:
-        """A batch, or the user's mistake in it, as of :class:`ItemView`."""
-        try:
-            return self._batch(key)
-        except UserError as error:
-            return error
-
-    def _batch(self, key: BatchKey) -> Batch:
+    def _read(self, key: BatchKey) -> Batch:
         with own_random_state(key[1]):
             samples = [self.read(index) for index in self.indices[key[0]].tolist()]
             samples = [finished(sample, self.preprocessing, self.augment) for sample in samples]

@@ -40,6 +40,7 @@ FILES = {
     ExportFormat.onnx: "model.onnx",
     ExportFormat.encodings: "encodings",
 }
+ONNX_OF_PARTS = "model"  # a folder, in place of FILES[ExportFormat.onnx], of a network that is simulated in parts
 
 
 def export_settings(setting: Setting, own: dict[str, Any]) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def export(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
         if setting.loaders.classes is not None:
             graph.meta["classes"] = setting.loaders.classes
     seed(setting.config, "export")
-    for name in (*FILES.values(), _onnx_file(folder, "any").parent.name):
+    for name in (*FILES.values(), ONNX_OF_PARTS):
         shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).unlink(missing_ok=True)
     try:
@@ -158,8 +159,7 @@ def _each(graphs: Mapping[str, Plain], write: Callable[[str, Plain], None]) -> N
 
 def _onnx_file(folder: Path, part: str) -> Path:
     """Where the ONNX model of a network is, or of a part of it, which has a folder with the others."""
-    path = folder / FILES[ExportFormat.onnx]
-    return path.with_suffix("") / f"{part}.onnx" if part else path
+    return folder / ONNX_OF_PARTS / f"{part}.onnx" if part else folder / FILES[ExportFormat.onnx]
 
 
 def _float_weights(network: Any, plain: Plain) -> list[tuple[str, str]]:
@@ -224,7 +224,7 @@ def check_export(sim: nn.Module, how: ExportConfig, example: Any) -> None:
 def _left(network: Any, formats: Sequence[ExportFormat]) -> list[str]:
     names = {kind: name for kind, name in FILES.items() if kind in formats}
     if ExportFormat.onnx in names and not isinstance(network, fx.GraphModule):
-        names[ExportFormat.onnx] = _onnx_file(Path(), "any").parent.name
+        names[ExportFormat.onnx] = ONNX_OF_PARTS
     return list(names.values())
 
 
@@ -243,8 +243,8 @@ def leave_exported(job: Job, result: Result) -> None:
         else:
             job.log.model(path, name, "bnre_exp folded checkpoint", values, final)
     if in_parts and ExportFormat.onnx in files:
-        places["ONNX models of the parts"] = str(_onnx_file(job.run_dir, "any").parent)
-        job.log.artifact(_onnx_file(job.run_dir, "any").parent)
+        places["ONNX models of the parts"] = str(job.run_dir / ONNX_OF_PARTS)
+        job.log.artifact(job.run_dir / ONNX_OF_PARTS)
     elif path := files.get(ExportFormat.onnx):
         places["ONNX model"] = str(path)
         example = job.setting.loaders.example()[:1].contiguous().numpy()

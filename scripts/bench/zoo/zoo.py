@@ -218,6 +218,14 @@ def _line(row: Row) -> str:
     return f"| {' | '.join([*cells, str(round(float(row['seconds'])))])} |"
 
 
+def _command(rows: Sequence[Row], output: Path) -> str:
+    """What makes the whole page, in however many starts it was made."""
+    root = SCRIPTS.parents[2]
+    output = output.resolve().relative_to(root) if output.resolve().is_relative_to(root) else Path(output.name)
+    sources = dict.fromkeys(str(row["source"]) for row in rows)
+    return f"python scripts/bench/zoo/zoo.py --source {' '.join(sources)} --output {output}"
+
+
 def main(arguments: Sequence[str]) -> int:
     """Returns 1 if a network did not pass."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -248,8 +256,7 @@ def main(arguments: Sequence[str]) -> int:
             progress.console.print(f"{row['status']:8} {row['name']}: {outcome}", highlight=False, markup=False)
             progress.advance(task)
     ordered = [rows[key] for key in sorted(rows)]
-    command = " ".join(["python scripts/bench/zoo/zoo.py", *arguments])
-    options.output.with_suffix(".md").write_text(markdown(ordered, command))
+    options.output.with_suffix(".md").write_text(markdown(ordered, _command(ordered, options.output)))
     bad = [row for row in ordered if row["status"] not in ("passed", "no BN")]
     console.print(f"{len(ordered) - len(bad)} of {len(ordered)} in {table} and {options.output.with_suffix('.md')}")
     return 1 if bad else 0
