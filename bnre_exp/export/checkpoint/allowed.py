@@ -40,7 +40,7 @@ REFUSED_MATH = ("factorial", "comb", "perm")
 # Functions that make a tensor.
 FACTORIES = (
     "arange", "as_tensor", "asarray", "eye", "full", "linspace", "ones", "tensor", "zeros", "empty_like", "rand",
-    "rand_like", "randint", "randint_like", "randn", "randn_like", "randperm",
+    "rand_like", "randint", "randint_like", "randn", "randn_like", "randperm", "finfo", "iinfo",
 )  # fmt: skip
 # These read packed weights as raw memory, or exist for one kind of device.
 REFUSED_FUNCTIONS = ("fbgemm_", "quantized_", "miopen_")
@@ -51,7 +51,9 @@ REFUSED_METHODS = {
     "storage_type", "set_", "share_memory_", "pin_memory", "record_stream", "resize", "resize_", "resize_as",
     "resize_as_", "resize_as_sparse_", "sparse_resize_", "sparse_resize_and_clear_",
 }  # fmt: skip
-ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim", "T", "mT", "H", "mH", "real", "imag"})
+ATTRIBUTES = frozenset(  # of tensors; the last four of torch.finfo
+    {"shape", "dtype", "device", "ndim", "T", "mT", "H", "mH", "real", "imag", "min", "max", "eps", "tiny"}
+)
 # Names of the format, which stay when code moves: checkpoints that were written hold them.
 DECISION = "bnre_exp.quantsim.tracer.check_decision"
 ASSIGNED = "bnre_exp.quantsim.tracing.proxies.assigned"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import operator
-import re
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
 from bnre_exp.quantsim.tracing.network import TracedNetwork
-from bnre_exp.quantsim.tracing.proxies import assigned
+from bnre_exp.quantsim.tracing.proxies import assigned, is_in_place
 
 _INPLACE_OPERATORS = {
     name: name[1:] if name not in ("iand", "ior") else name[1:] + "_"
@@ -41,7 +40,7 @@ def make_out_of_place(traced: TracedNetwork) -> None:
                 node.target, changed = function, True
             if node.kwargs.get("inplace"):
                 node.kwargs, changed = {**node.kwargs, "inplace": False}, True
-        elif node.op == "call_method" and re.fullmatch(r"[a-z]\w*[a-z0-9]_", node.target):  # relu_, not __len__
+        elif node.op == "call_method" and is_in_place(node.target):
             changed = True
             if node.target in _FILLING:
                 value = node.args[1:2] or tuple(node.kwargs.values())[:1] or (0,)

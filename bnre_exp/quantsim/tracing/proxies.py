@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import builtins
 import functools
+import operator
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +28,7 @@ PROXIES_MEET = (
     os.path.dirname(os.path.dirname(__file__)),
 )
 # Of torch: they ask no argument for its own way of doing it; and those that give another value each time.
-MAKERS = ("as_tensor", "asarray", "tensor", "zeros", "ones", "empty", "full")
+MAKERS = ("as_tensor", "asarray", "tensor", "zeros", "ones", "empty", "full", "finfo", "iinfo")
 RANDOM = ("rand", "randn", "randint", "randperm")
 
 
@@ -74,6 +76,25 @@ class TracedValue(_Decided, Proxy):
                 return None
         return super().__getitem__(index)  # type: ignore[misc]
 
+    def __iadd__(self, other: Any) -> Any:
+        return self._changed(operator.add, other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._changed(operator.sub, other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._changed(operator.mul, other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._changed(operator.truediv, other)
+
+    def _changed(self, function: Callable[[Any, Any], Any], other: Any) -> Any:
+        """A tensor is changed for all who have it; a size is a number, of which Python computes another."""
+        if is_metadata(self.node):
+            return NotImplemented
+        self.node = self.tracer.create_proxy("call_function", function, (self, other), {}).node
+        return self
+
 
 class TracedAttribute(_Decided, Attribute):
     tracer: Any
@@ -81,10 +102,10 @@ class TracedAttribute(_Decided, Attribute):
 
 @contextmanager
 def recorded(tracer: Any) -> Iterator[None]:
-    """Within the block ``isinstance(x, Tensor)`` is true of what stands for a tensor, ``len(x)`` of a tensor is
-    ``x.shape[0]``, functions of torch that make a tensor of anything take it, and random tensors are made anew at every
-    call. (A ``__class__`` that says so would be believed by torch's C++ as well, which then reads memory that is not
-    there.)"""
+    """Within the block ``isinstance(x, Tensor)`` is true of what stands for a tensor and ``callable(x)`` is not,
+    ``len(x)`` of a tensor is ``x.shape[0]``, functions of torch that make something of anything take it, its checks ask
+    for a decision, and random tensors are made anew at every call. (A ``__class__`` that says so would be believed by
+    torch's C++ as well, which then reads memory that is not there.)"""
 
     def is_instance(value: Any, kinds: Any) -> bool:
         if not issubclass(type(value), _Decided) or _asker(2).startswith(PROXIES_MEET):
@@ -96,6 +117,11 @@ def recorded(tracer: Any) -> Iterator[None]:
             return plain_length(value)
         return value.shape[0] if issubclass(tracer.kind_of(value), Tensor) else plain_length(value)
 
+    def is_callable(value: Any) -> bool:
+        if not issubclass(type(value), _Decided) or _asker(2).startswith(PROXIES_MEET):
+            return plain_callable(value)
+        return issubclass(tracer.kind_of(value), Callable)  # type: ignore[arg-type]
+
     def making(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -106,22 +132,35 @@ def recorded(tracer: Any) -> Iterator[None]:
 
         return call
 
-    plain, plain_length = builtins.isinstance, builtins.len
-    makers = {name: getattr(torch, name) for name in (*MAKERS, *RANDOM)}
+    def checked(error: Any, condition: Any, message: Any) -> None:
+        plain_check(error, bool(condition), message)
+
+    plain, plain_length, plain_callable, plain_check = isinstance, len, callable, torch._check_with
+    replaced: list[tuple[Any, str, Callable[..., Any]]] = [
+        (builtins, "isinstance", is_instance),
+        (builtins, "len", length),
+        (builtins, "callable", is_callable),
+        (torch, "_check_with", checked),
+        *((torch, name, making(name, getattr(torch, name))) for name in (*MAKERS, *RANDOM)),
+    ]
+    before = [getattr(holder, name) for holder, name, _ in replaced]
     try:
-        builtins.isinstance, builtins.len = is_instance, length
-        for name, function in makers.items():
-            setattr(torch, name, making(name, function))
+        for holder, name, function in replaced:
+            setattr(holder, name, function)
         yield
     finally:
-        builtins.isinstance, builtins.len = plain, plain_length
-        for name, function in makers.items():
-            setattr(torch, name, function)
+        for (holder, name, _), function in zip(replaced, before):
+            setattr(holder, name, function)
 
 
 def _asker(depth: int) -> str:
     """The file of the code that called, so many calls up."""
     return sys._getframe(depth).f_code.co_filename
+
+
+def is_in_place(method: str) -> bool:
+    """Whether a method of tensors changes its own: ``relu_``, not ``__len__``."""
+    return re.fullmatch(r"[a-z]\w*[a-z0-9]_", method) is not None
 
 
 def assigned(x: Tensor, index: Any, value: Any) -> Tensor:

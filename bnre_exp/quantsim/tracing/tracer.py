@@ -16,7 +16,7 @@ from torch.fx.proxy import Proxy, TraceError
 from bnre_exp.errors import UserError
 from bnre_exp.quantsim.quantizers.layout import BATCH_NORMS, LAYERS
 from bnre_exp.quantsim.tracing.metadata import METADATA_METHODS, is_metadata
-from bnre_exp.quantsim.tracing.proxies import TracedValue, recorded
+from bnre_exp.quantsim.tracing.proxies import TracedValue, assigned, is_in_place, recorded
 
 BATCH_SIZES = (1, 2, 5)  # a decision must be the same for all of them
 LIBRARY = ("/torch/fx/", "/torch/nn/modules/module.py", "/bnre_exp/quantsim/")
@@ -40,6 +40,7 @@ class Tracer(fx.Tracer):
         self._values: list[dict[fx.Node, Any]] = [{} for _ in BATCH_SIZES]
         self.is_looking_up = False
         self._buffers: dict[str, Tensor] = {}
+        self._changed: dict[int, tuple[Tensor, Proxy]] = {}  # by identity; tensors that the forward itself made
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if {module_qualified_name, type(m).__name__} & self.leaves:
@@ -80,7 +81,26 @@ class Tracer(fx.Tracer):
         return forward, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
 
     def create_arg(self, a: Any) -> Any:
+        if id(a) in self._changed:
+            a = self._changed[id(a)][1]
         return a.node if issubclass(type(a), Proxy) else super().create_arg(a)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
+        """What is changed in place stands for the result from here on."""
+        if (kind, target) == ("call_method", "__setitem__"):
+            kind, target = "call_function", assigned
+        result = super().create_proxy(kind, target, args, kwargs, *rest, **more)
+        if target is assigned or (kind == "call_method" and is_in_place(target)):
+            changed = args[0]
+            if issubclass(type(changed), TracedValue):
+                changed.node = result.node
+                return changed
+            if issubclass(type(changed), Tensor) and not self._is_of_network(changed):
+                self._changed[id(changed)] = changed, result
+        return result
+
+    def _is_of_network(self, x: Tensor) -> bool:
+        return any(x is own for own in (*self.root.parameters(), *self.root.buffers()))
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if self.is_looking_up:
@@ -183,12 +203,14 @@ class Tracer(fx.Tracer):
         if node.op == "get_attr":
             known = self._buffers.get(str(node.target))
             return attrgetter(str(node.target))(self.root) if known is None else known
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+        args: Any
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])  # type: ignore[misc]
         if node.op == "call_module":
             with _in_evaluation(self.root.get_submodule(str(node.target))) as module:
                 return module(*args, **kwargs)
         if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            first = args[0].clone() if is_in_place(str(node.target)) else args[0]
+            return getattr(first, str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 

@@ -218,6 +218,7 @@ def _pytorchcv(name: str) -> Built:
             return Built(get_model(name, **kwargs), [arguments])
     model = get_model(name)
     channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)), 3)
+    channels = channels if channels in (1, 3) else 3  # some put squares of pixels into channels first
     size = getattr(model, "in_size", (224, 224))
     if min(size) > 400:  # street scenes, which some of them take at the size that they were built for only
         size = (256, 256)

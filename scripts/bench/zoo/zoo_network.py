@@ -53,21 +53,21 @@ UNPOOLING = (nn.MaxUnpool1d, nn.MaxUnpool2d, nn.MaxUnpool3d)
 SCHEME = QuantScheme(weight_bits=4, act_bits=8)
 
 
-def check(source: str, name: str, leaves: Sequence[str] = ()) -> dict[str, Any]:
+def check(source: str, name: str, **how: Any) -> dict[str, Any]:
     """Quantize, calibrate, re-estimate, fold, save and load one network; a row of results for the table.
 
-    source: torchvision, timm or one of packages.py; leaves: modules that are kept whole. Raises ``Wrong`` where a
+    source: torchvision, timm or one of packages.py; how: more arguments of ``quantize``. Raises ``Wrong`` where a
     result is not what it must be, and what the library raises. Where random gammas make signals overflow or the network
     chaotic (a zero gamma in a chain of depthwise layers, a division by a sum of activations), all gammas are positive
     and the images larger instead, and the row says so.
     """
     try:
-        return check_with(source, name, "any sign, zero", leaves)
+        return check_with(source, name, "any sign, zero", **how)
     except IllConditioned:
-        return check_with(source, name, "positive", leaves)
+        return check_with(source, name, "positive", **how)
 
 
-def check_with(source: str, name: str, gammas: str, leaves: Sequence[str] = ()) -> dict[str, Any]:
+def check_with(source: str, name: str, gammas: str, **how: Any) -> dict[str, Any]:
     """:func:`check` with one choice of random gammas."""
     torch.manual_seed(0)
     model, inputs, parts = build(source, name)
@@ -79,7 +79,7 @@ def check_with(source: str, name: str, gammas: str, leaves: Sequence[str] = ()) 
     row["gammas"] = gammas
     row["input"] = shape_of(batches[0])
     randomize(model, batches, gammas)
-    sim = quantize(model, batches[0], SCHEME, submodules=parts, leaf_modules=leaves)
+    sim = quantize(model, batches[0], SCHEME, submodules=parts, **how)
     report = sim_report(sim)
     pieces = pieces_of(model, parts, batches[1])
     row["activations"] = len(activation_quantizers(sim))
@@ -190,20 +190,20 @@ def randomize(model: nn.Module, batches: Sequence[Any], gammas: str) -> None:
 
 def run(source: str, name: str) -> dict[str, Any]:
     """:func:`check` with the outcome as ``status``: passed, no BN, refused (with an explanation), wrong or failed.
-    Where the explanation says what to keep whole, that is tried, and the row tells what came of it."""
+    What the explanation says to do is tried, and the row tells what came of it."""
     started = time.perf_counter()
     row = {"source": source, "name": name, **outcome(source, name)}
-    if row["status"] == "refused" and _advised(row["error"]):
-        row["error"] += f" {advice_followed(source, name, row['error'])}"
+    if row["status"] == "refused":
+        row["error"] += advice_followed(source, name, row["error"])
     if "error" in row:
         row["error"] = re.sub(r"\S*/site-packages/", "", row["error"])
     return {**row, "seconds": round(time.perf_counter() - started, 1)}
 
 
-def outcome(source: str, name: str, leaves: Sequence[str] = ()) -> dict[str, Any]:
+def outcome(source: str, name: str, **how: Any) -> dict[str, Any]:
     """What :func:`check` returns or raises, as a row."""
     try:
-        row = {"status": "passed", **check(source, name, leaves)}
+        row = {"status": "passed", **check(source, name, **how)}
         return row if row["bns"] else {**row, "status": "no BN"}
     except UserError as error:
         return {"status": "refused", "error": str(error)}
@@ -220,14 +220,22 @@ def _advised(error: str) -> list[str]:
 
 
 def advice_followed(source: str, name: str, error: str) -> str:
-    """What comes of keeping whole what an explanation names, and what the next ones name."""
+    """What comes of evaluation mode alone, and of keeping whole what an explanation names, and what the next ones
+    name; whichever the explanation offers."""
+    tried = ""
+    if 'modes="eval"' in error:
+        tried = _told('modes="eval"', outcome(source, name, modes="eval"))
     leaves: list[str] = []
     row: dict[str, Any] = {"status": "refused", "error": error}
     while row["status"] == "refused" and (more := [leaf for leaf in _advised(row["error"]) if leaf not in leaves]):
         leaves += more
-        row = outcome(source, name, leaves)
+        row = outcome(source, name, leaf_modules=leaves)
+    return tried + (_told(f"leaf_modules={leaves}", row) if leaves else "")
+
+
+def _told(how: str, row: dict[str, Any]) -> str:
     told = f"{row['folded']} of {row['bns']} BNs folded" if row["status"] == "passed" else row["error"]
-    return f"(Tried: leaf_modules={leaves}: {row['status']}, {told}.)"
+    return f" (Tried: {how}: {row['status']}, {told}.)"
 
 
 if __name__ == "__main__":

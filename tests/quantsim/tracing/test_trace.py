@@ -194,6 +194,37 @@ def nothing_to_join(m, x):
     return m.bn(m.conv(torch.cat([x, nothing], 1)))
 
 
+def checks_sizes(m, x):
+    def check(condition):  # as Hugging Face's networks do
+        condition = condition() if callable(condition) else condition
+        torch._check(condition, lambda: "a size that is not this network's")
+
+    check(x.shape[1] == 3)
+    check(lambda: x.shape[2] == x.shape[3])
+    torch._check_value(x.ndim == 4)
+    return m.bn(m.conv(x)) if callable(m.conv) and not callable(x) else x
+
+
+def limits_of_a_type(m, x):
+    y = m.bn(m.conv(x))
+    smallest = torch.full((), torch.finfo(y.dtype).min, dtype=y.dtype)
+    return torch.where(y > 0, y, smallest).clamp(min=-torch.finfo(y.dtype).eps)
+
+
+def changed_for_all_who_have_it(m, x):
+    y = m.bn(m.conv(x))
+    z = y.clone()
+    same, before, edge = z, z * 2, x.shape[2]
+    z += y
+    same *= 2
+    z -= 1
+    z /= edge
+    edge += 1  # a number: x.shape[2] is as it was
+    z.clamp_(-0.05, 0.05)
+    z[:, 0] = edge
+    return same + before * x.shape[2]
+
+
 class Doubled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -223,8 +254,8 @@ def features_as_a_list(m, x):
 @pytest.mark.parametrize(
     "forward",
     [
-        any_arguments, asks_for_types, wrong_keyword, conversions, assignments, nothing_to_join,
-        function_with_a_gradient_of_its_own, features_as_a_list,
+        any_arguments, asks_for_types, wrong_keyword, conversions, assignments, nothing_to_join, checks_sizes,
+        limits_of_a_type, function_with_a_gradient_of_its_own, features_as_a_list,
     ],
 )  # fmt: skip
 def test_what_people_write_is_followed(forward, tmp_path):
@@ -348,7 +379,32 @@ class MovesItsBuffer(nn.Module):
         return (y * 1.5 if self.branches and y.ndim == 4 else y) * self.scale
 
 
+def sizes_put_into_a_tensor(m, y, x):
+    shape = torch.empty(2, device=y.device, dtype=torch.int64)
+    shape[0], shape[1] = y.shape[2:]
+    if shape.prod() != y.shape[2] * y.shape[3]:
+        raise ValueError("the sizes are not those of the image")
+    return y * shape[1]
+
+
+def values_put_into_a_tensor(m, y, x):
+    table = torch.zeros(3, 1, 1)
+    table[0] = x.mean()
+    table[1:].fill_(2)
+    table.mul_(y.max())
+    return y * table
+
+
+def value_asked_back(m, y, x):
+    size = torch.zeros(1, device=y.device)
+    size.fill_(y.shape[2])
+    return y * 2 if size.sum() == y.shape[2] else y
+
+
 MAKING = {
+    "sizes put into a tensor": sizes_put_into_a_tensor,
+    "values put into a tensor": values_put_into_a_tensor,
+    "a value asked back": value_asked_back,
     "zeros of single sizes": lambda m, y, x: y + torch.zeros(x.shape[0], 3, x.shape[2], x.shape[3]),
     "ones of single sizes": lambda m, y, x: y * torch.ones(x.shape[0], 3, 1, 1),
     "full": lambda m, y, x: y * torch.full((x.shape[0], 1, 1, 1), 2.0),
@@ -386,6 +442,14 @@ def test_tensors_that_a_network_makes_itself(what, tmp_path):
     save_folded(folded, tmp_path / "net")
     assert report.folded and torch.equal(outputs_of(load_folded(tmp_path / "net"), X), outputs_of(folded, X))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_is_changed_in_place_is_changed_for_all_who_have_it():
+    """A size is a number, and is not. The network is not folded: its BN's output is changed."""
+    model = randomize(Net(changed_for_all_who_have_it, **conv_bn())).eval()
+    sim = quantize(model, X, FLOAT)
+    for x in (X, X[:1], torch.cat([X, X])):
+        assert torch.allclose(sim(x), model(x), atol=1e-5)
 
 
 class Split(nn.Conv2d):
