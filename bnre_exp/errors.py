@@ -17,6 +17,12 @@ def few(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (" and others" if len(names) > 5 else "")
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things, for a message: "1 epoch", "2 batches"."""
+    plural = f"{noun}es" if noun.endswith(("ch", "ss")) else f"{noun}s"
+    return f"{count} {noun if count == 1 else plural}"
+
+
 class UserError(ValueError):
     """Something the user gave is wrong. The message says what was wrong, what was expected and what to do."""
 

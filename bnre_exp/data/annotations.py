@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from bnre_exp.data.data_yaml import YOLO_LAYOUT, DataYaml, read_data_yaml
+from bnre_exp.data.listed import InFiles
 from bnre_exp.data.pictures import open_picture, picture_pixels
 from bnre_exp.data.reading import are_settled
 from bnre_exp.errors import UserError, first_line
@@ -33,18 +33,8 @@ _PARSED: OrderedDict[Path, tuple[tuple[int, ...], Any]] = OrderedDict()
 _PARSED_MAX = 4
 
 
-class Objects(Dataset[Any]):
-    """Images by file, with boxes, labels and, where they have them, masks and keypoints, made when they are asked for.
-
-    classes: names, in order. files: all that decide what is in it.
-    """
-
-    def __init__(self, images: Sequence[Path], classes: Sequence[str], files: Sequence[Path]) -> None:
-        self.images, self.classes, self.files = list(images), list(classes), [*images, *files]
-        self.samples = [(path, None) for path in self.images]  # names an item where it cannot be read
-
-    def __len__(self) -> int:
-        return len(self.images)
+class Objects(InFiles):
+    """Images with boxes, labels and, where they have them, masks and keypoints, made when they are asked for."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
         image = picture_pixels(open_picture(self.images[index]))  # upright, as what is annotated was shown
@@ -66,9 +56,10 @@ class _Coco(Objects):
             self._take(annotation)
         self.ids = sorted(self.annotations)
         paths = {int(entry["id"]): folder / str(entry["file_name"]) for entry in known["images"]}
-        super().__init__(
-            [paths[number] for number in self.ids], [names[category] for category in sorted(names)], [file]
-        )
+        super().__init__([paths[number] for number in self.ids], [names[category] for category in sorted(names)])
+
+    def files_of(self, indices: Sequence[int]) -> list[Path]:
+        return [*(self.images[index] for index in indices), self.file]
 
     def _take(self, annotation: Mapping[str, Any]) -> None:
         image, category = int(annotation["image_id"]), int(annotation["category_id"])
@@ -178,10 +169,14 @@ def coco(
 
 class _Yolo(Objects):
     def __init__(self, known: DataYaml) -> None:
-        self.labels, self.keypoints = [_labels_file(path) for path in known.images], known.keypoints
-        # A file of labels that is empty says the same as none.
-        labels = [path for path in self.labels if path.is_file() and path.stat().st_size]
-        super().__init__(known.images, known.names, [*labels, known.file])
+        super().__init__(known.images, known.names)
+        self.labels, self.keypoints, self.file = list(map(_labels_file, known.images)), known.keypoints, known.file
+
+    def files_of(self, indices: Sequence[int]) -> list[Path]:
+        """A file of labels that is empty says the same as none."""
+        labels = [self.labels[index] for index in indices]
+        labels = [path for path in labels if path.is_file() and path.stat().st_size]
+        return [*(self.images[index] for index in indices), *labels, self.file]
 
     def target(self, index: int, size: tuple[int, int]) -> dict[str, Any]:
         rows = _rows(self.labels[index], self.keypoints)

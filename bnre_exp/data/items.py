@@ -44,7 +44,7 @@ def read_item(source: Any, index: int, num_classes: int | None = None) -> tuple[
 
     num_classes: classes must lie below it; None: any integer.
     """
-    name, item = _name(source, index), _fetch(source, index)
+    name, item = item_name(source, index), _fetch(source, index)
     if not isinstance(item, (tuple, list)) or len(item) != 2:
         raise UserError(f"dataset: item {name} is a {type(item).__name__}; expected a pair (image, class number).")
     try:
@@ -71,7 +71,7 @@ def read_item(source: Any, index: int, num_classes: int | None = None) -> tuple[
 
 def _fetch(source: Any, index: int) -> Any:
     """What the dataset gives. Raises ``UserError`` naming the item where it raises anything."""
-    name = _name(source, index)
+    name = item_name(source, index)
     try:
         return source[index]
     except UserError as error:
@@ -87,7 +87,7 @@ def _fetch(source: Any, index: int) -> Any:
 def read_fitted(source: Any, index: int, kind: TargetKind, num_classes: int | None, how: Preprocessing) -> Sample:
     """Item ``index`` as a sample of ``kind`` in the size of ``how``; ``UserError`` where it cannot be read or is
     something else."""
-    name, item = _name(source, index), _fetch(source, index)
+    name, item = item_name(source, index), _fetch(source, index)
     try:
         return fitted(read_sample(item, kind, num_classes), how)
     except UserError as error:
@@ -104,7 +104,7 @@ def _integer(value: Any) -> int | None:
     return int(value) if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63 else None
 
 
-def _name(source: Any, index: int) -> str:
+def item_name(source: Any, index: int) -> str:
     """The item's number, and its file where the dataset names it."""
     inner, where = (source.dataset, source.indices[index]) if isinstance(source, Subset) else (source, index)
     for name in ("samples", "imgs"):
@@ -140,10 +140,10 @@ def refuse_files(wrong: dict[Path, str], count: int) -> None:
         raise UserError(f"dataset: {len(wrong)} of {count} image files cannot be read: {first}. Repair or remove them.")
 
 
-def reading_problem(read: Callable[[Path], Any], path: Path) -> str | None:
-    """What is wrong with a file, as ``read`` says; None if it can be read."""
+def reading_problem(read: Callable[[Any], Any], what: Any) -> str | None:
+    """What is wrong with a file or an item, as ``read`` says; None if it can be read."""
     try:
-        read(path)
+        read(what)
     except Exception as error:  # PIL has many ways to refuse a damaged file
         return str(error) or type(error).__name__
     return None

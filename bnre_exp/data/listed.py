@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
+
+from bnre_exp.data.pictures import picture_size
 
 
 def listed_files(source: Any) -> list[Path] | None:
@@ -57,11 +59,42 @@ def listed_classes(source: Any) -> list[str] | None:
     return [str(name) for name in classes]
 
 
-def all_files(source: Any) -> list[Path] | None:
-    """All files that decide what a dataset gives, from ``files``, which datasets of this package have whose targets are
-    files."""
+class InFiles(Dataset[Any]):
+    """Images by file whose targets come from files, too. ``classes``: names, in order."""
+
+    def __init__(self, images: Sequence[Path], classes: Sequence[str]) -> None:
+        self.images, self.classes = list(images), list(classes)
+        self.samples = [(path, None) for path in self.images]  # names an item where it cannot be read
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def files_of(self, indices: Sequence[int]) -> list[Path]:
+        """All files that decide what these items are."""
+        raise NotImplementedError
+
+    def target(self, index: int, size: tuple[int, int]) -> Any:
+        """The target of an image of width and height ``size``."""
+        raise NotImplementedError
+
+
+def files_of(source: Any, indices: Sequence[int]) -> list[Path] | None:
+    """All files that decide what the items are of a dataset that is :class:`InFiles`."""
     if isinstance(source, Subset):
-        return all_files(source.dataset)
-    files = getattr(source, "files", None)
-    is_list = isinstance(files, (list, tuple)) and files and all(isinstance(f, (str, os.PathLike)) for f in files)
-    return [Path(file) for file in files] if is_list and files is not None else None
+        return files_of(source.dataset, [source.indices[index] for index in indices])
+    return source.files_of(indices) if isinstance(source, InFiles) else None
+
+
+def target_reader(source: Any) -> Callable[[int], tuple[Any, tuple[int, int]]] | None:
+    """How an item's target and its image's height and width are read of :class:`InFiles`, without its pixels."""
+    if isinstance(source, Subset):
+        read = target_reader(source.dataset)
+        return None if read is None else lambda index: read(source.indices[index])
+    if not isinstance(source, InFiles):
+        return None
+
+    def read_one(index: int) -> tuple[Any, tuple[int, int]]:
+        width, height = picture_size(source.images[index])
+        return source.target(index, (width, height)), (height, width)
+
+    return read_one

@@ -14,31 +14,35 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from bnre_exp.data.datasets import download, download_folder, split_folder
+from bnre_exp.data.listed import InFiles
 from bnre_exp.data.pictures import open_picture
 from bnre_exp.errors import UserError, few
 
 PICTURES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
-class FilePairs(Dataset[Any]):
+class FilePairs(InFiles):
     """Pairs of files: the image, and its target as ``open_target`` gives it. ``classes``: their names."""
 
     def __init__(
         self, pairs: Sequence[tuple[Path, Path]], open_target: Callable[[Path], Any], classes: Sequence[str] = ()
     ) -> None:
-        self.samples, self.open_target, self.classes = list(pairs), open_target, list(classes)
-        self.files = [file for pair in self.samples for file in pair]
-
-    def __len__(self) -> int:
-        return len(self.samples)
+        super().__init__([image for image, _ in pairs], classes)
+        self.target_files, self.open_target = [target for _, target in pairs], open_target
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
-        path, target = self.samples[index]
-        image = open_picture(path)
+        image = open_picture(self.images[index])
+        return image, self.target(index, image.size)
+
+    def files_of(self, indices: Sequence[int]) -> list[Path]:
+        return [file for index in indices for file in (self.images[index], self.target_files[index])]
+
+    def target(self, index: int, size: tuple[int, int]) -> Any:
         try:
-            return image, self.open_target(target)
+            return self.open_target(self.target_files[index])
         except OSError as error:
-            raise UserError(f"dataset: {target} cannot be read: {error}. Repair or remove the file.") from error
+            said = f"dataset: {self.target_files[index]} cannot be read: {error}. Repair or remove the file."
+            raise UserError(said) from error
 
 
 def _pairs(root: str | None, train: bool, first: str, second: str) -> list[tuple[Path, Path]]:
@@ -99,17 +103,21 @@ VOC_CLASSES = (
 VOC_YEARS = ("2007", "2008", "2009", "2010", "2011", "2012")
 
 
-class _Voc(Dataset[Any]):
+class _Voc(InFiles):
     """torchvision's Pascal VOC, as boxes: class numbers are places in ``classes``."""
 
     def __init__(self, source: Any, with_difficult: bool) -> None:
-        self.source, self.with_difficult, self.classes = source, with_difficult, list(VOC_CLASSES)
-        self.files = [Path(file) for file in [*source.images, *source.annotations]]
-
-    def __len__(self) -> int:
-        return len(self.source)
+        super().__init__([Path(file) for file in source.images], VOC_CLASSES)
+        self.source, self.with_difficult = source, with_difficult
 
     def __getitem__(self, index: int) -> tuple[Image.Image, dict[str, Tensor]]:
+        image = open_picture(self.images[index])
+        return image, self.target(index, image.size)
+
+    def files_of(self, indices: Sequence[int]) -> list[Path]:
+        return [Path(files[index]) for index in indices for files in (self.images, self.source.annotations)]
+
+    def target(self, index: int, size: tuple[int, int]) -> dict[str, Tensor]:
         from torchvision.datasets.voc import ET_parse
 
         found = self.source.parse_voc_xml(ET_parse(self.source.annotations[index]).getroot())["annotation"]
@@ -117,7 +125,7 @@ class _Voc(Dataset[Any]):
         sides = [[float(o["bndbox"][side]) for side in ("xmin", "ymin", "xmax", "ymax")] for o in objects]
         boxes = torch.tensor(sides).reshape(-1, 4) - torch.tensor([1.0, 1.0, 0.0, 0.0])  # VOC counts pixels from 1
         labels = torch.tensor([self.classes.index(o["name"]) for o in objects], dtype=torch.int64)
-        return open_picture(self.source.images[index]), {"boxes": boxes, "labels": labels}
+        return {"boxes": boxes, "labels": labels}
 
 
 def voc(

@@ -54,6 +54,13 @@ def check_header(path: str | Path) -> None:
         image.verify()
 
 
+def picture_size(path: str | Path) -> tuple[int, int]:
+    """Width and height of a picture, the way up that its EXIF data say. Pixels are not decoded."""
+    with _opened(path) as image:
+        width, height = image.size
+        return (height, width) if _orientation(image) in range(5, 9) else (width, height)
+
+
 def picture_pixels(image: Image.Image) -> Tensor:
     """uint8 ``[C, H, W]``, C = 1 (grayscale) or 3 (RGB), of a PIL image, turned as its EXIF data say.
 

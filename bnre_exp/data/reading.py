@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from bnre_exp.data.batches import ItemView, MemoryView, PreparedImages, SampleView
+from bnre_exp.data.checking import check_targets
 from bnre_exp.data.datasets import ImageTensors
 from bnre_exp.data.items import file_states, own_random_state, read_fitted, read_item, reading_problem, refuse_files
-from bnre_exp.data.listed import all_files, listed_files, listed_labels
+from bnre_exp.data.listed import files_of, listed_files, listed_labels
 from bnre_exp.data.pictures import check_header, open_picture, open_rgb
 from bnre_exp.data.preprocess import Preprocessing, as_channels, resize_and_crop
 from bnre_exp.data.samples import KINDS, Sample, TargetKind
@@ -130,12 +131,14 @@ def sample_split(
             looked_at = set(sampled)  # objects may be rare
             left = (read(index) for index in indices.tolist() if index not in looked_at)
             seen += [next((sample for sample in left if _shows_something(kind, sample)), seen[0])]
-    labels, files, notes = torch.cat([kind.labels_of(sample) for sample in seen]), all_files(source), list[str]()
+    labels, notes = torch.cat([kind.labels_of(sample) for sample in seen]), list[str]()
+    files = files_of(source, indices.tolist())
     if files is None:
         contents = digest_of(_sample_parts(seen))
         notes.append(_unlisted(name, len(sampled)))
     else:
         contents = _files_digest(files, True, digests_folder, progress, name)
+        check_targets(source, indices.tolist(), kind, spec.num_classes, contents, digests_folder, progress, name)
     digest = digest_of([contents, indices.numpy()])
     return Split(indices, labels, digest, source=source, kind=kind, read=read, notes=tuple(notes))
 

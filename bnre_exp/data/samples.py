@@ -52,7 +52,13 @@ def read_sample(item: Any, kind: TargetKind, num_classes: int | None) -> Sample:
         raise UserError(f"it is a {type(item).__name__}; expected a pair (image, {kind.expected})")
     image = to_uint8(item[0])
     size = int(image.shape[-2]), int(image.shape[-1])
-    sample = {"image": tv_tensors.Image(image), **kind.read(item[1], size)}
+    return {"image": tv_tensors.Image(image), **read_target(item[1], size, kind, num_classes)}
+
+
+def read_target(target: Any, size: tuple[int, int], kind: TargetKind, num_classes: int | None) -> Sample:
+    """The entries of a sample that a target gives, for an image of height and width ``size``. Raises ``UserError`` as
+    :func:`read_sample`."""
+    sample = kind.read(target, size)
     labels = kind.labels_of(sample)
     if len(labels) and (int(labels.min()) < 0 or (num_classes is not None and int(labels.max()) >= num_classes)):
         most = "any above" if num_classes is None else str(num_classes - 1)

@@ -37,11 +37,11 @@ def save_images(folder: Path, offset: int = 0) -> None:
         Image.fromarray(pixels).save(folder / f"{index}.png")
 
 
-def loaders_of(name: str, root: Path, **changes: Any) -> Loaders:
+def loaders_of(name: str, root: Path, digests_folder: Path | None = None, **changes: Any) -> Loaders:
     how = Preprocessing(32, 32, (0.0,) * 3, (1.0,) * 3, fit="pad")
     options: dict[str, Any] = {"batch_size": 2, "eval_batch_size": 3, "val_fraction": 0.0, **changes}
     spec = DataSpec(f"bnre_exp.data.{name}", root=str(root), targets="objects", **options)
-    return build_loaders(spec, preprocessing=how)
+    return build_loaders(spec, preprocessing=how, digests_folder=digests_folder)
 
 
 # COCO
@@ -159,7 +159,8 @@ def test_other_places_are_given_by_keywords(coco_root: Path) -> None:
     coco_file(coco_root).rename(coco_root / "mine.json")
     (coco_root / "train2017").rename(coco_root / "pictures")
     dataset = coco(True, str(coco_root), train_annotations="mine.json", train_images="pictures")
-    assert dataset.files == [*dataset.images, coco_root / "mine.json"] and dataset[0][1]["boxes"].shape == (0, 4)
+    assert dataset.files_of([1, 3]) == [dataset.images[1], dataset.images[3], coco_root / "mine.json"]
+    assert len(dataset) == 5 and dataset[0][1]["boxes"].shape == (0, 4)
 
 
 def entry_of(known: dict[str, Any], what: str, **changes: Any) -> None:
@@ -452,6 +453,45 @@ def test_rows_that_cannot_be_used_are_named(tmp_path: Path, kind: str, row: str,
         file.write(f"\n{row}\n")
     with pytest.raises(UserError, match=rf"item 1 \(.*1\.png\): .*{re.escape(message)}"):
         loaders_of("yolo_folder", root, in_memory=in_memory, num_classes=3)
+
+
+def write_many(root: Path, count: int) -> Path:
+    """A folder for YOLO with more images than are looked at as a sample."""
+    for split in ("train", "val"):
+        for index in range(count):
+            image = root / "images" / split / f"{index:03}.png"
+            image.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((8, 8, 3), index, np.uint8)).save(image)
+            (root / "labels" / split).mkdir(parents=True, exist_ok=True)
+            (root / "labels" / split / f"{index:03}.txt").write_text("0 0.5 0.5 0.5 0.5\n")
+    (root / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [cup]\n")
+    return root
+
+
+@pytest.mark.parametrize("row", ["0 0.5 0.5 0.5", "1 0.5 0.5 0.5 0.5", "0 0.9 0.5 0.5 0.5"])
+def test_every_row_is_checked_before_training_and_only_once(
+    tmp_path: Path, row: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, asked, rows = write_many(tmp_path, 150), set[Path](), annotations._rows
+    known: dict[str, Any] = {"in_memory": False, "num_classes": 1, "digests_folder": tmp_path / "digests"}
+    monkeypatch.setattr(annotations, "_rows", lambda file, *rest: asked.add(file) or rows(file, *rest))
+    for is_asked in (True, False):
+        asked.clear()
+        loaders_of("yolo_folder", root, **known)
+        assert (len(asked) == 300) == is_asked
+    (root / "labels" / "val" / "077.txt").write_text(f"{row}\n")  # not one of those whose pixels are looked at
+    with pytest.raises(UserError, match=r"1 of 150 targets are wrong: item 77 \(.*images/val/077\.png\): "):
+        loaders_of("yolo_folder", root, **known)
+
+
+def test_of_few_images_only_their_files_are_read(coco_root: Path, tmp_path: Path) -> None:
+    first = loaders_of("coco", coco_root, in_memory=False, train_limit=2)
+    left = set(range(5)) - set(first.train.dataset.indices.tolist())  # type: ignore[attr-defined]
+    dataset = coco(True, str(coco_root))
+    dataset.images[min(left)].write_bytes(b"no picture")
+    assert loaders_of("coco", coco_root, in_memory=False, train_limit=2).digests == first.digests
+    with pytest.raises(UserError, match="cannot be read"):
+        loaders_of("coco", coco_root, in_memory=False)
 
 
 def test_a_byte_order_mark_and_empty_lines_are_skipped(tmp_path: Path) -> None:

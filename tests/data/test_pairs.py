@@ -61,7 +61,7 @@ def test_masks_keep_the_numbers_of_their_files(masks: Path) -> None:
     exif[0x0112] = 6
     turned.save(masks / "train" / "masks" / "2.png", exif=exif)
     found = image_masks(True, str(masks), ["a", "b", "c"])
-    assert len(found) == 6 and found.classes == ["a", "b", "c"] and len(found.files) == 12
+    assert len(found) == 6 and found.classes == ["a", "b", "c"] and len(found.files_of(range(6))) == 12
     assert torch.equal(found[0][1], torch.full((18, 20), 2, dtype=torch.uint8))
     assert torch.equal(found[1][1], torch.eye(18, 21, dtype=torch.uint8))
     assert torch.equal(found[2][1], torch.arange(18, dtype=torch.uint8)[:, None].expand(18, 22))
@@ -93,6 +93,20 @@ def test_digests_tell_a_change_of_one_mask(masks: Path, in_memory: bool) -> None
     assert first.digests["train"] != second.digests["train"] and first.digests["test"] == second.digests["test"]
     assert first.identity != second.identity
     assert second.digests == loaders_of("image_masks", masks, "mask", in_memory=in_memory).digests
+
+
+def test_every_mask_is_checked_before_training(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for folder in ("images", "masks"):
+            (tmp_path / split / folder).mkdir(parents=True)
+            for index in range(140):
+                save(tmp_path / split / folder / f"{index:03}.png", np.full((4, 4), index % 3, np.uint8))
+    loaders_of("image_masks", tmp_path, "mask", in_memory=False, num_classes=3)
+    save(tmp_path / "train" / "masks" / "077.png", np.full((4, 4), 3, np.uint8))
+    save(tmp_path / "train" / "masks" / "079.png", np.full((4, 5), 2, np.uint8))
+    said = r"2 of 140 targets are wrong: item 77 .*classes go from 3 to 3; .*; item 79 .*its mask is \[4, 5\]"
+    with pytest.raises(UserError, match=said):
+        loaders_of("image_masks", tmp_path, "mask", in_memory=False, num_classes=3)
 
 
 def remove(path: Path) -> None:
@@ -176,7 +190,9 @@ def test_folders_of_another_layout_are_told(masks: Path, change: str, message: s
 def test_pairs_are_found_by_name_in_val_or_test(pairs: Path) -> None:
     (pairs / "val").rename(pairs / "test")
     found = image_pairs(False, str(pairs))
-    assert [(path.name, target.name) for path, target in found.samples] == [(f"{i}.bmp", f"{i}.png") for i in range(4)]
+    assert [(path.name, target.name) for path, target in zip(found.images, found.target_files)] == [
+        (f"{i}.bmp", f"{i}.png") for i in range(4)
+    ]
     image, target = found[3]
     assert np.array_equal(255 - np.asarray(image), np.asarray(target))
 

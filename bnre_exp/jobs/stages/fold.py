@@ -13,7 +13,7 @@ from bnre_exp.algorithms.fold import FoldReport, fold_batch_norms
 from bnre_exp.algorithms.integers import integer_simulation
 from bnre_exp.algorithms.size import packed_megabytes
 from bnre_exp.config import Config
-from bnre_exp.errors import UserError
+from bnre_exp.errors import UserError, counted
 from bnre_exp.jobs.stages.given import Given
 from bnre_exp.jobs.stages.network import Form, Result
 from bnre_exp.jobs.stages.outcome import Measured, Outcome
@@ -84,7 +84,7 @@ def fold(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
 
 
 def _note(report: FoldReport, difference: float) -> str:
-    return f"{len(report.folded)} BNs folded, {len(report.kept)} not; outputs differ by {difference:.0e}"
+    return f"{counted(len(report.folded), 'BN')} folded, {len(report.kept)} not; outputs differ by {difference:.0e}"
 
 
 def _report_biases(outcome: Outcome, biases: BiasReport) -> None:

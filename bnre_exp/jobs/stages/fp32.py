@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from bnre_exp.errors import UserError
+from bnre_exp.errors import UserError, counted
 from bnre_exp.jobs.reporting import Job
 from bnre_exp.jobs.stages.given import Given
 from bnre_exp.jobs.stages.network import STATE, Result, save_weights
@@ -36,7 +36,7 @@ def fp32(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
     seed(setting.config, "fp32")
     if epochs:
         seconds = train_stage(setting, "fp32", given, epochs, setting.config.train, outcome)
-        note = f"trained for {epochs} epochs"
+        note = f"trained for {counted(epochs, 'epoch')}"
     elif not setting.built.pretrained:
         note = "random weights: train.epochs=0 and nothing loaded"
     evaluation = setting.evaluate(given.network, "fp32: evaluate")

@@ -6,6 +6,7 @@ from torch import nn
 
 from bnre_exp.algorithms.bn_statistics import has_running_statistics
 from bnre_exp.algorithms.reestimate import reestimate_bn_stats
+from bnre_exp.errors import counted
 from bnre_exp.jobs.stages.calibration import calibrate_stage
 from bnre_exp.jobs.stages.given import Given
 from bnre_exp.jobs.stages.outcome import Measured, Outcome
@@ -27,6 +28,6 @@ def qat(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
         calibrate_stage(setting, sim, "qat")
     seconds = train_stage(setting, "qat", given, how.epochs, how, outcome)
     evaluation = setting.evaluate(sim, "qat: evaluate")
-    note = f"trained for {how.epochs} epochs"
+    note = f"trained for {counted(how.epochs, 'epoch')}"
     outcome.measured.append(Measured("qat", "QAT", evaluation, seconds, after=given.before, note=note))
     return outcome, sim

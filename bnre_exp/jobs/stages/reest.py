@@ -9,6 +9,7 @@ from torch import nn
 
 from bnre_exp.algorithms.reestimate import reestimate_bn_stats
 from bnre_exp.config import ActQuant, Recalibrate, ReestMethod
+from bnre_exp.errors import counted
 from bnre_exp.jobs.stages.calibration import calibrate_stage
 from bnre_exp.jobs.stages.given import Given
 from bnre_exp.jobs.stages.outcome import Measured, Outcome
@@ -46,8 +47,9 @@ def reest(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
     handle, seconds = timed(work)
     if again:
         _, outcome.metrics["recalibrate/seconds"] = timed(lambda: calibrate_stage(setting, sim, "recalibrate"))
-    passes = "1 pass" if handle.passes == 1 else f"{handle.passes} passes"
-    note = f"{handle.num_batches} batches, {passes}" + (", then recalibrated" if again else "")
+    note = f"{counted(handle.num_batches, 'batch')}, {counted(handle.passes, 'pass')}" + (
+        ", then recalibrated" if again else ""
+    )
     evaluation = setting.evaluate(sim, "reest: evaluate")
     delta = evaluation.value - value_before
     metrics = {"passes": float(handle.passes), f"delta_{setting.task.headline.name}": delta}
