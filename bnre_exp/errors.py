@@ -17,10 +17,9 @@ def few(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (" and others" if len(names) > 5 else "")
 
 
-def counted(count: int, noun: str) -> str:
-    """A number of things, for a message: "1 epoch", "2 batches"."""
-    plural = f"{noun}es" if noun.endswith(("ch", "ss")) else f"{noun}s"
-    return f"{count} {noun if count == 1 else plural}"
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """A number of things, for a message: "1 epoch", "2 epochs"."""
+    return f"{count} {noun if count == 1 else plural or f'{noun}s'}"
 
 
 class UserError(ValueError):

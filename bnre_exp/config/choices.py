@@ -28,6 +28,15 @@ class RangeEstimator(Enum):
     percentile = "percentile"
 
 
+class QatPrepare(Enum):
+    """What is done before the first step of QAT."""
+
+    auto = "auto"
+    reestimate = "reestimate"
+    calibrate = "calibrate"
+    none = "none"
+
+
 class ReestMethod(Enum):
     """Estimators of the BN statistics over several batches."""
 

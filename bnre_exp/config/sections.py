@@ -10,6 +10,7 @@ from bnre_exp.config.choices import (
     ExportFormat,
     FoldMode,
     Optimizer,
+    QatPrepare,
     RangeEstimator,
     Recalibrate,
     ReestMethod,
@@ -198,6 +199,11 @@ class QatConfig:
 
     group: ClassVar[str] = "qat"
     epochs: int = opt(2, "passes over the training data; 0: no QAT (PTQ)", ge=0, le=MOST_EPOCHS)
+    prepare: QatPrepare = opt(
+        QatPrepare.auto,
+        "before the first step: reestimate (BN statistics from calib_batches, then ranges), calibrate (ranges), none; "
+        "auto: reestimate, with reest.num_batches=0 calibrate",
+    )
     lr: float = opt(0.01, "peak learning rate", gt=0, le=MOST_RATE)
     optimizer: Optimizer = opt(Optimizer.sgd, "sgd or adamw")
     momentum: float = opt(0.9, "of SGD", ge=0, lt=1)

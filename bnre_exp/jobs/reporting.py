@@ -60,6 +60,8 @@ class Job:
             loss = row.evaluation.metrics.get("loss")
             self.results.summary.stages.append(StageResult(row.label, value, delta, loss, row.seconds, note))
             measured = {**row.evaluation.metrics, "seconds": row.seconds}
+            if delta is not None:
+                measured[f"delta_{row.evaluation.headline.name}"] = delta
             self.metrics({f"{row.stage}/{name}": number for name, number in measured.items()})
             self.metrics({f"{row.stage}/{name}": number for name, number in row.metrics.items()})
             change = "" if delta is None else f" ({delta:+.4f})"

@@ -41,15 +41,16 @@ class SizePoint:
 
 
 def before(row: RunRow) -> float | None:
-    """The headline metric of what re-estimation starts from: recalibrated only, else after QAT, else quantized."""
-    values = (_headline(row, stage) for stage in ("recal_only", "qat", "ptq"))
+    """The headline metric of what re-estimation starts from: after QAT, else recalibrated only, else quantized."""
+    values = (_headline(row, stage) for stage in ("qat", "recal_only", "ptq"))
     return next((value for value in values if value is not None), None)
 
 
 def fair_before(rows: Sequence[RunRow]) -> set[float | None]:
     """What runs that differ in re-estimation alone start from. Where some were recalibrated for comparison, the others'
     value under old ranges is no fair start: it would credit re-estimation with what new ranges do."""
-    recalibrated = {value for row in rows if (value := _headline(row, "recal_only")) is not None}
+    not_trained = [row for row in rows if _headline(row, "qat") is None]
+    recalibrated = {value for row in not_trained if (value := _headline(row, "recal_only")) is not None}
     return recalibrated or {before(row) for row in rows}  # type: ignore[return-value]
 
 

@@ -130,7 +130,7 @@ def known_keys(known):
     return keys_of(known)
 
 
-EVERYTHING = ["fp32", "ptq", "qat", "reest", "fold", "export"]
+EVERYTHING = ["fp32", "ptq", "qat_start", "qat", "reest", "fold", "export"]
 
 
 @pytest.mark.parametrize(
@@ -150,6 +150,8 @@ EVERYTHING = ["fp32", "ptq", "qat", "reest", "fold", "export"]
         ("quant.weight_bits=3", "ptq"),
         ("model.leaf_modules=[head]", "ptq"),
         ("quant.overrides=[{pattern:conv,weight_bits:8}]", "ptq"),
+        ("qat.prepare=calibrate", "qat_start"),
+        ("qat.prepare=reestimate", None),
         ("qat.lr=0.1", "qat"),
         ("reest.num_batches=3", "reest"),
         ("fold.bias_bits=null", "fold"),
@@ -190,7 +192,9 @@ CHANGES = [
     ("code", "quantsim/placement.py", "ptq"),
     ("code", "quantsim/quantizers/ranges.py", "ptq"),
     ("code", "algorithms/calibrate.py", "ptq"),
-    ("code", "algorithms/bn_statistics.py", "qat"),
+    ("code", "algorithms/bn_statistics.py", "qat_start"),
+    ("code", "jobs/stages/qat.py", "qat"),
+    ("code", "jobs/stages/reest_only.py", None),
     ("code", "jobs/stages/reest.py", "reest"),
     ("code", "algorithms/fold.py", "fold"),
     ("code", "algorithms/integers.py", "fold"),

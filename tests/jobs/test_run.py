@@ -96,11 +96,14 @@ def test_all_stages_with_qat_leave_what_the_readme_promises(whole):
     folder = whole.folder
     client, (record,) = mlflow_runs(folder)
     assert record.info.status == "FINISHED"
-    stages = ["fp32", "ptq", "qat", "reest", "fold", "export"]
-    assert [f"{stage}/top1" in record.data.metrics for stage in stages] == [True] * 6
+    stages = ["fp32", "ptq", "recal_only", "reest_only", "qat_start", "qat", "reest", "fold", "export"]
+    assert [f"{stage}/top1" in record.data.metrics for stage in stages] == [True] * 9
+    found = record.data.metrics
+    for stage, start in (("reest_only", "recal_only"), ("qat_start", "ptq"), ("qat", "qat_start"), ("reest", "qat")):
+        assert found[f"{stage}/delta_top1"] == pytest.approx(found[f"{stage}/top1"] - found[f"{start}/top1"])
     expected = {"reest/delta_top1", "reest/seconds", "fold/max_abs_logit_diff", "fold/top1_agreement",
                 "fold/bias_delta_top1", "qat/val_top1", "fp32/train_loss", "export/megabytes"}  # fmt: skip
-    assert expected <= set(record.data.metrics) and "recal_only/top1" not in record.data.metrics
+    assert expected <= set(record.data.metrics)
     assert record.data.metrics["fold/max_rel_logit_diff"] < 1e-5
     assert record.data.metrics["fold/top1_agreement"] > 0.98
     assert len(client.get_metric_history(record.info.run_id, "fp32/val_top1")) == 2
@@ -170,6 +173,39 @@ def test_stages_that_are_off_have_no_metrics_and_say_so(tmp_path):
     assert not [name for name in results.metrics if name.startswith(("qat/", "reest/", "recal_only/"))]
     notes = dict(results.summary.exceptions["note"])
     assert notes["QAT"] == "off (qat.epochs=0)" and notes["re-estimation"] == "off (reest.num_batches=0)"
+
+
+def test_what_is_done_before_qat_has_a_row_and_a_switch(tmp_path):
+    """Without re-estimation there is none before QAT either, and QAT's gain is measured from where it starts."""
+    starts = {}
+    for how in ("prepare=auto", "prepare=calibrate", "prepare=none", "off"):
+        overrides = ["reest.num_batches=0"] if how == "off" else [f"qat.{how}"]
+        results, _ = job(tmp_path, "quant=w2a8", *overrides, name=how)
+        metrics, notes = results.metrics, {row.stage: row.note for row in results.summary.stages}
+        start = "ptq" if how == "prepare=none" else "qat_start"
+        assert metrics["qat/delta_top1"] == pytest.approx(metrics["qat/top1"] - metrics[f"{start}/top1"])
+        assert ("reest_only/top1" in metrics) == (how != "off") and ("qat_start/top1" in metrics) == (start != "ptq")
+        starts[how] = notes.get("start of QAT", "").partition(";")[0], metrics["qat/loss"]
+    assert starts["prepare=auto"][0] == "re-estimated from 1 batch, ranges calibrated"
+    assert starts["off"] == starts["prepare=calibrate"] and starts["off"][0] == "ranges calibrated"
+    assert starts["prepare=none"][0] == "" and starts["prepare=auto"][1] != starts["off"][1]
+
+
+def test_re_estimation_alone_is_that_of_a_job_without_qat_and_leaves_qat_alone(tmp_path, monkeypatch):
+    alone, _ = job(tmp_path, "qat.epochs=0", "quant=w2a8", name="alone")
+    beside, _ = job(tmp_path, "quant=w2a8", name="beside")
+    for name in ("recal_only/top1", "recal_only/loss"):
+        assert beside.metrics[name] == alone.metrics[name]
+    for name in ("top1", "loss", "delta_top1"):
+        assert beside.metrics[f"reest_only/{name}"] == alone.metrics[f"reest/{name}"]
+
+    def fails(*args, **kwargs):
+        raise UserError("the statistics are not finite")
+
+    monkeypatch.setattr("bnre_exp.jobs.stages.reest_only.re_estimated", fails)
+    without, _ = job(tmp_path, "quant=w2a8", "store.mode=off", name="without")
+    assert without.metrics["qat/loss"] == beside.metrics["qat/loss"] and "reest_only/top1" not in without.metrics
+    assert without.summary.exceptions["note"] == [("re-estimation without QAT", "the statistics are not finite")]
 
 
 def test_the_folded_checkpoint_gives_the_reported_accuracy(tmp_path):

@@ -25,17 +25,20 @@ def reest_settings(setting: Setting, own: dict[str, Any]) -> dict[str, Any]:
 
 def reest(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
     """Re-estimate the statistics of the simulation in place, calibrate again where that is asked for, and evaluate."""
-    outcome, how, has_qat = Outcome(), setting.config.reest, setting.config.qat.epochs > 0
-    sim, before = given.network, given.before
     seed(setting.config, "reest")
+    outcome = re_estimated(setting, given, given.network, setting.config.qat.epochs > 0, "reest", "re-estimate BN")
+    return outcome, given.network
+
+
+def re_estimated(setting: Setting, given: Given, sim: nn.Module, has_qat: bool, stage: str, label: str) -> Outcome:
+    """Re-estimate a simulation in place as after QAT, or as without: what that brings, as a row of the table."""
+    outcome, how, before = Outcome(), setting.config.reest, given.before
     bypass = how.act_quant is ActQuant.bypassed or (how.act_quant is ActQuant.auto and not has_qat)
     again = how.recalibrate is Recalibrate.always or (how.recalibrate is Recalibrate.auto and not has_qat)
     again = again and bool(activation_quantizers(sim))
-    value_before = setting.evaluations[before].value
     if again:
-        alone = _recalibrated_only(setting, sim, before)
-        outcome.measured.append(alone)
-        before, value_before = alone.stage, alone.evaluation.value
+        outcome.measured.append(_recalibrated_only(setting, sim, before))
+        before = outcome.measured[-1].stage
 
     def work() -> Any:
         with bypassed(sim, activations=bypass):
@@ -45,19 +48,21 @@ def reest(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
             )  # fmt: skip
 
     handle, seconds = timed(work)
+    notes = [counted(handle.num_batches, "batch", "batches"), counted(handle.passes, "pass", "passes")]
     if again:
-        _, outcome.metrics["recalibrate/seconds"] = timed(lambda: calibrate_stage(setting, sim, "recalibrate"))
-    note = f"{counted(handle.num_batches, 'batch')}, {counted(handle.passes, 'pass')}" + (
-        ", then recalibrated" if again else ""
-    )
-    evaluation = setting.evaluate(sim, "reest: evaluate")
-    delta = evaluation.value - value_before
-    metrics = {"passes": float(handle.passes), f"delta_{setting.task.headline.name}": delta}
-    outcome.measured.append(Measured("reest", "re-estimate BN", evaluation, seconds, before, note, metrics))
-    outcome.except_for("not re-estimated", [(name, "has no running statistics") for name in handle.without_statistics])
-    outcome.except_for("not re-estimated", [(name, "FrozenBatchNorm2d: constants") for name in handle.frozen])
-    outcome.except_for("not re-estimated", [(name, "calls F.batch_norm itself") for name in handle.functional])
-    return outcome, sim
+        _, outcome.metrics[f"{stage}/recalibrate_seconds"] = timed(lambda: calibrate_stage(setting, sim, "recalibrate"))
+        notes.append("then recalibrated")
+    notes += ["for comparison"] if stage == "reest_only" else []
+    evaluation = setting.evaluate(sim, f"{stage}: evaluate")
+    metrics = {"passes": float(handle.passes)}
+    outcome.measured.append(Measured(stage, label, evaluation, seconds, before, ", ".join(notes), metrics))
+    if stage == "reest":
+        outcome.except_for(
+            "not re-estimated", [(name, "has no running statistics") for name in handle.without_statistics]
+        )
+        outcome.except_for("not re-estimated", [(name, "FrozenBatchNorm2d: constants") for name in handle.frozen])
+        outcome.except_for("not re-estimated", [(name, "calls F.batch_norm itself") for name in handle.functional])
+    return outcome
 
 
 def _recalibrated_only(setting: Setting, sim: nn.Module, before: str) -> Measured:
@@ -65,5 +70,5 @@ def _recalibrated_only(setting: Setting, sim: nn.Module, before: str) -> Measure
     alone = copy.deepcopy(sim)
     _, seconds = timed(lambda: calibrate_stage(setting, alone, "recalibrate only"))
     evaluation = setting.evaluate(alone, "recal_only: evaluate")
-    note = "for comparison, then discarded"
+    note = "for comparison"
     return Measured("recal_only", "recalibrate only", evaluation, seconds, before, note)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from bnre_exp.config import Config, ExportFormat
+from bnre_exp.config import Config, ExportFormat, QatPrepare
 from bnre_exp.jobs.stages.export import export, export_settings, leave_exported
 from bnre_exp.jobs.stages.fold import FOLDED, fold
 from bnre_exp.jobs.stages.fp32 import fp32, fp32_settings, leave_fp32
 from bnre_exp.jobs.stages.network import FLOAT, SAME
 from bnre_exp.jobs.stages.ptq import ptq, ptq_settings
-from bnre_exp.jobs.stages.qat import qat
+from bnre_exp.jobs.stages.qat import qat, qat_settings
+from bnre_exp.jobs.stages.qat_start import prepare_of, qat_start, qat_start_settings
 from bnre_exp.jobs.stages.reest import reest, reest_settings
+from bnre_exp.jobs.stages.reest_only import reest_only
 from bnre_exp.jobs.stages.simulation import SIM
 from bnre_exp.jobs.stages.stage import Stage, Uses
 
@@ -60,11 +62,23 @@ STAGES = (
         rows={"ptq": "quantized"},
     ),
     Stage(
-        "qat", section="qat", run=qat, follows=("ptq",), form=SIM,
-        is_on=lambda config: config.qat.epochs > 0, off=("QAT", "off (qat.epochs=0)"),
+        "reest_only", section="reest", settings=reest_settings, run=reest_only, follows=("ptq",), form=SAME,
+        is_on=lambda config: config.qat.epochs > 0 and config.reest.num_batches > 0,
         uses=lambda config: Uses(
-            ("jobs.stages.qat", *TRAINING, *SIMULATION, *CALIBRATION, *RE_ESTIMATION, *MEASURING)
+            ("jobs.stages.reest_only", "jobs.stages.reest", *SIMULATION, *CALIBRATION, *RE_ESTIMATION, *MEASURING)
         ),
+        rows={"reest_only": "re-estimated, not trained"},
+    ),
+    Stage(
+        "qat_start", section="qat", settings=qat_start_settings, run=qat_start, follows=("ptq",), form=SIM,
+        is_on=lambda config: config.qat.epochs > 0 and prepare_of(config) is not QatPrepare.none,
+        uses=lambda config: Uses(("jobs.stages.qat_start", *SIMULATION, *CALIBRATION, *RE_ESTIMATION, *MEASURING)),
+        rows={"qat_start": "start of QAT"},
+    ),
+    Stage(
+        "qat", section="qat", settings=qat_settings, run=qat, follows=("qat_start", "ptq"), form=SIM,
+        is_on=lambda config: config.qat.epochs > 0, off=("QAT", "off (qat.epochs=0)"),
+        uses=lambda config: Uses(("jobs.stages.qat", *TRAINING, *SIMULATION, *MEASURING)),
         rows={"qat": "QAT"},
     ),
     Stage(
@@ -88,7 +102,7 @@ STAGES = (
 
 # The heading of every row that stages measure, by the name that metrics have, in the order of a comparison's columns:
 # what re-estimation starts from stands before it.
-COMPARED = ("fp32", "ptq", "recal_only", "qat", "reest", "fold")
+COMPARED = ("fp32", "ptq", "recal_only", "reest_only", "qat_start", "qat", "reest", "fold")
 _HEADINGS = {row: heading for stage in STAGES for row, heading in stage.rows.items()}
 HEADINGS = {row: _HEADINGS[row] for row in COMPARED}
 

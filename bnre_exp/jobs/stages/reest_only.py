@@ -1,0 +1,25 @@
+"""Re-estimation alone, of a copy of the network that QAT starts from: what is gained without any training."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+from bnre_exp.errors import UserError
+from bnre_exp.jobs.stages.given import Given
+from bnre_exp.jobs.stages.outcome import Outcome
+from bnre_exp.jobs.stages.reest import re_estimated
+from bnre_exp.jobs.stages.setting import Setting, seed
+
+
+def reest_only(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
+    """What re-estimation brings without the training that follows. Of a copy, and if it fails QAT goes on."""
+    seed(setting.config, "reest")
+    try:
+        sim = copy.deepcopy(given.network)
+        outcome = re_estimated(setting, given, sim, False, "reest_only", "re-estimate only")
+    except UserError as error:
+        outcome = Outcome()
+        outcome.except_for("note", [("re-estimation without QAT", str(error))])
+    return outcome, given.network
