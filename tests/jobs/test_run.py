@@ -186,7 +186,7 @@ def test_what_is_done_before_qat_has_a_row_and_a_switch(tmp_path):
         assert metrics["qat/delta_top1"] == pytest.approx(metrics["qat/top1"] - metrics[f"{start}/top1"])
         assert ("reest_only/top1" in metrics) == (how != "off") and ("qat_start/top1" in metrics) == (start != "ptq")
         starts[how] = notes.get("start of QAT", "").partition(";")[0], metrics["qat/loss"]
-    assert starts["prepare=auto"][0] == "re-estimated from 1 batch, ranges calibrated"
+    assert starts["prepare=auto"][0] == "re-estimated from 2 batches, ranges calibrated"
     assert starts["off"] == starts["prepare=calibrate"] and starts["off"][0] == "ranges calibrated"
     assert starts["prepare=none"][0] == "" and starts["prepare=auto"][1] != starts["off"][1]
 

@@ -175,10 +175,13 @@ def markdown(rows: Sequence[Row], command: str) -> str:
     ]
     lines += [_line(row) for row in passed]
     lines += ["", "## Why BNs are kept", "", "| reason | BNs | networks |", "|---|--:|---|"]
-    for reason in sorted({reason for row in passed for reason in row["reasons"]}):
-        where = [row for row in passed if reason in row["reasons"]]
-        count = sum(row["reasons"][reason] for row in where)
-        lines.append(f"| {_cell(reason)} | {count} | {', '.join(row['name'] for row in where)} |")
+    counts: dict[str, dict[str, int]] = {}
+    for row in passed:
+        for reason, count in row["reasons"].items():
+            of_kind = counts.setdefault(re.sub(r"\b\w+(\.\w+)+", "LAYER", reason), {})
+            of_kind[row["name"]] = of_kind.get(row["name"], 0) + count
+    for reason, by_network in sorted(counts.items()):
+        lines.append(f"| {_cell(reason)} | {sum(by_network.values())} | {', '.join(by_network)} |")
     without = [row["name"] for row in rows if row["status"] == "no BN"]
     lines += ["", f"Without BN, so not in the table: {', '.join(without)}."] if without else []
     return "\n".join(lines) + "\n"
