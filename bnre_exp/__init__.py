@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from bnre_exp.algorithms.fold import fold_batch_norms
     from bnre_exp.algorithms.integers import integer_simulation
     from bnre_exp.algorithms.reestimate import reestimate_bn_stats
+    from bnre_exp.algorithms.significance import PairedTest, paired_test
     from bnre_exp.algorithms.train import train
     from bnre_exp.errors import TrainingDivergedError, UserError
     from bnre_exp.export.checkpoint.save_load import load_folded, save_folded
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LayerRow",
     "LayerRule",
+    "PairedTest",
     "QuantScheme",
     "TrainingDivergedError",
     "UserError",
@@ -42,6 +44,7 @@ __all__ = [
     "integer_simulation",
     "list_layers",
     "load_folded",
+    "paired_test",
     "quantize",
     "quantize_biases",
     "reestimate_bn_stats",
@@ -58,6 +61,7 @@ _PLACES = {
     "algorithms.fold": ["fold_batch_norms"],
     "algorithms.integers": ["integer_simulation"],
     "algorithms.reestimate": ["reestimate_bn_stats"],
+    "algorithms.significance": ["PairedTest", "paired_test"],
     "algorithms.train": ["train"],
     "errors": ["TrainingDivergedError", "UserError"],
     "export.checkpoint.save_load": ["load_folded", "save_folded"],

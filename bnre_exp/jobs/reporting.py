@@ -17,6 +17,7 @@ from bnre_exp.jobs.stages.setting import Setting
 from bnre_exp.jobs.store import Store
 from bnre_exp.report.layers import layers_markdown
 from bnre_exp.report.summary import RUN_FOLDER, StageResult, Summary, markdown, without_places
+from bnre_exp.report.verdict import verdicts
 from bnre_exp.tasks.classification import Classification
 from bnre_exp.tasks.task import Evaluation, Headline
 from bnre_exp.tracking import RunLog
@@ -125,9 +126,23 @@ def log_inputs(job: Job) -> None:
         job.log.dataset(name, digest, source, ", ".join(sharing), profile)
 
 
+def _judge(job: Job) -> None:
+    """Whether each step helped, as far as the run has come."""
+    results = job.results
+    seconds = {name: results.metrics[f"{name}/seconds"] for name in results.evaluations}
+    found = verdicts(results.evaluations, seconds, job.config.reest.num_batches)
+    results.summary.verdict = [verdict.sentence for verdict in found]
+    for verdict in found:
+        job.metrics({f"{verdict.stage}/{name}": value for name, value in verdict.metrics.items()})
+    job.log.tags({f"verdict.{verdict.stage}": verdict.word for verdict in found})
+    if found:
+        job.log.tags({"verdict": " ".join(results.summary.verdict)})
+
+
 def leave_report(job: Job) -> None:
     """The report of a whole run, or of what is finished when a stage fails."""
     summary, log = job.results.summary, job.log
+    _judge(job)
     log.settle()
     log.note(without_places(summary))
     summary.places[RUN_FOLDER] = str(job.run_dir)

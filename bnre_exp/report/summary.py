@@ -28,11 +28,12 @@ class StageResult:
 
 @dataclass
 class Summary:
-    """All that a run reports. metric: what the headline metric is called; exceptions: heading -> ``(name, reason)``;
-    places: what -> path or command."""
+    """All that a run reports. metric: what the headline metric is called; verdict: sentences; exceptions: heading ->
+    ``(name, reason)``; places: what -> path or command."""
 
     title: str
     metric: str = ""
+    verdict: list[str] = field(default_factory=list)
     stages: list[StageResult] = field(default_factory=list)
     exceptions: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
@@ -65,8 +66,13 @@ def _cells(row: StageResult, has_loss: bool) -> list[str]:
 
 
 def print_summary(summary: Summary, console: Console, with_places: bool = True) -> None:
-    """Print the table, the exceptions grouped by reason, and where things are; of a job of a sweep, only its folder."""
+    """Print the verdict, the table, the exceptions grouped by reason, and where things are; of a job of a sweep, only
+    its folder."""
     console.print()
+    for sentence in summary.verdict:
+        console.print(Text(sentence, style="bold"))
+    if summary.verdict:
+        console.print()
     console.print(stage_table(summary))
     for heading, rows in summary.exceptions.items():
         for line in _by_reason(rows):
@@ -97,7 +103,14 @@ def markdown(summary: Summary) -> str:
 def without_places(summary: Summary) -> str:
     """What the summary says of the network, as Markdown: the table first."""
     headings = _headings(summary)
-    lines = [f"# {summary.title}", "", f"| stage | {' | '.join(headings)} | |", f"|---|{'--:|' * len(headings)}---|"]
+    verdict = [line for sentence in summary.verdict for line in (f"**{sentence}**", "")]
+    lines = [
+        f"# {summary.title}",
+        "",
+        *verdict,
+        f"| stage | {' | '.join(headings)} | |",
+        f"|---|{'--:|' * len(headings)}---|",
+    ]
     lines += [f"| {row.stage} | {' | '.join(_cells(row, _has_loss(summary)))} | {row.note} |" for row in summary.stages]
     for heading, rows in summary.exceptions.items():
         lines += ["", f"## {heading}", ""]

@@ -114,6 +114,10 @@ def test_all_stages_with_qat_leave_what_the_readme_promises(whole):
         "validation",
         "test",
     }
+    tags = record.data.tags
+    assert tags["verdict.reest"] in ("helped", "harmed", "no difference") and "reest/p_value" in record.data.metrics
+    assert tags["verdict"].startswith("Re-estimation alone, without training, ") and "After QAT, " in tags["verdict"]
+    assert "qat_beside_reest_only/score_low" in record.data.metrics
     local = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     logged = {name for line in local for name in line.get("metrics", {})}
     assert logged == set(record.data.metrics)
