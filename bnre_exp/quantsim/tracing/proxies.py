@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import functools
+import gc
 import operator
 import os
 import re
@@ -151,6 +152,12 @@ def recorded(tracer: Any) -> Iterator[None]:
     finally:
         for (holder, name, _), function in zip(replaced, before):
             setattr(holder, name, function)
+
+
+def remembering_functions() -> list[Any]:
+    """All functions of ``functools.lru_cache`` that there are."""
+    kind = type(functools.lru_cache(len))
+    return [found for found in gc.get_objects() if type(found) is kind]
 
 
 def _asker(depth: int) -> str:

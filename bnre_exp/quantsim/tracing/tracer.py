@@ -16,7 +16,7 @@ from torch.fx.proxy import Proxy, TraceError
 from bnre_exp.errors import UserError
 from bnre_exp.quantsim.quantizers.layout import BATCH_NORMS, LAYERS
 from bnre_exp.quantsim.tracing.metadata import METADATA_METHODS, is_metadata
-from bnre_exp.quantsim.tracing.proxies import TracedValue, assigned, is_in_place, recorded
+from bnre_exp.quantsim.tracing.proxies import TracedValue, assigned, is_in_place, recorded, remembering_functions
 
 BATCH_SIZES = (1, 2, 5)  # a decision must be the same for all of them
 LIBRARY = ("/torch/fx/", "/torch/nn/modules/module.py", "/bnre_exp/quantsim/")
@@ -40,6 +40,7 @@ class Tracer(fx.Tracer):
         self._values: list[dict[fx.Node, Any]] = [{} for _ in BATCH_SIZES]
         self.is_looking_up = False
         self._buffers: dict[str, Tensor] = {}
+        self._remembering: dict[Any, int] | None = None
         self._changed: dict[int, tuple[Tensor, Proxy]] = {}  # by identity; tensors that the forward itself made
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -51,7 +52,8 @@ class Tracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph of ``root``, called with as many inputs as there are examples. What its forward puts in the place
-        of a buffer (the same on another device, say) is forgotten at its end."""
+        of a buffer (the same on another device, say) is forgotten at its end, and so is what functions remember that
+        were called meanwhile (``functools.lru_cache``)."""
         self._buffers = dict(root.named_buffers(remove_duplicate=False))
         before = [(module._buffers, dict(module._buffers)) for module in root.modules()]
         try:
@@ -61,6 +63,9 @@ class Tracer(fx.Tracer):
             for buffers, known in before:
                 buffers.clear()
                 buffers.update(known)
+            for function, misses in (self._remembering or {}).items():
+                if function.cache_info().misses != misses:
+                    function.cache_clear()
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -130,9 +135,12 @@ class Tracer(fx.Tracer):
         kind: a key of :data:`QUESTIONS`.
         """
         node = obj.node
+        if kind == "hash" and self._remembering is None:
+            self._remembering = {function: function.cache_info().misses for function in remembering_functions()}
         if kind != "len" and not is_metadata(node):
             raise TraceError("its control flow depends on the values of tensors")
-        found = [QUESTIONS[kind](value) for value in self._look_up(node)]
+        values = self._look_up(node)
+        found = [QUESTIONS[kind](value) for value in values]
         if any(value != found[0] for value in found):
             if kind == "len":
                 raise TraceError("len() asks for the batch size as a number; x.shape[0] leaves it open")
@@ -143,7 +151,9 @@ class Tracer(fx.Tracer):
         line = _user_line()
         if not self._is_constant(node) and not (kind == "len" and is_metadata(node)):
             self.decisions[line] = None
-        if (node, kind) not in self._checked and kind != "device":  # a network may move to another device
+        # A network may move to another device, or type of numbers.
+        may_change = kind == "device" or (kind == "hash" and isinstance(values[0], (torch.dtype, torch.device)))
+        if (node, kind) not in self._checked and not may_change:
             self._checked.add((node, kind))
             self.create_node("call_function", check_decision, (node, kind, found[0], line), {})
         return found[0]

@@ -18,6 +18,7 @@ import json
 import logging
 import multiprocessing
 import platform
+import re
 import resource
 import sys
 import time

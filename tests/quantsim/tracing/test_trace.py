@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import types
 
@@ -84,6 +85,15 @@ def test_the_kind_of_device_is_a_plain_string():
 
     sim = quantize(randomize(Net(forward, **conv_bn())).eval(), X, FLOAT)
     assert not sim_report(sim).notes and sim(torch.randn(1, 3, 5, 5)).shape == (1, 3, 5, 5)
+
+
+def test_a_type_that_is_a_key_may_change():
+    """A network remembers its grid by size and type; the graph makes it anew, in the type that it then has."""
+    grid = functools.lru_cache(lambda size, dtype: torch.arange(size).to(dtype))
+    model = randomize(Net(lambda m, x: m.bn(m.conv(x)) + grid(x.shape[3], x.dtype), **conv_bn())).eval()
+    sim = quantize(model, X, FLOAT)
+    assert torch.allclose(sim(X), model(X), atol=1e-5)
+    assert torch.allclose(sim.double()(X.double()), model.double()(X.double()))
 
 
 def test_the_number_of_axes_and_the_type_are_no_decision_on_size():
