@@ -3,8 +3,9 @@ batches, and how new statistics are written and taken back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnre_exp.algorithms.feeding import Passes, check_num_batches, take_batches
+from bnre_exp.algorithms.feeding import Passes, check_num_batches, is_whole, take_batches
 from bnre_exp.errors import UserError, few
 from bnre_exp.progress import Progress
 
@@ -27,11 +28,11 @@ K = TypeVar("K")  # whatever stands for a batch norm
 class StatisticsHandle:
     """Undoes a re-estimation: ``remove()``, or leaving a ``with`` block, puts the old statistics back.
 
-    num_batches: batches used; passes: passes over the loader that they took.
+    num_batches: batches used; loader_passes: passes over the loader that they took.
     """
 
     num_batches: int
-    passes: int
+    loader_passes: int
     _undo: ExitStack = field(repr=False)
 
     def remove(self) -> None:
@@ -93,6 +94,45 @@ def check_arguments(method: str, num_batches: int) -> None:
     check_num_batches(num_batches)
 
 
+@dataclass(frozen=True)
+class Estimation:
+    """How statistics are estimated, as arguments of :func:`~bnre_exp.reestimate_bn_stats`. Raises ``UserError`` for one
+    that is out of its range, or that its method has no use for."""
+
+    method: str
+    momentum: float
+    tolerance: float | None = None
+    prior: float = 0.0
+    passes: int = 1
+    curve: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.tolerance is not None and not 0 < self.tolerance < math.inf:
+            raise UserError(f"tolerance={self.tolerance!r}: expected a number above 0, such as 0.05; None: no stop.")
+        if self.tolerance is not None and self.method == "ema":
+            raise UserError("tolerance: method=ema forgets old batches and gets no surer; use batch_average or pooled.")
+        if not 0 <= self.prior < math.inf:
+            raise UserError(f"prior={self.prior!r}: expected a number of samples, 0 or more.")
+        if not is_whole(self.passes) or self.passes < 1:
+            raise UserError(f"passes={self.passes!r}: expected at least 1, as a whole number.")
+        if not all(is_whole(number) and number >= 1 for number in self.curve):
+            raise UserError(f"curve={list(self.curve)}: expected numbers of batches, each at least 1.")
+
+    def beside(self, before: Mapping[K, Statistics], new: Mapping[K, Statistics], samples: int) -> dict[K, Statistics]:
+        """New statistics, of so many samples, beside the old ones, which count as ``prior`` samples."""
+        if not self.prior:
+            return dict(new)
+        weight = self.prior / (self.prior + samples)
+        return {
+            bn: (_mixed(weight, before[bn][0], mean), _mixed(weight, before[bn][1], var))
+            for bn, (mean, var) in new.items()
+        }
+
+
+def _mixed(weight: float, old: Tensor, new: Tensor) -> Tensor:
+    return (weight * old.double() + (1 - weight) * new.double()).to(new.dtype)
+
+
 def check_count(name: str, count: int) -> None:
     """Raise ``UserError`` naming a batch norm that is called with ``count`` values a channel, if that is too few."""
     if count < 2:
@@ -148,137 +188,3 @@ def write_statistics(bn: Any, statistics: Statistics) -> Callable[[], Any]:
     bn.running_mean.copy_(statistics[0])
     bn.running_var.copy_(statistics[1])
     return lambda: write_statistics(bn, before)
-
-
-class Recorder:
-    """Feeds the statistics of every call of batch norms to an :class:`Estimator` each.
-
-    names: of BN modules with running statistics. Those of all BNs lie side by side in memory, so that a batch in which
-    each was called once is taken in by a few operations.
-    """
-
-    def __init__(self, names: Mapping[Any, str], method: str, momentum: float) -> None:
-        self.names = names
-        self._groups: list[_Group] = []
-        for key in dict.fromkeys(_kind(bn) for bn in names):
-            self._groups.append(_Group([bn for bn in names if _kind(bn) == key], method, momentum))
-        self.estimators = {bn: estimator for group in self._groups for bn, estimator in group.estimators.items()}
-        self._calls: dict[Any, int] = {}  # of a batch: the values a channel of the last call of each BN
-        self._is_plain = True  # no BN was called twice in the batch
-
-    @contextmanager
-    def batch(self, known: Mapping[Any, int] | None = None) -> Iterator[None]:
-        """BNs in training mode with momentum 1, on running statistics of the recorder that hold those of the last call;
-        in the end each is as before. The calls of the block are taken in, unless it fails.
-
-        known: what :meth:`plain_calls` said of a batch that calls the same; no hooks are needed then.
-        """
-        tracked = torch.zeros((), dtype=torch.long)
-        self._calls = dict(known or {})
-        self._is_plain = True
-        with ExitStack() as stack:
-            for group in self._groups:
-                group.start()
-                scratch = tracked.to(group.means[0].device)
-                for bn, mean, var in zip(group.estimators, group.means, group.vars):
-                    now = {"running_mean": mean, "running_var": var, "momentum": 1.0, "training": True}
-                    if bn.num_batches_tracked is not None:
-                        now["num_batches_tracked"] = scratch
-                    stack.callback(_exchange, bn, _exchange(bn, now))
-                    if known is None:
-                        stack.callback(bn.register_forward_pre_hook(self._before, with_kwargs=True).remove)
-            yield
-            for group in self._groups:
-                group.take_in(self._calls, self._is_plain)
-
-    def plain_calls(self) -> dict[Any, int] | None:
-        """Values a channel of each BN that the last batch called, if it called none twice."""
-        return dict(self._calls) if self._is_plain else None
-
-    def _before(self, bn: Any, args: Any, kwargs: Any) -> None:
-        x = args[0] if args else kwargs["input"]
-        count = int(x.numel() // x.shape[1]) if x.shape[1] else 0
-        check_count(self.names[bn], count)
-        if bn in self._calls:
-            self._is_plain = False
-            self.estimators[bn].add(bn.running_mean, bn.running_var, self._calls[bn])
-        self._calls[bn] = count
-
-    def check_finite(self, batch: int) -> None:
-        """Raise ``UserError`` naming batch norms whose statistics are not finite once ``batch`` (from 1) was taken in;
-        0: before the first. A device answers once, unless something is wrong."""
-        if all(group.joint.is_finite() for group in self._groups):
-            return
-        bad = few([self.names[bn] for bn, estimator in self.estimators.items() if not estimator.is_finite()])
-        if batch == 0:
-            raise UserError(
-                f"method=ema starts from the present statistics, and those of {bad} are not finite; use batch_average "
-                "or pooled."
-            )
-        raise UserError(
-            f"Re-estimation gave statistics that are not finite for {bad}, in batch {batch} (from 1); the old ones are "
-            "kept. Look for NaN in that batch or the weights, and for values that its type does not hold."
-        )
-
-    def results(self) -> dict[Any, Statistics]:
-        """Of the BNs that were called, in the type of their running statistics."""
-        return {bn: each.result(bn.running_mean.dtype) for bn, each in self.estimators.items() if each.calls}
-
-
-class _Group:
-    """BNs whose running statistics have one type and device. means, vars: of the last call of each; joint: the
-    estimator of all, of which those of each BN are parts."""
-
-    def __init__(self, bns: Sequence[Any], method: str, momentum: float) -> None:
-        sizes = [bn.running_mean.numel() for bn in bns]
-        self.joint = Estimator(
-            method, momentum, torch.cat([bn.running_mean for bn in bns]), torch.cat([bn.running_var for bn in bns])
-        )
-        self.means, self.vars = ([torch.zeros_like(bn.running_mean) for bn in bns] for _ in range(2))
-        self.estimators = {bn: Estimator(method, momentum, bn.running_mean, bn.running_var) for bn in bns}
-        for each, mean, spread in zip(
-            self.estimators.values(), self.joint.mean.split(sizes), self.joint.spread.split(sizes)
-        ):
-            each.mean, each.spread = mean, spread
-        self._sizes = torch.tensor(sizes)
-        old = [*(bn.running_mean for bn in bns), *(bn.running_var for bn in bns)]
-        # What is not finite survives its weight of zero.
-        self._old = [x if bool(x.isfinite().all()) else torch.zeros_like(x) for x in old]
-
-    def start(self) -> None:
-        """The old statistics, which a module around a BN may read before that is called."""
-        torch._foreach_copy_([*self.means, *self.vars], self._old)
-
-    def take_in(self, calls: Mapping[Any, int], is_plain: bool) -> None:
-        """The last calls of a batch. is_plain: they are the only ones."""
-        estimators = list(self.estimators.values())
-        are_alike = is_plain and len({each.calls for each in estimators}) == 1
-        if not are_alike or any(bn not in calls for bn in self.estimators):
-            for (bn, each), mean, var in zip(self.estimators.items(), self.means, self.vars):
-                if bn in calls:
-                    each.add(mean, var, calls[bn])
-            return
-        counts = [calls[bn] for bn in self.estimators]
-        self.joint.calls = estimators[0].calls
-        self.joint.count = self._of_channels([each.count for each in estimators])
-        self.joint.add(torch.cat(self.means), torch.cat(self.vars), self._of_channels(counts))
-        for each, count in zip(estimators, counts):
-            each.calls += 1
-            each.count += count
-
-    def _of_channels(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64).repeat_interleave(self._sizes).to(self.joint.mean.device)
-
-
-def _kind(bn: Any) -> tuple[Any, Any]:
-    return bn.running_mean.device, bn.running_mean.dtype
-
-
-def _exchange(bn: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Put values in place of a module's attributes, buffers or parameters, whatever each is; returns the old ones. (To
-    set attributes of modules costs ten times that.)"""
-    old = {}
-    for name, value in values.items():
-        place = next(place for place in (vars(bn), bn._buffers, bn._parameters) if name in place)
-        old[name], place[name] = place[name], value
-    return old

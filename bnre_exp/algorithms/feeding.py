@@ -70,6 +70,14 @@ def feed(model: nn.Module, batch: Any, device: torch.device, forward_fn: Forward
     return model(to_device(first_input(batch), device))
 
 
+def samples_in(batch: Any) -> int:
+    """The length of the first tensor in a batch, at any depth; 0 where there is none."""
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.dim() else 0
+    items = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (tuple, list)) else ()
+    return next((found for found in map(samples_in, items) if found), 0)
+
+
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on ``device``; tuples, lists and dicts are looked into.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import fnmatch
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,17 +15,29 @@ from torch.nn.parameter import is_lazy
 from torchvision.ops import FrozenBatchNorm2d
 
 from bnre_exp.algorithms.bn_statistics import (
-    Recorder,
+    Estimation,
+    Statistics,
     StatisticsHandle,
     check_arguments,
     commit,
     observe_batches,
     write_statistics,
 )
-from bnre_exp.algorithms.feeding import ForwardFn, Passes, cached_weights, device_of, evaluation_mode, feed, is_ours
+from bnre_exp.algorithms.feeding import (
+    ForwardFn,
+    Passes,
+    cached_weights,
+    device_of,
+    evaluation_mode,
+    feed,
+    is_ours,
+    samples_in,
+)
+from bnre_exp.algorithms.observed import observed_statistics
+from bnre_exp.algorithms.recorder import Recorder
 from bnre_exp.algorithms.speed import autocast, check_precision, compiled
 from bnre_exp.algorithms.unchanged import unchanged, warn_of_stale_ranges
-from bnre_exp.errors import UserError
+from bnre_exp.errors import UserError, few
 from bnre_exp.progress import Progress, no_progress
 from bnre_exp.quantsim.admission import is_exported, refuse_inference, refuse_kind
 from bnre_exp.quantsim.quantizers.affine import ChannelAffine
@@ -36,15 +50,23 @@ from bnre_exp.quantsim.tracing.network import TracedNetwork, depends_on_shapes_o
 class ReestimationHandle(StatisticsHandle):
     """Undoes the re-estimation of a module.
 
-    unreached: names of BNs that the forward pass never called, which keep their statistics; without_statistics: names
-    of BNs that have none to estimate; frozen: names of FrozenBatchNorm2d modules, whose statistics are constants;
-    functional: names of modules that call F.batch_norm themselves, whose statistics are not known here and stay.
+    before, after: running mean and variance of every BN that has new ones, by name. samples: that were seen. largest:
+    the BN of which a channel has the largest standard error, and that error; None without a tolerance. curve: what was
+    measured, by number of batches. unreached: names of BNs that the forward pass never called, which keep their
+    statistics; without_statistics: names of BNs that have none to estimate; frozen: names of FrozenBatchNorm2d
+    modules, whose statistics are constants; functional: names of modules that call F.batch_norm themselves, whose
+    statistics are not known here and stay.
     """
 
     unreached: tuple[str, ...]
     without_statistics: tuple[str, ...]
     frozen: tuple[str, ...]
     functional: tuple[str, ...]
+    before: Mapping[str, Statistics] = field(repr=False)
+    after: Mapping[str, Statistics] = field(repr=False)
+    samples: int
+    largest: tuple[str, float] | None = None
+    curve: tuple[tuple[int, Any], ...] = ()
 
 
 @torch.no_grad()
@@ -56,6 +78,12 @@ def reestimate_bn_stats(
     *,
     method: str = "batch_average",
     momentum: float = 0.1,
+    tolerance: float | None = None,
+    prior: float = 0.0,
+    passes: int = 1,
+    layers: str | Sequence[str] | None = None,
+    curve: Sequence[int] = (),
+    measure: Callable[[], Any] | None = None,
     precision: str = "float32",
     compile: bool = False,
     progress: Progress = no_progress,
@@ -63,59 +91,128 @@ def reestimate_bn_stats(
     """Replace the running statistics of every BN that ``model`` calls; in place, and nothing else changes.
 
     model: any module with BN, a simulation or not. Only its BNs are in training mode meanwhile; dropout is off, and so
-    are observers of foreign quantizers (torch.ao). A BN that its user froze for training (``bn.eval()``) gets new
-    statistics like the others; it stays frozen.
-    dataloader: training data; one shorter than ``num_batches`` is iterated again. Batches: a tensor, or a tuple or list
-    whose first element is the input; ``forward_fn(model, batch)`` for anything else.
+    are observers of foreign quantizers (torch.ao). A BN that its user froze (``bn.eval()``) is re-estimated, too.
+    dataloader: training data, iterated again if it is shorter than ``num_batches``. Batches: a tensor, or a tuple or
+    list whose first element is the input; ``forward_fn(model, batch)`` for anything else.
     method: "batch_average", the plain mean over batches of their means and unbiased variances (as AIMET does);
-    "pooled", the statistics of all samples together, weighted by their number; "ema", an exponential moving average
-    that starts from the present statistics and gives the newest batch the weight ``momentum``, as training does.
+    "pooled", the statistics of all samples together; "ema", an exponential moving average that starts from the present
+    statistics and gives the newest batch the weight ``momentum``, as training does.
+    tolerance: stop as soon as the standard error of every channel's mean, in its standard deviations, and the relative
+    one of its variance are not above it; ``num_batches`` is then the most.
+    prior: the old statistics count as so many samples (Schneider et al., NeurIPS 2020, equation 3).
+    passes: in each after the first, BNs see what the statistics of the one before make of the layers before them.
+    layers: names of BNs or patterns (``*``, ``?``): only these are re-estimated; None: all.
+    curve: numbers of batches after which ``measure()`` is called, with the statistics so far in place.
     precision: "bfloat16" computes under autocast; statistics stay in their own type. compile: a simulation is computed
     by torch.compile, from the second batch of a shape on, unless ``forward_fn`` is given, a BN lies within a module
     that was kept whole, or what a BN gets is chosen by values (as by a mask).
 
-    Returns a handle that undoes it. Raises ``UserError`` if num_batches is below 1, the method is unknown, the loader
-    is empty, a BN sees one value per channel, a statistic is not finite, or an observer has seen no data yet; the
-    statistics are then those of before.
-
-    Source: Nagel et al., "Overcoming oscillations in quantization-aware training", ICML 2022, section 4.1.
+    Returns a handle that undoes it. Raises ``UserError`` if an argument is out of its range, the loader is empty, a BN
+    sees one value per channel, a statistic is not finite, or an observer has seen no data yet; the statistics are then
+    those of before. Source: Nagel et al., "Overcoming oscillations in quantization-aware training", ICML 2022, 4.1.
     """
     check_arguments(method, num_batches)
     check_precision(precision)
-    refuse_kind(model, "reestimate_bn_stats")
-    names = {module: name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
-    bns: dict[Any, str] = {
-        bn: name for bn, name in names.items() if bn.running_mean is not None and bn.running_var is not None
-    }
-    frozen = tuple(name for name, module in model.named_modules() if isinstance(module, FrozenBatchNorm2d))
-    _check_any(model, bns, frozen)
-    device, count = device_of(model), Passes()
-    recorder = Recorder(bns, method, momentum)
-    recorder.check_finite(0)
-    observe = _observer(model, device, recorder, count, forward_fn, precision, compile)
-    with cached_weights(model, forward_fn), unchanged(model):
-        for _ in observe_batches(dataloader, num_batches, observe, count, progress):
-            pass
-    results = recorder.results()
+    how = Estimation(method, momentum, tolerance, prior, passes, tuple(curve))
+    names, bns, frozen = _batch_norms(model, layers)
+    before = {bn: (bn.running_mean.clone(), bn.running_var.clone()) for bn in bns}
+    given = Given(model, dataloader, num_batches, forward_fn, precision, compile, progress)
+    results, known = _estimated(given, how, bns, before, measure)
     warn_of_stale_ranges(model, results)
     return ReestimationHandle(
-        num_batches=count.batches,
-        passes=count.passes,
+        **known,
+        before={bns[bn]: before[bn] for bn in results},
+        after={bns[bn]: statistics for bn, statistics in results.items()},
         unreached=tuple(name for bn, name in bns.items() if bn not in results),
-        without_statistics=tuple(name for bn, name in names.items() if bn not in bns),
+        without_statistics=tuple(name for bn, name in names.items() if bn.running_mean is None),
         frozen=frozen,
         functional=callers_of_batch_norm(model),
         _undo=commit(bns, results, write_statistics),
     )
 
 
-def _observer(
-    model: nn.Module, device: torch.device, recorder: Recorder, count: Passes, forward_fn: ForwardFn | None,
-    precision: str, compile: bool,
-) -> Callable[[Any], None]:  # fmt: skip
+@dataclass(frozen=True)
+class Given:
+    """What a re-estimation works on, and how that is computed."""
+
+    model: nn.Module
+    dataloader: Iterable[Any]
+    num_batches: int
+    forward_fn: ForwardFn | None
+    precision: str
+    compile: bool
+    progress: Progress
+
+
+def _estimated(
+    given: Given, how: Estimation, bns: dict[Any, str], before: Mapping[Any, Statistics],
+    measure: Callable[[], Any] | None,
+) -> tuple[dict[Any, Statistics], dict[str, Any]]:  # fmt: skip
+    """New statistics of all BNs that are reached, and what the handle tells of how they were found."""
+    model, count, samples = given.model, Passes(), 0
+    recorder = Recorder(bns, how.method, how.momentum, with_errors=how.tolerance is not None)
+    recorder.check_finite(0)
+    observe = _observer(given, recorder, count)
+    measured = list[tuple[int, Any]]()
+
+    def take_in(batch: Any) -> None:
+        nonlocal samples
+        samples += samples_in(batch)
+        observe(batch)
+
+    with cached_weights(model, given.forward_fn), unchanged(model):
+        for number in observe_batches(given.dataloader, given.num_batches, take_in, count, given.progress):
+            if number in how.curve and measure is not None:
+                with commit(bns, how.beside(before, recorder.results(), samples), write_statistics):
+                    measured.append((number, measure()))
+            if how.tolerance is not None and max(recorder.errors().values(), default=math.inf) <= how.tolerance:
+                break
+    results = how.beside(before, recorder.results(), samples)
+    for _ in range(how.passes - 1):
+        with commit(bns, results, write_statistics):
+            found = observed_statistics(
+                model, bns, given.dataloader, count.batches, given.forward_fn, method=how.method,
+                momentum=how.momentum, precision=given.precision, progress=given.progress,
+            )  # fmt: skip
+        results = how.beside(before, found, samples)
+    largest = max(recorder.errors().items(), key=lambda item: item[1], default=None)
+    return results, {
+        "num_batches": count.batches, "loader_passes": count.passes, "samples": samples, "largest": largest,
+        "curve": tuple(measured),
+    }  # fmt: skip
+
+
+def _batch_norms(
+    model: nn.Module, layers: str | Sequence[str] | None
+) -> tuple[dict[Any, str], dict[Any, str], tuple[str, ...]]:
+    """All BNs with their names, those that are re-estimated, and the names of those that are constants."""
+    refuse_kind(model, "reestimate_bn_stats")
+    names: dict[Any, str] = {m: name for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    bns = {bn: name for bn, name in names.items() if bn.running_mean is not None and bn.running_var is not None}
+    frozen = tuple(name for name, module in model.named_modules() if isinstance(module, FrozenBatchNorm2d))
+    _check_any(model, bns, frozen)
+    return names, _chosen(bns, layers), frozen
+
+
+def _chosen(bns: dict[Any, str], layers: str | Sequence[str] | None) -> dict[Any, str]:
+    """The BNs whose names are like one of the patterns. Raises ``UserError`` for a pattern that none is like."""
+    if layers is None:
+        return bns
+    patterns = [layers] if isinstance(layers, str) else list(layers)
+    idle = [pattern for pattern in patterns if not fnmatch.filter(bns.values(), pattern)]
+    if idle or not patterns:
+        raise UserError(
+            f"layers={', '.join(idle) or '[]'}: no batch norm of the model has such a name; it has "
+            f"{few(list(bns.values()))}."
+        )
+    return {bn: name for bn, name in bns.items() if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
+
+
+def _observer(given: Given, recorder: Recorder, count: Passes) -> Callable[[Any], None]:
     """What takes in a batch. A simulation is computed as far as its last batch norm, unless a user's function feeds it,
     or it is compiled, which is done once for the whole of it. Where its calls of batch norms depend on nothing but the
     shape of the input, the first batch of a shape counts them, and later ones need no hooks and may be compiled."""
+    model, forward_fn, compile, device = given.model, given.forward_fn, given.compile, device_of(given.model)
     is_plain, network = is_ours(forward_fn) and depends_on_shapes_only(model), model
     if isinstance(model, TracedNetwork) and is_ours(forward_fn) and not compile:
         network = up_to_batch_norms(model)
@@ -124,7 +221,7 @@ def _observer(
     def observe(batch: Any) -> None:
         shape = _shapes_of(batch) if is_plain else None
         known = calls.get(shape)
-        speed = compiled(network, compile and known is not None), autocast(device, precision)
+        speed = compiled(network, compile and known is not None), autocast(device, given.precision)
         with evaluation_mode(model), recorder.batch(known), speed[0], speed[1]:
             feed(network, batch, device, forward_fn)
         recorder.check_finite(count.batches)

@@ -94,7 +94,7 @@ def _reestimate(options: argparse.Namespace, console: Console) -> None:
         progress=ConsoleProgress(console),
     )  # fmt: skip
     save_model(model, options.output)
-    passes = "1 pass" if handle.passes == 1 else f"{handle.passes} passes"
+    passes = "1 pass" if handle.loader_passes == 1 else f"{handle.loader_passes} passes"
     _say(
         console,
         f"{len(handle.reestimated)} batch norms re-estimated from {handle.num_batches} batches of {options.batch_size} "

@@ -120,7 +120,7 @@ def reestimate_bn_stats(
     results = {index: _rounded(bn, estimators[index]) for index, bn in enumerate(bns)}
     return OnnxReestimationHandle(
         num_batches=count.batches,
-        passes=count.passes,
+        loader_passes=count.passes,
         reestimated=tuple(names.values()),
         skipped=tuple(skipped),
         _undo=commit(names, results, lambda index, statistics: _write(model, source, bns[index], statistics)),

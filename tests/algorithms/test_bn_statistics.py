@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from bnre_exp import UserError, reestimate_bn_stats
-from bnre_exp.algorithms.bn_statistics import Recorder, check_count, commit, observe_batches
+from bnre_exp.algorithms.bn_statistics import check_count, commit, observe_batches
 from bnre_exp.algorithms.feeding import Passes
+from bnre_exp.algorithms.recorder import Recorder
 from bnre_exp.progress import no_progress
 from tests.networks import flat_cnn, randomize, unequal_batches
 

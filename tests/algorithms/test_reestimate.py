@@ -235,9 +235,9 @@ def test_batches_of_every_kind_and_loaders_of_every_length():
     ]:
         model = randomize(flat_cnn())
         handle = reestimate_bn_stats(model, loader, 4, forward_fn)
-        assert (handle.num_batches, handle.passes) == (4, 1)
+        assert (handle.num_batches, handle.loader_passes) == (4, 1)
         torch.testing.assert_close(model.state_dict(), expected.state_dict())
-    assert reestimate_bn_stats(randomize(flat_cnn()), BATCHES, 10).passes == 3
+    assert reestimate_bn_stats(randomize(flat_cnn()), BATCHES, 10).loader_passes == 3
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_every_choice_composes_to_what_its_file_says(file: Path) -> None:
 def test_defaults_are_the_main_job() -> None:
     config = compose_config([])
     assert (config.model.name, config.dataset._target_) == ("resnet18", "bnre_exp.data.digits")
-    assert (config.quant.weight_bits, config.quant.act_bits, config.reest.num_batches) == (4, 8, 100)
+    assert (config.quant.weight_bits, config.quant.act_bits, config.reest.num_batches) == (2, 8, 100)
     assert config.qat.epochs > 0 and config.fold.mode is FoldMode.scale and config.tracking.enabled
 
 

@@ -42,7 +42,7 @@ def test_help_has_every_field_and_choice(monkeypatch: pytest.MonkeyPatch, capsys
     assert "fp32.min_top1" not in words  # an old name, which is accepted and not shown
     assert "(>= 2, <= 16)" in " ".join(words)
     default = next(line.split()[2] for line in text.splitlines() if line.split()[:1] == ["quant.weight_bits"])
-    assert default == "4"  # that of the default choice quant=w4a8, not of the dataclass
+    assert default == "2"  # that of the default choice quant=w2a8, not of the dataclass
 
 
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

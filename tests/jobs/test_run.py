@@ -87,7 +87,7 @@ RESNET18 = ("model.name", "resnet18"), "4 bits, 64 channels", 21
 def whole(request, tmp_path_factory) -> Whole:
     base, *expected = request.param
     folder = tmp_path_factory.mktemp("whole")
-    results, console = job(folder, "export=all", tracking=True, base=base)
+    results, console = job(folder, "export=all", "quant=w4a8", tracking=True, base=base)
     gc.freeze()  # the libraries that were imported for that
     return Whole(base, folder, results, console.export_text(), *expected)
 
@@ -156,7 +156,7 @@ def test_every_format_is_verified_listed_and_found_again(whole):
 
 
 def test_the_same_job_again_finds_every_format(whole):
-    again, console = job(whole.folder, "export=all", name="again", base=whole.base)
+    again, console = job(whole.folder, "export=all", "quant=w4a8", name="again", base=whole.base)
     text = console.export_text()
     assert "ONNX Runtime: top-1" in text and "reused" in text
     first = (whole.folder / "run" / "model.onnx").read_bytes()

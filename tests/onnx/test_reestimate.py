@@ -49,7 +49,7 @@ def test_same_statistics_as_torch(exporter, method):
     values = values_of(proto)
     for name, wanted in statistics(model).items():
         np.testing.assert_allclose(values[name], wanted, rtol=2e-5, atol=2e-5)
-    assert (handle.num_batches, handle.passes, handle.skipped) == (6, 2, ())
+    assert (handle.num_batches, handle.loader_passes, handle.skipped) == (6, 2, ())
     assert handle.reestimated == ("1", "4", "7")
     handle.remove()
     assert proto == before

@@ -51,8 +51,10 @@ REFUSED_METHODS = {
     "storage_type", "set_", "share_memory_", "pin_memory", "record_stream", "resize", "resize_", "resize_as",
     "resize_as_", "resize_as_sparse_", "sparse_resize_", "sparse_resize_and_clear_",
 }  # fmt: skip
-ATTRIBUTES = frozenset(  # of tensors; the last four of torch.finfo
-    {"shape", "dtype", "device", "ndim", "T", "mT", "H", "mH", "real", "imag", "min", "max", "eps", "tiny"}
+ATTRIBUTES = frozenset(  # of tensors, of torch.finfo, and of what torch.max and torch.sort give
+    {"shape", "dtype", "device", "ndim", "T", "mT", "H", "mH", "real", "imag"}
+    | {"min", "max", "eps", "tiny"}
+    | {"values", "indices"}
 )
 # Names of the format, which stay when code moves: checkpoints that were written hold them.
 DECISION = "bnre_exp.quantsim.tracer.check_decision"

@@ -48,13 +48,13 @@ def re_estimated(setting: Setting, given: Given, sim: nn.Module, has_qat: bool, 
             )  # fmt: skip
 
     handle, seconds = timed(work)
-    notes = [counted(handle.num_batches, "batch", "batches"), counted(handle.passes, "pass", "passes")]
+    notes = [counted(handle.num_batches, "batch", "batches"), counted(handle.loader_passes, "pass", "passes")]
     if again:
         _, outcome.metrics[f"{stage}/recalibrate_seconds"] = timed(lambda: calibrate_stage(setting, sim, "recalibrate"))
         notes.append("then recalibrated")
     notes += ["for comparison"] if stage == "reest_only" else []
     evaluation = setting.evaluate(sim, f"{stage}: evaluate")
-    metrics = {"passes": float(handle.passes)}
+    metrics = {"loader_passes": float(handle.loader_passes)}
     outcome.measured.append(Measured(stage, label, evaluation, seconds, before, ", ".join(notes), metrics))
     if stage == "reest":
         outcome.except_for(

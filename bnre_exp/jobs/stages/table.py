@@ -29,7 +29,10 @@ TRAINING = (
 )
 SIMULATION = ("quantsim", "jobs.stages.simulation")
 CALIBRATION = ("jobs.stages.calibration", "algorithms.calibrate")
-RE_ESTIMATION = ("algorithms.reestimate", "algorithms.bn_statistics", "algorithms.unchanged")
+RE_ESTIMATION = (
+    "algorithms.reestimate", "algorithms.recorder", "algorithms.bn_statistics", "algorithms.sampling",
+    "algorithms.observed", "algorithms.unchanged",
+)  # fmt: skip
 FOLDING = ("algorithms.fold", "algorithms.bias", "algorithms.integers")
 ONNX = ("onnx", "onnx-ir", "onnxscript", "onnxruntime")
 

@@ -9,7 +9,7 @@ import operator
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -154,10 +154,15 @@ def recorded(tracer: Any) -> Iterator[None]:
             setattr(holder, name, function)
 
 
-def remembering_functions() -> list[Any]:
-    """All functions of ``functools.lru_cache`` that there are."""
-    kind = type(functools.lru_cache(len))
-    return [found for found in gc.get_objects() if type(found) is kind]
+def computed_so_far(modules: Collection[str]) -> dict[Any, int]:
+    """How many results all functions of ``functools.lru_cache`` have computed. Those of the packages of ``modules``, a
+    network's, forget theirs: a grid that was made for one type of numbers would become a constant of the graph."""
+    kind, packages = type(functools.lru_cache(len)), {name.partition(".")[0] for name in modules} - {"torch"}
+    found = [function for function in gc.get_objects() if type(function) is kind]
+    for function in found:
+        if str(getattr(function, "__module__", "")).partition(".")[0] in packages:
+            function.cache_clear()
+    return {function: function.cache_info().misses for function in found}
 
 
 def _asker(depth: int) -> str:

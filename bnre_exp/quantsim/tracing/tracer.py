@@ -16,7 +16,7 @@ from torch.fx.proxy import Proxy, TraceError
 from bnre_exp.errors import UserError
 from bnre_exp.quantsim.quantizers.layout import BATCH_NORMS, LAYERS
 from bnre_exp.quantsim.tracing.metadata import METADATA_METHODS, is_metadata
-from bnre_exp.quantsim.tracing.proxies import TracedValue, assigned, is_in_place, recorded, remembering_functions
+from bnre_exp.quantsim.tracing.proxies import TracedValue, assigned, computed_so_far, is_in_place, recorded
 
 BATCH_SIZES = (1, 2, 5)  # a decision must be the same for all of them
 LIBRARY = ("/torch/fx/", "/torch/nn/modules/module.py", "/bnre_exp/quantsim/")
@@ -136,7 +136,7 @@ class Tracer(fx.Tracer):
         """
         node = obj.node
         if kind == "hash" and self._remembering is None:
-            self._remembering = {function: function.cache_info().misses for function in remembering_functions()}
+            self._remembering = computed_so_far({type(part).__module__ for part in self.root.modules()})
         if kind != "len" and not is_metadata(node):
             raise TraceError("its control flow depends on the values of tensors")
         values = self._look_up(node)

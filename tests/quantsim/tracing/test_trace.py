@@ -91,6 +91,7 @@ def test_a_type_that_is_a_key_may_change():
     """A network remembers its grid by size and type; the graph makes it anew, in the type that it then has."""
     grid = functools.lru_cache(lambda size, dtype: torch.arange(size).to(dtype))
     model = randomize(Net(lambda m, x: m.bn(m.conv(x)) + grid(x.shape[3], x.dtype), **conv_bn())).eval()
+    model(X)  # whose grid is remembered
     sim = quantize(model, X, FLOAT)
     assert torch.allclose(sim(X), model(X), atol=1e-5)
     assert torch.allclose(sim.double()(X.double()), model.double()(X.double()))
@@ -221,6 +222,12 @@ def limits_of_a_type(m, x):
     return torch.where(y > 0, y, smallest).clamp(min=-torch.finfo(y.dtype).eps)
 
 
+def named_results(m, x):
+    y = m.bn(m.conv(x))
+    largest = y.max(dim=1, keepdim=True)
+    return y + largest.values + largest.indices + torch.sort(y, dim=1).values
+
+
 def changed_for_all_who_have_it(m, x):
     y = m.bn(m.conv(x))
     z = y.clone()
@@ -265,7 +272,7 @@ def features_as_a_list(m, x):
     "forward",
     [
         any_arguments, asks_for_types, wrong_keyword, conversions, assignments, nothing_to_join, checks_sizes,
-        limits_of_a_type, function_with_a_gradient_of_its_own, features_as_a_list,
+        limits_of_a_type, named_results, function_with_a_gradient_of_its_own, features_as_a_list,
     ],
 )  # fmt: skip
 def test_what_people_write_is_followed(forward, tmp_path):
