@@ -178,7 +178,12 @@ def commit(
 
 def has_running_statistics(model: nn.Module) -> bool:
     """Whether there is anything to re-estimate."""
-    return any(isinstance(m, _BatchNorm) and m.running_mean is not None for m in model.modules())
+    return any(map(has_statistics, model.modules()))
+
+
+def has_statistics(module: nn.Module) -> bool:
+    """Whether a module is a batch norm with running statistics."""
+    return isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
 
 
 @torch.no_grad()

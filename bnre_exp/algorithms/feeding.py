@@ -53,6 +53,24 @@ def take_batches(loader: Iterable[Any], num_batches: int, count: Passes | None =
             )
 
 
+class FirstSamples:
+    """The first samples of a loader whose batches are tuples or lists of an input and a target, each ``[N, ...]`` or a
+    list of N; the last batch is cut to fit. num_batches: how many these are."""
+
+    def __init__(self, loader: Iterable[Any], samples: int, batch_size: int) -> None:
+        self._loader, self._samples = loader, samples
+        self.num_batches = -(-samples // batch_size)
+
+    def __iter__(self) -> Iterator[Any]:
+        left = self._samples
+        for batch in self._loader:
+            count = samples_in(batch)
+            yield batch if count <= left else type(batch)(part[:left] for part in batch)
+            left -= count
+            if left <= 0:
+                return
+
+
 def check_num_batches(num_batches: Any) -> None:
     """Raise ``UserError`` unless it is a whole number of at least 1."""
     if not is_whole(num_batches) or num_batches < 1:

@@ -72,7 +72,7 @@ class ReestimationHandle(StatisticsHandle):
 @torch.no_grad()
 def reestimate_bn_stats(
     model: nn.Module,
-    dataloader: Iterable[Any],
+    dataloader: Iterable[Any] | Callable[[], Iterable[Any]],
     num_batches: int = 100,
     forward_fn: ForwardFn | None = None,
     *,
@@ -100,7 +100,8 @@ def reestimate_bn_stats(
     tolerance: stop as soon as the standard error of every channel's mean, in its standard deviations, and the relative
     one of its variance are not above it; ``num_batches`` is then the most.
     prior: the old statistics count as so many samples (Schneider et al., NeurIPS 2020, equation 3).
-    passes: in each after the first, BNs see what the statistics of the one before make of the layers before them.
+    passes: in each after the first, BNs see what the statistics of the one before make of the layers before them; a
+    function in place of the loader is called for each, so that all see the same batches.
     layers: names of BNs or patterns (``*``, ``?``): only these are re-estimated; None: all.
     curve: numbers of batches after which ``measure()`` is called, with the statistics so far in place.
     precision: "bfloat16" computes under autocast; statistics stay in their own type. compile: a simulation is computed
@@ -136,12 +137,16 @@ class Given:
     """What a re-estimation works on, and how that is computed."""
 
     model: nn.Module
-    dataloader: Iterable[Any]
+    dataloader: Iterable[Any] | Callable[[], Iterable[Any]]
     num_batches: int
     forward_fn: ForwardFn | None
     precision: str
     compile: bool
     progress: Progress
+
+    def batches(self) -> Iterable[Any]:
+        """The loader, for one pass."""
+        return self.dataloader() if callable(self.dataloader) else self.dataloader
 
 
 def _estimated(
@@ -161,7 +166,7 @@ def _estimated(
         observe(batch)
 
     with cached_weights(model, given.forward_fn), unchanged(model):
-        for number in observe_batches(given.dataloader, given.num_batches, take_in, count, given.progress):
+        for number in observe_batches(given.batches(), given.num_batches, take_in, count, given.progress):
             if number in how.curve and measure is not None:
                 with commit(bns, how.beside(before, recorder.results(), samples), write_statistics):
                     measured.append((number, measure()))
@@ -171,7 +176,7 @@ def _estimated(
     for _ in range(how.passes - 1):
         with commit(bns, results, write_statistics):
             found = observed_statistics(
-                model, bns, given.dataloader, count.batches, given.forward_fn, method=how.method,
+                model, bns, given.batches(), count.batches, given.forward_fn, method=how.method,
                 momentum=how.momentum, precision=given.precision, progress=given.progress,
             )  # fmt: skip
         results = how.beside(before, found, samples)
@@ -191,10 +196,10 @@ def _batch_norms(
     bns = {bn: name for bn, name in names.items() if bn.running_mean is not None and bn.running_var is not None}
     frozen = tuple(name for name, module in model.named_modules() if isinstance(module, FrozenBatchNorm2d))
     _check_any(model, bns, frozen)
-    return names, _chosen(bns, layers), frozen
+    return names, chosen_layers(bns, layers), frozen
 
 
-def _chosen(bns: dict[Any, str], layers: str | Sequence[str] | None) -> dict[Any, str]:
+def chosen_layers(bns: dict[Any, str], layers: str | Sequence[str] | None) -> dict[Any, str]:
     """The BNs whose names are like one of the patterns. Raises ``UserError`` for a pattern that none is like."""
     if layers is None:
         return bns

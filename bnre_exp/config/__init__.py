@@ -16,12 +16,14 @@ from bnre_exp.config.choices import (
     QatPrepare,
     RangeEstimator,
     Recalibrate,
+    ReestImages,
     ReestMethod,
     Schedule,
     StoreMode,
 )
 from bnre_exp.config.fields import flatten
 from bnre_exp.config.job import Config
+from bnre_exp.config.reest import ReestConfig
 from bnre_exp.config.running import RuntimeConfig, StoreConfig, TrackingConfig
 from bnre_exp.config.sections import (
     DatasetConfig,
@@ -32,7 +34,6 @@ from bnre_exp.config.sections import (
     ModelConfig,
     QatConfig,
     QuantConfig,
-    ReestConfig,
     TaskConfig,
     TrainConfig,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "Recalibrate",
     "ReestConfig",
     "QatPrepare",
+    "ReestImages",
     "ReestMethod",
     "RuntimeConfig",
     "Schedule",

@@ -45,6 +45,13 @@ class ReestMethod(Enum):
     ema = "ema"
 
 
+class ReestImages(Enum):
+    """Which images BN statistics are re-estimated from."""
+
+    eval = "eval"
+    train = "train"
+
+
 class ActQuant(Enum):
     """What activation quantizers do while BN statistics are re-estimated."""
 

@@ -10,6 +10,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from bnre_exp.errors import UserError
 
+MOST_BATCHES = 10**6  # beyond that, a number is a slip of the pen
+
 
 def opt(
     default: Any = None,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from bnre_exp.config.fields import check_fields, opt
+from bnre_exp.config.reest import ReestConfig
 from bnre_exp.config.running import RuntimeConfig, StoreConfig, TrackingConfig
 from bnre_exp.config.sections import (
     DatasetConfig,
@@ -15,7 +16,6 @@ from bnre_exp.config.sections import (
     ModelConfig,
     QatConfig,
     QuantConfig,
-    ReestConfig,
     TaskConfig,
     TrainConfig,
 )

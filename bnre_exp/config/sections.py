@@ -6,21 +6,18 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from bnre_exp.config.choices import (
-    ActQuant,
     ExportFormat,
     FoldMode,
     Optimizer,
     QatPrepare,
     RangeEstimator,
-    Recalibrate,
-    ReestMethod,
     Schedule,
 )
-from bnre_exp.config.fields import check_fields, opt
+from bnre_exp.config.fields import MOST_BATCHES, check_fields, opt
 from bnre_exp.errors import UserError
 
 # Beyond these a number is a slip of the pen, which would be met hours later, or never.
-MOST_EPOCHS, MOST_BATCHES, MOST_IMAGES, MOST_PIXELS, MOST_RATE = 10**5, 10**6, 10**6, 2**14, 1e3
+MOST_EPOCHS, MOST_IMAGES, MOST_PIXELS, MOST_RATE = 10**5, 10**6, 2**14, 1e3
 
 
 @dataclass
@@ -212,25 +209,6 @@ class QatConfig:
     )
     schedule: Schedule = opt(Schedule.cosine, "one_cycle, cosine or constant")
     label_smoothing: float = opt(0.0, "fraction of the target spread over all classes", ge=0, lt=1)
-
-    def __post_init__(self) -> None:
-        check_fields(self, self.group)
-
-
-@dataclass
-class ReestConfig:
-    """BN re-estimation."""
-
-    group: ClassVar[str] = "reest"
-    num_batches: int = opt(100, "batches of training data; 0: no re-estimation", ge=0, le=MOST_BATCHES)
-    method: ReestMethod = opt(ReestMethod.batch_average, "batch_average, pooled or ema")
-    momentum: float = opt(0.1, "weight of the newest batch, for ema", gt=0, le=1)
-    act_quant: ActQuant = opt(
-        ActQuant.auto, "activation quantizers meanwhile: frozen, bypassed; auto: bypassed without QAT"
-    )
-    recalibrate: Recalibrate = opt(
-        Recalibrate.auto, "activation ranges are fitted anew afterwards: always, never; auto: without QAT"
-    )
 
     def __post_init__(self) -> None:
         check_fields(self, self.group)

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
-from bnre_exp.algorithms.bn_statistics import has_running_statistics
+from bnre_exp.algorithms.bn_statistics import Estimation, has_running_statistics, has_statistics
 from bnre_exp.algorithms.feeding import to_device
+from bnre_exp.algorithms.reestimate import chosen_layers
 from bnre_exp.algorithms.speed import check_compiler
 from bnre_exp.config import Config, Device, MemoryFormat
 from bnre_exp.data.classes import count_classes
@@ -187,10 +189,27 @@ def _check_before_training(job: Job, stages: list[Planned]) -> None:
         "submodules": model.submodules,
     }
     sim = quantize(setting.built.module, setting.example(), quick, **how)
-    if job.config.reest.num_batches and not has_running_statistics(sim):
-        raise UserError("reest: no batch norm of the simulation has running statistics to re-estimate; set reest=off.")
+    _check_reest(job, sim)
     setting.trial = sim_report(sim)
     check_export(sim, job.config.export, setting.loaders.example())
+
+
+def _check_reest(job: Job, sim: nn.Module) -> None:
+    how = job.config.reest
+    if not how.num_batches:
+        return
+    if not has_running_statistics(sim):
+        raise UserError("reest: no batch norm of the simulation has running statistics to re-estimate; set reest=off.")
+    if (how.curve or how.ablate) and job.setting.loaders.validation is None:
+        raise UserError(
+            f"reest.{'curve' if how.curve else 'ablate'} is measured on the validation data, and there are none; set "
+            "dataset.val_fraction above 0."
+        )
+    try:
+        Estimation(how.method.value, how.momentum, how.tolerance, how.prior, how.passes, tuple(how.curve))
+        chosen_layers({m: name for name, m in sim.named_modules() if has_statistics(m)}, how.layers or None)
+    except UserError as error:
+        raise UserError(f"reest.{error}") from error
 
 
 def _try_task(setting: Setting) -> None:

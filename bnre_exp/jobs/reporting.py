@@ -15,7 +15,7 @@ from bnre_exp.config import Config
 from bnre_exp.jobs.stages.outcome import Outcome
 from bnre_exp.jobs.stages.setting import Setting
 from bnre_exp.jobs.store import Store
-from bnre_exp.report.layers import layers_markdown
+from bnre_exp.report.layers import drift_markdown, layers_markdown
 from bnre_exp.report.summary import RUN_FOLDER, StageResult, Summary, markdown, without_places
 from bnre_exp.report.verdict import verdicts
 from bnre_exp.tasks.classification import Classification
@@ -29,12 +29,13 @@ HEADLINE = "bnre.headline"  # tag of a run: by which metric its stages are compa
 @dataclass
 class Results:
     """What a job measured. metrics: by MLflow name; summary: the table; evaluations: of its rows, as metrics name them;
-    folded: the checkpoint's folder."""
+    folded: the checkpoint's folder; drift: columns of the table of batch norms that moved."""
 
     metrics: dict[str, float]
     summary: Summary
     evaluations: Mapping[str, Evaluation]
     folded: Path | None = None
+    drift: Mapping[str, Sequence[Any]] | None = None
 
 
 @dataclass
@@ -73,6 +74,8 @@ class Job:
             self.exceptions(heading, rows)
         if outcome.layers is not None:
             self._list_layers(outcome.layers)
+        if outcome.drift is not None:
+            self._list_drift(outcome.drift)
         self.log.tag_once(f"stage.{stage}", how)
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
@@ -100,6 +103,15 @@ class Job:
         self.log.artifact(path)
         self.log.table("layers.json", columns)
         self.results.summary.places["layer by layer"] = str(path)
+
+    def _list_drift(self, columns: dict[str, list[Any]]) -> None:
+        """How far the statistics of each batch norm moved."""
+        self.results.drift = columns
+        path = self.run_dir / "drift.md"
+        path.write_text(drift_markdown(self.results.summary.title, columns))
+        self.log.artifact(path)
+        self.log.table("drift.json", columns)
+        self.results.summary.places["which BNs moved"] = str(path)
 
 
 def headline_of(tags: Mapping[str, Any]) -> Headline:
@@ -130,7 +142,8 @@ def _judge(job: Job) -> None:
     """Whether each step helped, as far as the run has come."""
     results = job.results
     seconds = {name: results.metrics[f"{name}/seconds"] for name in results.evaluations}
-    found = verdicts(results.evaluations, seconds, job.config.reest.num_batches)
+    batches = {name: results.metrics[f"{name}/batches"] for name in seconds if f"{name}/batches" in results.metrics}
+    found = verdicts(results.evaluations, seconds, batches)
     results.summary.verdict = [verdict.sentence for verdict in found]
     for verdict in found:
         job.metrics({f"{verdict.stage}/{name}": value for name, value in verdict.metrics.items()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from bnre_exp.quantsim.listing import LayerRow
 
@@ -27,6 +28,26 @@ def layers_markdown(title: str, columns: Mapping[str, Sequence[str]]) -> str:
     lines += [
         f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in zip(*columns.values())
     ]
+    return "\n".join(lines) + "\n"
+
+
+def drift_markdown(title: str, columns: Mapping[str, Sequence[Any]]) -> str:
+    """How far batch norms moved, as a page: those that moved most first, by the divergence."""
+    order = sorted(range(len(columns["BN"])), key=lambda place: -float(columns["KL [nats]"][place]))
+    lines = [
+        f"# {title}: which batch norms moved",
+        "",
+        "The running statistics before and after re-estimation: shift of the means (root mean square over the "
+        "channels, in standard deviations before), geometric mean of the ratio of variances, and mean Kullback-Leibler "
+        "divergence of the normal distribution after from the one before. *Alone*, if it is there: the change of the "
+        "metric on the validation data by re-estimating this one alone.",
+        "",
+        f"| {' | '.join(columns)} |",
+        f"|{'|'.join('---' if name in ('BN', 'kind') else '--:' for name in columns)}|",
+    ]
+    for place in order:
+        cells = [column[place] for column in columns.values()]
+        lines.append(f"| {' | '.join(f'{cell:.4f}' if isinstance(cell, float) else str(cell) for cell in cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -32,25 +32,27 @@ class Verdict:
         }  # fmt: skip
 
 
-def verdicts(evaluations: Mapping[str, Evaluation], seconds: Mapping[str, float], num_batches: int) -> list[Verdict]:
+def verdicts(
+    evaluations: Mapping[str, Evaluation], seconds: Mapping[str, float], batches: Mapping[str, float]
+) -> list[Verdict]:
     """All that can be said of what a run has measured so far, in its order.
 
-    evaluations, seconds (of the work): of its rows, by the name that metrics have; num_batches: of re-estimation.
+    evaluations, seconds (of the work), batches (of re-estimation): of its rows, by the name that metrics have.
     """
     not_trained = "recal_only" if "recal_only" in evaluations else "ptq"
     has_qat = "qat" in evaluations
-    re_estimating = f", from {counted(num_batches, 'batch', 'batches')} in {{:.1f}} s"
+    cost = {name: f", from {counted(int(count), 'batch', 'batches')} in {{:.1f}} s" for name, count in batches.items()}
     found = [
-        _judged("reest_only", "reest_only", not_trained, evaluations, seconds, re_estimating, ALONE),
+        _judged("reest_only", "reest_only", not_trained, evaluations, seconds, cost.get("reest_only", ""), ALONE),
         _judged(
-            "reest", "reest", "qat" if has_qat else not_trained, evaluations, seconds, re_estimating,
+            "reest", "reest", "qat" if has_qat else not_trained, evaluations, seconds, cost.get("reest", ""),
             AFTER_QAT if has_qat else WITHOUT_QAT,
         ),
     ]  # fmt: skip
     last = "reest" if "reest" in evaluations else "qat"
     if has_qat:
-        cost = {**seconds, last: seconds["qat"]}
-        found.append(_judged(BESIDE, last, "reest_only", evaluations, cost, ", for {:.1f} s of training", QAT))
+        training = {**seconds, last: seconds["qat"]}
+        found.append(_judged(BESIDE, last, "reest_only", evaluations, training, ", for {:.1f} s of training", QAT))
     return [verdict for verdict in found if verdict is not None]
 
 

@@ -13,6 +13,7 @@ from bnre_exp.tasks.task import Headline
 
 TOP1, MAE, MAP = Headline("top1", "top-1"), Headline("mae", "MAE", higher_is_better=False), Headline("map", "mAP")
 SECONDS = {"reest_only": 4.06, "reest": 4.2, "qat": 61.0, "ptq": 1.0}
+BATCHES = {"reest_only": 100.0, "reest": 100.0}
 
 
 def right(count: int, of: int = 400, headline: Headline = TOP1) -> Evaluation:
@@ -22,7 +23,7 @@ def right(count: int, of: int = 400, headline: Headline = TOP1) -> Evaluation:
 
 
 def told(**evaluations: Evaluation) -> dict[str, tuple[str, str]]:
-    return {v.stage: (v.word, v.sentence) for v in verdicts(evaluations, SECONDS, 100)}
+    return {v.stage: (v.word, v.sentence) for v in verdicts(evaluations, SECONDS, BATCHES)}
 
 
 def test_without_qat_the_start_is_what_was_recalibrated():
@@ -98,6 +99,6 @@ def test_scores_that_are_no_numbers_have_no_verdict():
 
 
 def test_figures_of_the_test_go_with_it():
-    (verdict,) = verdicts({"ptq": right(50), "reest": right(380)}, SECONDS, 100)
+    (verdict,) = verdicts({"ptq": right(50), "reest": right(380)}, SECONDS, BATCHES)
     assert verdict.metrics["score_change"] == pytest.approx(330 / 400) and verdict.metrics["p_value"] < 1e-50
     assert verdict.metrics["score_low"] < 330 / 400 < verdict.metrics["score_high"]

@@ -33,14 +33,16 @@ class Measured:
 
 @dataclass
 class Outcome:
-    """All that a stage reports. metrics: by MLflow name; curves: ``(epoch, metrics)``; exceptions: ``(heading, [(name,
-    reason)])``; layers: columns of the layer table; files: what it left in the run's folder, by name."""
+    """All that a stage reports. metrics: by MLflow name; curves: ``(step, metrics)``; exceptions: ``(heading, [(name,
+    reason)])``; layers, drift: columns of the table of layers, and of that of batch norms that moved; files: what it
+    left in the run's folder, by name."""
 
     measured: list[Measured] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     curves: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     exceptions: list[tuple[str, list[tuple[str, str]]]] = field(default_factory=list)
     layers: dict[str, list[str]] | None = None
+    drift: dict[str, list[Any]] | None = None
     files: list[str] = field(default_factory=list)
 
     def except_for(self, heading: str, rows: Sequence[tuple[str, str]]) -> None:

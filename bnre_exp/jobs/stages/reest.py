@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
-from bnre_exp.algorithms.reestimate import reestimate_bn_stats
-from bnre_exp.config import ActQuant, Recalibrate, ReestMethod
+from bnre_exp.algorithms.ablation import reestimate_each_alone
+from bnre_exp.algorithms.drift import bn_drift, drift_columns
+from bnre_exp.algorithms.feeding import FirstSamples
+from bnre_exp.algorithms.observed import observed_statistics, self_consistency
+from bnre_exp.algorithms.reestimate import ReestimationHandle, reestimate_bn_stats
+from bnre_exp.config import ActQuant, Recalibrate, ReestConfig, ReestImages, ReestMethod
 from bnre_exp.errors import counted
 from bnre_exp.jobs.stages.calibration import calibrate_stage
 from bnre_exp.jobs.stages.given import Given
 from bnre_exp.jobs.stages.outcome import Measured, Outcome
 from bnre_exp.jobs.stages.setting import Setting, seed, timed
 from bnre_exp.quantsim.sim import activation_quantizers, bypassed
+
+CONSISTENCY_BATCHES = 10
+OF_REEST = ("reest.curve", "reest.ablate")  # what the row of re-estimation alone has no use for
 
 
 def reest_settings(setting: Setting, own: dict[str, Any]) -> dict[str, Any]:
@@ -39,30 +47,107 @@ def re_estimated(setting: Setting, given: Given, sim: nn.Module, has_qat: bool, 
     if again:
         outcome.measured.append(_recalibrated_only(setting, sim, before))
         before = outcome.measured[-1].stage
+    is_main = stage == "reest"
+    alone = _each_alone(setting, sim, bypass) if is_main and how.ablate else None
+    _, most = reestimation_batches(setting)
+    curve = _Curve(setting, sim)
 
     def work() -> Any:
         with bypassed(sim, activations=bypass):
             return reestimate_bn_stats(
-                sim, setting.loaders.fresh("reestimation"), how.num_batches, setting.task.feed,
-                method=how.method.value, momentum=how.momentum, **setting.speed, progress=setting.progress,
+                sim, lambda: reestimation_batches(setting)[0], most, setting.task.feed, method=how.method.value,
+                momentum=how.momentum, tolerance=how.tolerance, prior=how.prior, passes=how.passes,
+                layers=how.layers or None, curve=how.curve if is_main else (), measure=curve.measure,
+                **setting.speed, progress=setting.progress,
             )  # fmt: skip
 
     handle, seconds = timed(work)
-    notes = [counted(handle.num_batches, "batch", "batches"), counted(handle.loader_passes, "pass", "passes")]
+    metrics = {"loader_passes": float(handle.loader_passes), "batches": float(handle.num_batches)}
+    metrics["samples"] = float(handle.samples)
+    if is_main:
+        _tell(setting, outcome, sim, handle, alone, bypass)
+        outcome.curves += [
+            (number, {f"reest/val_{name}": v for name, v in found.items()}) for number, found in handle.curve
+        ]
     if again:
         _, outcome.metrics[f"{stage}/recalibrate_seconds"] = timed(lambda: calibrate_stage(setting, sim, "recalibrate"))
-        notes.append("then recalibrated")
-    notes += ["for comparison"] if stage == "reest_only" else []
     evaluation = setting.evaluate(sim, f"{stage}: evaluate")
-    metrics = {"loader_passes": float(handle.loader_passes)}
-    outcome.measured.append(Measured(stage, label, evaluation, seconds, before, ", ".join(notes), metrics))
-    if stage == "reest":
-        outcome.except_for(
-            "not re-estimated", [(name, "has no running statistics") for name in handle.without_statistics]
-        )
-        outcome.except_for("not re-estimated", [(name, "FrozenBatchNorm2d: constants") for name in handle.frozen])
-        outcome.except_for("not re-estimated", [(name, "calls F.batch_norm itself") for name in handle.functional])
+    note = ", ".join(
+        [*_notes(handle, how), *(["then recalibrated"] if again else []), *([] if is_main else ["for comparison"])]
+    )
+    outcome.measured.append(Measured(stage, label, evaluation, seconds - curve.seconds, before, note, metrics))
     return outcome
+
+
+def reestimation_batches(setting: Setting) -> tuple[Iterable[Any], int]:
+    """The batches of re-estimation, from the seed, and how many of them at most."""
+    how = setting.config.reest
+    loader = setting.loaders.fresh("train" if how.augment is ReestImages.train else "reestimation")
+    if how.num_samples is None:
+        return loader, how.num_batches
+    first = FirstSamples(loader, how.num_samples, setting.config.dataset.batch_size)
+    return first, first.num_batches
+
+
+class _Curve:
+    """Evaluates the validation data on the way. seconds: that this took."""
+
+    def __init__(self, setting: Setting, sim: nn.Module) -> None:
+        self._setting, self._sim, self.seconds = setting, sim, 0.0
+
+    def measure(self) -> dict[str, float]:
+        evaluation, seconds = timed(lambda: self._setting.evaluate(self._sim, "reest: curve", on_validation=True))
+        self.seconds += seconds
+        return dict(evaluation.metrics)
+
+
+def _each_alone(setting: Setting, sim: nn.Module, bypass: bool) -> dict[str, float]:
+    """By the name of each BN, the change of the headline metric on the validation data by re-estimating it alone."""
+
+    def measure() -> float:
+        return setting.evaluate(sim, "reest: one alone", on_validation=True).value
+
+    batches, most = reestimation_batches(setting)
+    with bypassed(sim, activations=bypass):
+        start, method = measure(), setting.config.reest.method.value
+        found = reestimate_each_alone(
+            sim, batches, measure, most, setting.task.feed, method=method, progress=setting.progress
+        )
+    return {name: value - start for name, value in found.items()}
+
+
+def _notes(handle: ReestimationHandle, how: ReestConfig) -> list[str]:
+    notes = [counted(handle.num_batches, "batch", "batches"), counted(handle.loader_passes, "pass", "passes")]
+    if how.num_samples is not None:
+        notes = [counted(handle.samples, "image")]
+    if handle.largest is not None and how.tolerance is not None:
+        name, error = handle.largest
+        reached = "stopped" if error <= how.tolerance else f"tolerance {how.tolerance:g} not reached"
+        notes.append(f"{reached}: standard errors up to {error:.3f}, the largest in {name}")
+    return notes
+
+
+def _tell(
+    setting: Setting, outcome: Outcome, sim: nn.Module, handle: ReestimationHandle, alone: dict[str, float] | None,
+    bypass: bool,
+) -> None:  # fmt: skip
+    """What moved, what did not, and how consistent the statistics are with what the layers now get."""
+    columns = drift_columns(bn_drift(sim, handle.before, handle.after))
+    if alone is not None:
+        columns[f"{setting.task.headline.label} alone"] = [alone.get(str(name), 0.0) for name in columns["BN"]]
+    outcome.drift = columns
+    outcome.metrics["reest/kl_mean"] = sum(map(float, columns["KL [nats]"])) / max(1, len(columns["BN"]))
+    bns = {module: name for name, module in sim.named_modules() if name in handle.after}
+    batches, most = reestimation_batches(setting)
+    with bypassed(sim, activations=bypass):
+        found = observed_statistics(
+            sim, bns, batches, min(most, CONSISTENCY_BATCHES), setting.task.feed, **setting.precision
+        )
+    used = {bn: handle.after[name] for bn, name in bns.items()}
+    outcome.metrics["reest/self_consistency"] = self_consistency(used, found)
+    outcome.except_for("not re-estimated", [(name, "has no running statistics") for name in handle.without_statistics])
+    outcome.except_for("not re-estimated", [(name, "FrozenBatchNorm2d: constants") for name in handle.frozen])
+    outcome.except_for("not re-estimated", [(name, "calls F.batch_norm itself") for name in handle.functional])
 
 
 def _recalibrated_only(setting: Setting, sim: nn.Module, before: str) -> Measured:

@@ -42,7 +42,12 @@ class Setting:
     @property
     def speed(self) -> dict[str, Any]:
         """How networks are computed before they are folded, as arguments of the algorithms."""
-        return {"precision": self.config.runtime.precision.value, "compile": self.config.runtime.compile}
+        return {**self.precision, "compile": self.config.runtime.compile}
+
+    @property
+    def precision(self) -> dict[str, Any]:
+        """The arithmetic of forward passes, as an argument of the algorithms."""
+        return {"precision": self.config.runtime.precision.value}
 
     def evaluate(
         self, network: nn.Module, description: str, on_validation: bool = False, as_shipped: bool = False

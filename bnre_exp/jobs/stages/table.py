@@ -11,7 +11,7 @@ from bnre_exp.jobs.stages.ptq import ptq, ptq_settings
 from bnre_exp.jobs.stages.qat import qat, qat_settings
 from bnre_exp.jobs.stages.qat_start import prepare_of, qat_start, qat_start_settings
 from bnre_exp.jobs.stages.reest import reest, reest_settings
-from bnre_exp.jobs.stages.reest_only import reest_only
+from bnre_exp.jobs.stages.reest_only import reest_only, reest_only_settings
 from bnre_exp.jobs.stages.simulation import SIM
 from bnre_exp.jobs.stages.stage import Stage, Uses
 
@@ -30,6 +30,7 @@ TRAINING = (
 SIMULATION = ("quantsim", "jobs.stages.simulation")
 CALIBRATION = ("jobs.stages.calibration", "algorithms.calibrate")
 RE_ESTIMATION = (
+    "algorithms.ablation", "algorithms.drift",
     "algorithms.reestimate", "algorithms.recorder", "algorithms.bn_statistics", "algorithms.sampling",
     "algorithms.observed", "algorithms.unchanged",
 )  # fmt: skip
@@ -65,7 +66,7 @@ STAGES = (
         rows={"ptq": "quantized"},
     ),
     Stage(
-        "reest_only", section="reest", settings=reest_settings, run=reest_only, follows=("ptq",), form=SAME,
+        "reest_only", section="reest", settings=reest_only_settings, run=reest_only, follows=("ptq",), form=SAME,
         is_on=lambda config: config.qat.epochs > 0 and config.reest.num_batches > 0,
         uses=lambda config: Uses(
             ("jobs.stages.reest_only", "jobs.stages.reest", *SIMULATION, *CALIBRATION, *RE_ESTIMATION, *MEASURING)

@@ -1,0 +1,91 @@
+"""What a job's re-estimation can be asked for: curves, a tolerance, samples, some layers, one layer at a time."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bnre_exp import UserError
+from tests.jobs.test_run import job
+
+PTQ = ("qat.epochs=0", "quant=w2a8", "export=checkpoint")
+
+
+def steps_of(folder, name):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["metrics"][name] for line in lines if name in line.get("metrics", {})}
+
+
+def test_a_curve_in_one_pass_is_that_of_as_many_jobs(tmp_path):
+    results, _ = job(tmp_path, *PTQ, "reest.num_batches=5", "reest.curve=[1,3,5,9]", name="curve")
+    curve = steps_of(tmp_path / "curve", "reest/val_loss")
+    assert list(curve) == [1, 3, 5]
+    assert len(set(curve.values())) == 3
+    plain, _ = job(tmp_path, *PTQ, "reest.num_batches=5", name="plain")
+    for name in ("reest/top1", "reest/loss", "fold/loss"):
+        assert plain.metrics[name] == results.metrics[name]
+    short, _ = job(tmp_path, *PTQ, "reest.num_batches=3", "reest.curve=[3]", name="short")
+    assert steps_of(tmp_path / "short", "reest/val_loss") == {3: curve[3]}
+
+
+def test_a_tolerance_stops_and_says_which_layer_was_last(tmp_path):
+    results, _ = job(tmp_path, *PTQ, "reest.num_batches=50", "reest.tolerance=0.3")
+    (row,) = [row for row in results.summary.stages if row.stage == "re-estimate BN"]
+    count = results.metrics["reest/batches"]
+    assert 4 <= count < 50 and results.metrics["reest/samples"] == 32 * count
+    assert f"{count:.0f} batches" in row.note and "stopped: standard errors up to 0." in row.note
+    assert f"from {count:.0f} batches in" in results.summary.verdict[0]
+    never, _ = job(tmp_path, *PTQ, "reest.num_batches=5", "reest.tolerance=0.001", name="never")
+    (row,) = [row for row in never.summary.stages if row.stage == "re-estimate BN"]
+    assert "tolerance 0.001 not reached: standard errors up to" in row.note
+
+
+def test_images_in_place_of_batches(tmp_path):
+    results, _ = job(tmp_path, *PTQ, "reest.num_samples=40", name="forty")
+    assert (results.metrics["reest/samples"], results.metrics["reest/batches"]) == (40, 2)
+    (row,) = [row for row in results.summary.stages if row.stage == "re-estimate BN"]
+    assert row.note.startswith("40 images")
+    few, _ = job(tmp_path, *PTQ, "reest.num_samples=2", "reest.prior=1000000", name="few")
+    assert few.metrics["reest/samples"] == 2 and few.metrics["reest/kl_mean"] < 1e-6
+
+
+def test_layers_that_moved_and_what_each_brings_alone(tmp_path):
+    results, _ = job(tmp_path, *PTQ, "reest.num_batches=4", "reest.ablate=true", tracking=True)
+    drift = results.drift
+    assert drift["BN"] == ["bn1", "bn2", "bn3", "bn4"] and drift["kind"] == ["convolution"] * 4
+    assert len(drift["top-1 alone"]) == 4 and all(isinstance(value, float) for value in drift["top-1 alone"])
+    assert results.metrics["reest/kl_mean"] == pytest.approx(sum(drift["KL [nats]"]) / 4)
+    assert 0 < results.metrics["reest/self_consistency"] < 1
+    page = (tmp_path / "run" / "drift.md").read_text()
+    assert page.count("| convolution |") == 4 and "top-1 alone" in page
+    again, _ = job(tmp_path, *PTQ, "reest.num_batches=4", "reest.ablate=true", name="again")
+    assert again.drift == drift
+    some, _ = job(tmp_path, *PTQ, "reest.num_batches=4", "reest.layers=[bn2,bn4]", name="some")
+    assert some.drift["BN"] == ["bn2", "bn4"]
+
+
+def test_augmented_images_and_further_passes_give_other_statistics(tmp_path):
+    found = {
+        how: job(tmp_path, *PTQ, "dataset.augment=true", "reest.num_batches=4", *how.split(), name=str(number))[0]
+        for number, how in enumerate(("", "reest.augment=train", "reest.passes=3"))
+    }
+    losses = [results.metrics["reest/loss"] for results in found.values()]
+    assert len(set(losses)) == 3
+    consistency = [results.metrics["reest/self_consistency"] for results in found.values()]
+    assert consistency[2] < consistency[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("reest.curve=[1]", "dataset.val_fraction=0"), "reest.curve is measured on the validation data"),
+        (("reest.ablate=true", "dataset.val_fraction=0"), "reest.ablate is measured on the validation data"),
+        (("reest.layers=[conv*]",), r"reest.layers=conv\*: no batch norm of the model has such a name; it has bn1"),
+        (("reest.tolerance=0.1", "reest.method=ema"), "reest.tolerance: method=ema forgets old batches"),
+    ],
+)
+def test_mistakes_are_told_before_training(tmp_path, overrides, message):
+    with pytest.raises(UserError, match=message):
+        job(tmp_path, *PTQ, *overrides)
+    assert not list((tmp_path / "store" / "entries").glob("fp32*"))
