@@ -76,6 +76,16 @@ def test_augmented_images_and_further_passes_give_other_statistics(tmp_path):
     assert consistency[2] < consistency[0]
 
 
+def test_small_batches_are_warned_of(tmp_path):
+    notes = {}
+    for size, method in ((16, "batch_average"), (16, "pooled"), (32, "batch_average")):
+        overrides = (f"dataset.batch_size={size}", f"reest.method={method}", "reest.num_batches=3")
+        results, _ = job(tmp_path, *PTQ, *overrides, name=f"{size}{method}")
+        notes[size, method] = dict(results.summary.exceptions["note"]).get("re-estimation", "")
+    assert "batch_average of batches of 16 leaves out the spread between them" in notes[16, "batch_average"]
+    assert notes[16, "pooled"] == notes[32, "batch_average"] == ""
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

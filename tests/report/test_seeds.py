@@ -1,0 +1,58 @@
+"""Runs over seeds: means and standard deviations by hand, the test against SciPy."""
+
+from __future__ import annotations
+
+import pytest
+from scipy import stats
+
+from bnre_exp.report.comparison import RunRow, comparison_columns, comparison_markdown
+from bnre_exp.report.seeds import P_VALUE, over_seeds, p_value_of
+
+STAGES = {"fp32": "FP32", "ptq": "quantized", "reest": "re-estimated"}
+
+
+def row(seed: int, bits: int, before: float, after: float, status: str = "FINISHED", **metrics: float) -> RunRow:
+    params = {"seed": str(seed), "quant.weight_bits": str(bits), "runtime.workers": str(seed)}
+    found = {"ptq/top1": before, "reest/top1": after, "reest/delta_top1": after - before, **metrics}
+    return RunRow(f"{bits}-{seed}", status, params, found if status == "FINISHED" else {})
+
+
+ROWS = [row(0, 2, 0.1, 0.7), row(0, 4, 0.8, 0.9), row(1, 2, 0.2, 0.75), row(1, 4, 0.85, 0.9), row(2, 2, 0.12, 0.8)]
+
+
+def test_rows_of_a_setting_become_one():
+    two, four = over_seeds(ROWS)
+    assert (two.name, four.name) == ("3 seeds", "2 seeds")
+    assert two.params["seed"] == "0, 1, 2" and four.params["seed"] == "0, 1"
+    assert two.metrics["ptq/top1"] == pytest.approx(0.14) and two.spreads["ptq/top1"] == pytest.approx(
+        0.0529150, rel=1e-5
+    )
+    assert two.metrics["reest/delta_top1"] == pytest.approx((0.6 + 0.55 + 0.68) / 3)
+    assert two.metrics[P_VALUE] == pytest.approx(stats.ttest_1samp([0.6, 0.55, 0.68], 0).pvalue)
+
+
+def test_the_table_shows_means_with_their_spread():
+    columns = comparison_columns(over_seeds(ROWS), STAGES)
+    assert columns["weight_bits"] == ["2", "4"] and columns["seed"] == ["0, 1, 2", "0, 1"]
+    assert columns["quantized"] == ["0.1400 ± 0.0529", "0.8250 ± 0.0354"]
+    assert columns["re-estimated"] == ["0.7500 ± 0.0500", "0.9000 ± 0.0000"]
+    assert columns["change"] == ["+0.6100 ± 0.0656", "+0.0750 ± 0.0354"]
+    assert columns["p over seeds"] == ["0.0038", "0.2048"]
+    assert "**0.9000 ± 0.0000**" in comparison_markdown("sweep", over_seeds(ROWS), STAGES)
+
+
+def test_runs_that_did_not_finish_and_single_ones_stay():
+    failed = row(3, 4, 0, 0, status="FAILED")
+    found = over_seeds([*ROWS[:2], failed])
+    assert [one.name for one in found] == ["2-0", "4-0", "4-3"]
+    alone = [row(0, 2, 0.1, 0.2), row(0, 3, 0.1, 0.2)]
+    assert over_seeds(alone) == alone
+
+
+def test_metrics_that_a_run_lacks_are_left_out():
+    (joined,) = over_seeds([row(0, 2, 0.1, 0.7, other=1.0), row(1, 2, 0.1, 0.8)])
+    assert "other" not in joined.metrics and joined.metrics["reest/top1"] == pytest.approx(0.75)
+
+
+def test_changes_that_are_all_the_same():
+    assert p_value_of([0.0, 0.0]) == 1.0 and p_value_of([0.1, 0.1, 0.1]) == 0.0
