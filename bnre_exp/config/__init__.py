@@ -19,6 +19,7 @@ from bnre_exp.config.choices import (
     ReestMethod,
     Schedule,
     StoreMode,
+    WeightGrid,
 )
 from bnre_exp.config.fields import flatten
 from bnre_exp.config.job import Config
@@ -66,5 +67,6 @@ __all__ = [
     "TaskConfig",
     "TrackingConfig",
     "TrainConfig",
+    "WeightGrid",
     "flatten",
 ]
