@@ -177,7 +177,7 @@ def _fold_layer(
     is_quantized = parametrize.is_parametrized(layer, "weight")
     keeps_codes = is_quantized and (affine is None or mode == "scale" and layer.parametrizations.weight[0].per_channel)
     if keeps_codes:
-        why_lossy, note = _regrid(layer, affine)
+        why_lossy, note = _clamp(layer, affine)
     if affine is not None:
         _fold_bias(layer, affine, group.bn_before)
     if keeps_codes:
@@ -201,17 +201,20 @@ def _fold_bias(layer: Any, affine: _Affine, bn_before: bool) -> None:
     layer.bias = nn.Parameter(folded.to(weight.dtype), requires_grad=False)
 
 
-def _regrid(layer: Any, affine: _Affine | None) -> tuple[str | None, str | None]:
-    """Put each channel on the full grid whose codes fit once they have the sign of gamma; in place. Returns why that
-    is lossy, or what is to be noted, where channels had been on another one. A narrow grid fits either sign."""
+def _clamp(layer: Any, affine: _Affine | None) -> tuple[str | None, str | None]:
+    """Give weights on the full grid whose code would not fit, once it has the sign of gamma, the next one; in place.
+    Returns why that is lossy, or what is to be noted: a channel on the wrong grid need not have weights at its end."""
     quantizer: WeightQuantizer = layer.parametrizations.weight[0]
-    if quantizer.zero_point is None:
+    if not quantizer.full_grid:
         return None, None
-    original, mirrored = layer.parametrizations.weight.original, quantizer.mirrored
+    original, layout = layer.parametrizations.weight.original, quantizer.layout
     sign = torch.ones_like(quantizer.scale) if affine is None else affine.gain.sign()
-    is_wrong, before = torch.where(mirrored, sign > 0, sign < 0), quantizer.codes(original)
-    quantizer.zero_point.copy_(torch.where(mirrored ^ is_wrong, -1.0, 0.0))
-    channels, clamped = int(is_wrong.sum()), int((quantizer.codes(original) != before).sum())
+    is_wrong = torch.where(quantizer.mirrored, sign > 0, sign < 0)
+    codes = quantizer.codes(original)
+    is_lost = (codes.abs() > quantizer.quant_max) & layout.expand(is_wrong)
+    nearest = codes.sign() * quantizer.quant_max * layout.expand(positive(quantizer.scale))
+    original.copy_(torch.where(is_lost, nearest.to(original.dtype), original))
+    channels, clamped = int(is_wrong.sum()), int(is_lost.sum())
     cause = "its BN is no longer folded" if affine is None else "gamma has changed its sign since quantize()"
     text = f"{cause}: in {counted(channels, 'channel')}, {counted(clamped, 'code')} without counterpart clamped"
     return (text, None) if clamped else (None, text if channels else None)
@@ -236,7 +239,10 @@ def _with_codes(layer: Any, affine: _Affine | None) -> nn.Module:
     new_scale = (scale.double() * affine.gain.abs()).to(scale.dtype)
     vanishes = new_scale < SMALLEST_SCALE
     sign = torch.where(vanishes, 0.0, affine.gain.sign())
-    return _plain(layer, codes * quantizer.layout.expand(sign).to(codes.dtype), torch.where(vanishes, scale, new_scale))
+    signed = codes * quantizer.layout.expand(sign).to(codes.dtype)
+    # Half types may round a weight that was clamped to the code that does not fit.
+    fitting = signed.clamp(quantizer.quant_min, quantizer.quant_max)
+    return _plain(layer, fitting, torch.where(vanishes, scale, new_scale))
 
 
 def _plain(layer: Any, codes: Tensor, scale: Tensor) -> nn.Module:
