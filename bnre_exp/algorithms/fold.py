@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from bnre_exp.errors import UserError
-from bnre_exp.quantsim.groups import PLAIN_BN, Group, find_groups, num_features
+from bnre_exp.errors import UserError, counted
+from bnre_exp.quantsim.groups import PLAIN_BN, Group, find_groups, num_features, per_output_channel
 from bnre_exp.quantsim.nodes import module_of, source_of
 from bnre_exp.quantsim.operations import does_nothing_in_evaluation
 from bnre_exp.quantsim.quantizers.affine import ChannelAffine
@@ -19,6 +19,7 @@ from bnre_exp.quantsim.quantizers.codes import set_codes
 from bnre_exp.quantsim.quantizers.layout import BATCH_NORMS, layout_of
 from bnre_exp.quantsim.quantizers.quantizer import Dequantize, WeightQuantizer, positive
 from bnre_exp.quantsim.quantizers.ranges import fit_symmetric_scale
+from bnre_exp.quantsim.quantizers.state import code_dtype
 from bnre_exp.quantsim.sim import sim_report
 from bnre_exp.quantsim.usable import refuse_unusable
 from bnre_exp.quantsim.whole import named, parts_of, with_parts
@@ -32,12 +33,14 @@ class FoldReport:
     """What became of every BN of the network.
 
     folded: ``(layer, BN)``; kept: ``(BN, reason)``, each a per-channel affine now unless the reason says otherwise;
-    lossy: ``(layer, reason)`` where folding changed the function, because weights were quantized anew.
+    lossy: ``(layer, reason)`` where folding changed the function, because weights were quantized anew or codes clamped;
+    notes: ``(layer, text)`` of what could have been a loss, and was none.
     """
 
     folded: tuple[tuple[str, str], ...]
     kept: tuple[tuple[str, str], ...]
     lossy: tuple[tuple[str, str], ...]
+    notes: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,9 @@ def fold_batch_norms(sim: nn.Module, mode: str = "scale") -> tuple[Any, FoldRepo
     mode "scale": the per-channel weight scale takes BN's factor and the codes change at most their sign, so the
     function stays the same up to float rounding. mode "weight": the factor multiplies the weight, whose range is fitted
     anew, which is lossy; layers with one scale for the whole tensor get this in either mode. A BN that no layer can
-    take in becomes a per-channel affine and is named.
+    take in becomes a per-channel affine and is named. On the full grid a channel whose gamma has changed its sign since
+    :func:`~bnre_exp.quantize` has one code that has no counterpart; where weights have it, they get the next one, which
+    is lossy.
 
     Raises ``UserError`` if ``sim`` is not a simulation, is folded already, for an unknown mode, and naming a weight or
     statistic that is not finite or a variance below 0.
@@ -75,23 +80,16 @@ def fold_batch_norms(sim: nn.Module, mode: str = "scale") -> tuple[Any, FoldRepo
     folded: Any = copy.deepcopy(sim).eval()
     folded.training_graph = None  # a folded network knows no other mode than evaluation
     grouping = find_groups(folded)
-    pairs, lossy, done = [], [], set()
+    pairs, lossy, notes, done = [], [], [], set()
     for group in grouping.groups:
         name = str(group.layer.target)
         if name not in done:
             done.add(name)
             layer: Any = folded.get_submodule(name)
-            affine = _affine_for(layer, group)
-            if affine is not None:
-                _fold_bias(layer, affine, group.bn_before)
-            why_lossy = None
-            if parametrize.is_parametrized(layer, "weight"):
-                plain, why_lossy = _with_codes(layer, affine, mode, scheme.weight_range, scheme.percentile)
-                folded.set_submodule(name, plain)
-            elif affine is not None:
-                weight = layer.weight.double() * layout_of(layer).expand(affine.gain)
-                layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)  # it may be tied
+            plain, why_lossy, note = _fold_layer(layer, group, mode, scheme.weight_range, scheme.percentile)
+            folded.set_submodule(name, plain)
             lossy += [(name, why_lossy)] if why_lossy else []
+            notes += [(name, note)] if note else []
             pairs += [(name, str(group.bn.target))] if group.bn is not None else []
     kept = [(name, _keep(folded, name, reason)) for name, reason in grouping.kept.items()]
     kept += [(name, f"{reason}; stays as it is") for name, reason in grouping.functional.items()]
@@ -107,26 +105,30 @@ def fold_batch_norms(sim: nn.Module, mode: str = "scale") -> tuple[Any, FoldRepo
     folded.delete_all_unused_submodules()
     folded.graph.lint()
     folded.recompile()
-    report = FoldReport(tuple(pairs), tuple(kept), tuple(lossy))
+    report = FoldReport(tuple(pairs), tuple(kept), tuple(lossy), tuple(notes))
     folded.meta["fold_report"] = asdict(report)
     return folded, report
 
 
 def _fold_parts(sim: nn.Module, mode: str) -> tuple[nn.Module, FoldReport]:
-    pairs, kept, lossy = list[tuple[str, str]](), list[tuple[str, str]](), list[tuple[str, str]]()
+    reports = dict[str, FoldReport]()
 
     def fold(part: str, network: fx.GraphModule) -> fx.GraphModule:
         try:
-            folded, report = fold_batch_norms(network, mode)
+            folded, reports[part] = fold_batch_norms(network, mode)
         except UserError as error:
             raise UserError(f"{part}: {error}") from error
-        pairs.extend((named(part, layer), named(part, bn)) for layer, bn in report.folded)
-        kept.extend((named(part, name), reason) for name, reason in report.kept)
-        lossy.extend((named(part, name), reason) for name, reason in report.lossy)
         return folded  # type: ignore[no-any-return]
 
+    def rows(field: str) -> tuple[tuple[str, str], ...]:
+        found = ((part, row) for part, report in reports.items() for row in getattr(report, field))
+        return tuple((named(part, name), text) for part, (name, text) in found)
+
     whole = with_parts(sim, fold).eval()
-    return whole, FoldReport(tuple(pairs), tuple(kept), tuple(lossy))
+    pairs = tuple(
+        (named(part, layer), named(part, bn)) for part, report in reports.items() for layer, bn in report.folded
+    )
+    return whole, FoldReport(pairs, rows("kept"), rows("lossy"), rows("notes"))
 
 
 def _drop_identities(folded: fx.GraphModule) -> None:
@@ -158,14 +160,35 @@ def _keep(folded: fx.GraphModule, name: str, reason: str) -> str:
     return reason
 
 
-def _affine_for(layer: Any, group: Group) -> _Affine | None:
+def _affine_for(group: Group) -> _Affine | None:
     """The group's BN per output channel of the layer."""
-    bn = module_of(group.bn)
-    affine = None if bn is None else bn_affine(bn)
-    if affine is not None and group.bn_before:  # input channel c meets the output channels c * m ... c * m + m - 1
-        multiplier = layer.out_channels // layer.in_channels
-        affine = _Affine(affine.gain.repeat_interleave(multiplier), affine.shift.repeat_interleave(multiplier))
-    return affine
+    if group.bn is None:
+        return None
+    affine = bn_affine(module_of(group.bn))
+    return _Affine(per_output_channel(group, affine.gain), per_output_channel(group, affine.shift))
+
+
+def _fold_layer(
+    layer: Any, group: Group, mode: str, estimator: str, percentile: float
+) -> tuple[nn.Module, str | None, str | None]:
+    """The layer with its BN folded into it and codes in place of a quantized weight, why that is lossy, if it is, and
+    what is to be noted."""
+    affine, why_lossy, note = _affine_for(group), None, None
+    is_quantized = parametrize.is_parametrized(layer, "weight")
+    keeps_codes = is_quantized and (affine is None or mode == "scale" and layer.parametrizations.weight[0].per_channel)
+    if keeps_codes:
+        why_lossy, note = _clamp(layer, affine)
+    if affine is not None:
+        _fold_bias(layer, affine, group.bn_before)
+    if keeps_codes:
+        return _with_codes(layer, affine), why_lossy, note
+    if affine is not None and is_quantized:
+        why = "fold.mode=weight" if layer.parametrizations.weight[0].per_channel else "one scale for the whole tensor"
+        return _anew(layer, affine, estimator, percentile), f"weights quantized anew ({why})", None
+    if affine is not None:
+        weight = layer.weight.double() * layout_of(layer).expand(affine.gain)
+        layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)  # it may be tied
+    return layer, None, None
 
 
 def _fold_bias(layer: Any, affine: _Affine, bn_before: bool) -> None:
@@ -178,34 +201,58 @@ def _fold_bias(layer: Any, affine: _Affine, bn_before: bool) -> None:
     layer.bias = nn.Parameter(folded.to(weight.dtype), requires_grad=False)
 
 
-def _with_codes(
-    layer: Any, affine: _Affine | None, mode: str, estimator: str, percentile: float
-) -> tuple[nn.Module, str | None]:
-    """A layer with codes in place of a quantized weight, BN's gain in its scale, and why that is lossy, if it is."""
+def _clamp(layer: Any, affine: _Affine | None) -> tuple[str | None, str | None]:
+    """Give weights on the full grid whose code would not fit, once it has the sign of gamma, the next one; in place.
+    Returns why that is lossy, or what is to be noted: a channel on the wrong grid need not have weights at its end."""
     quantizer: WeightQuantizer = layer.parametrizations.weight[0]
-    original: Tensor = layer.parametrizations.weight.original
-    layout = quantizer.layout
-    scale, why_lossy = positive(quantizer.scale).detach(), None
+    if not quantizer.full_grid:
+        return None, None
+    original, layout = layer.parametrizations.weight.original, quantizer.layout
+    sign = torch.ones_like(quantizer.scale) if affine is None else affine.gain.sign()
+    is_wrong = torch.where(quantizer.mirrored, sign > 0, sign < 0)
     codes = quantizer.codes(original)
-    if affine is not None and (mode == "weight" or not quantizer.per_channel):
-        weight = original.double() * layout.expand(affine.gain)
-        rows = layout.rows(weight, quantizer.per_channel)
-        scale = fit_symmetric_scale(rows, quantizer.quant_max, estimator, percentile).to(scale.dtype)
-        quotient = (weight / layout.expand(scale)).round().clamp(-quantizer.quant_max, quantizer.quant_max)
-        codes = quotient.to(codes.dtype)
-        why = "fold.mode=weight" if quantizer.per_channel else "one scale for the whole tensor"
-        why_lossy = f"weights quantized anew ({why})"
-    elif affine is not None:
-        new_scale = (scale.double() * affine.gain.abs()).to(scale.dtype)
-        vanishes = new_scale < SMALLEST_SCALE
-        sign = torch.where(vanishes, 0.0, affine.gain.sign())
-        codes = codes * layout.expand(sign).to(codes.dtype)
-        scale = torch.where(vanishes, scale, new_scale)
-    plain = _unparametrized(layer)
+    is_lost = (codes.abs() > quantizer.quant_max) & layout.expand(is_wrong)
+    nearest = codes.sign() * quantizer.quant_max * layout.expand(positive(quantizer.scale))
+    original.copy_(torch.where(is_lost, nearest.to(original.dtype), original))
+    channels, clamped = int(is_wrong.sum()), int(is_lost.sum())
+    cause = "its BN is no longer folded" if affine is None else "gamma has changed its sign since quantize()"
+    text = f"{cause}: in {counted(channels, 'channel')}, {counted(clamped, 'code')} without counterpart clamped"
+    return (text, None) if clamped else (None, text if channels else None)
+
+
+def _anew(layer: Any, affine: _Affine, estimator: str, percentile: float) -> nn.Module:
+    """A layer whose weight takes BN's gain, with a range of its own."""
+    quantizer: WeightQuantizer = layer.parametrizations.weight[0]
+    layout, ends = quantizer.layout, (quantizer.quant_min, quantizer.quant_max)
+    weight = layer.parametrizations.weight.original.double() * layout.expand(affine.gain)
+    rows = layout.rows(weight, quantizer.per_channel)
+    scale = fit_symmetric_scale(rows, ends[1], estimator, percentile, ends[0]).to(quantizer.scale.dtype)
+    return _plain(layer, (weight / layout.expand(scale)).round().clamp(*ends), scale)
+
+
+def _with_codes(layer: Any, affine: _Affine | None) -> nn.Module:
+    """A layer with codes in place of a quantized weight, BN's gain in its scale and its sign in the codes."""
+    quantizer: WeightQuantizer = layer.parametrizations.weight[0]
+    scale, codes = positive(quantizer.scale).detach(), quantizer.codes(layer.parametrizations.weight.original)
+    if affine is None:
+        return _plain(layer, codes, scale)
+    new_scale = (scale.double() * affine.gain.abs()).to(scale.dtype)
+    vanishes = new_scale < SMALLEST_SCALE
+    sign = torch.where(vanishes, 0.0, affine.gain.sign())
+    signed = codes * quantizer.layout.expand(sign).to(codes.dtype)
+    # Half types may round a weight that was clamped to the code that does not fit.
+    fitting = signed.clamp(quantizer.quant_min, quantizer.quant_max)
+    return _plain(layer, fitting, torch.where(vanishes, scale, new_scale))
+
+
+def _plain(layer: Any, codes: Tensor, scale: Tensor) -> nn.Module:
+    """The layer with codes times a scale as its weight."""
+    quantizer: WeightQuantizer = layer.parametrizations.weight[0]
+    layout, plain, dtype = quantizer.layout, _unparametrized(layer), layer.parametrizations.weight.original.dtype
     shape = (layout.ndim, layout.transposed, layout.groups, layout.in_channels)
-    dequantize = Dequantize(quantizer.bits, *shape, scale, quantizer.per_channel, original.dtype)
-    set_codes(plain, "weight", codes, dequantize)
-    return plain, why_lossy
+    dequantize = Dequantize(quantizer.bits, *shape, scale, quantizer.per_channel, dtype)
+    set_codes(plain, "weight", codes.to(code_dtype(quantizer.bits)), dequantize)
+    return plain
 
 
 def _unparametrized(layer: nn.Module) -> Any:

@@ -20,6 +20,7 @@ from bnre_exp.config.choices import (
     ReestMethod,
     Schedule,
     StoreMode,
+    WeightGrid,
 )
 from bnre_exp.config.fields import flatten
 from bnre_exp.config.job import Config
@@ -68,5 +69,6 @@ __all__ = [
     "TaskConfig",
     "TrackingConfig",
     "TrainConfig",
+    "WeightGrid",
     "flatten",
 ]

@@ -28,6 +28,13 @@ class RangeEstimator(Enum):
     percentile = "percentile"
 
 
+class WeightGrid(Enum):
+    """Which codes weights have."""
+
+    narrow = "narrow"
+    full = "full"
+
+
 class QatPrepare(Enum):
     """What is done before the first step of QAT."""
 

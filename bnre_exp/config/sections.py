@@ -12,6 +12,7 @@ from bnre_exp.config.choices import (
     QatPrepare,
     RangeEstimator,
     Schedule,
+    WeightGrid,
 )
 from bnre_exp.config.fields import MOST_BATCHES, check_fields, opt
 from bnre_exp.errors import UserError
@@ -179,6 +180,9 @@ class QuantConfig:
         None, "bits of the first and last layer (weights, inputs, and the output); null: as the others", ge=2, le=16
     )
     overrides: list[LayerOverride] = opt(factory=list, doc="exceptions by layer: [{pattern: 'layer3.*', act_bits: 8}]")
+    weight_grid: WeightGrid = opt(
+        WeightGrid.narrow, "codes of weights: narrow, from -(2^(bits-1)-1) to 2^(bits-1)-1; full, all 2^bits"
+    )
     weight_range: RangeEstimator = opt(RangeEstimator.mse, "range estimator of weights: mse, minmax or percentile")
     act_range: RangeEstimator = opt(RangeEstimator.mse, "range estimator of activations: mse, minmax or percentile")
     percentile: float = opt(99.99, "of values, kept by the percentile estimator [percent]", gt=50, le=100)

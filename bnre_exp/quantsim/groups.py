@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -93,6 +94,25 @@ def find_groups(graph: fx.GraphModule) -> Grouping:
             groups.append(Group(node, bn, before, activation, activation or last))
     functional = {node.name: why_function(node) for node in graph.graph.nodes if is_call(node)}
     return Grouping(tuple(groups), kept, functional)
+
+
+def per_output_channel(group: Group, values: Tensor) -> Tensor:
+    """A vector over the channels of the group's BN as one over the output channels of its layer."""
+    if not group.bn_before:
+        return values
+    layer = module_of(group.layer)  # input channel c meets the output channels c * m ... c * m + m - 1
+    return values.repeat_interleave(layer.out_channels // layer.in_channels)
+
+
+def negative_gammas(grouping: Grouping) -> dict[str, Tensor]:
+    """For each layer that takes in a BN, by name, its output channels whose gamma is below 0; bool, ``[C_out]``."""
+    found = {}
+    for group in grouping.groups:
+        if group.bn is not None:
+            bn: Any = module_of(group.bn)
+            gamma = torch.ones_like(bn.running_var) if bn.weight is None else bn.weight.detach()
+            found[str(group.layer.target)] = per_output_channel(group, gamma < 0)
+    return found
 
 
 def _why_not_after_layer(bns: list[fx.Node], calls: dict[Any, list[fx.Node]]) -> str | None:

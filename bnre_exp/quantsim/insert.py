@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils import parametrize
 
 from bnre_exp.errors import UserError
 from bnre_exp.quantsim.admission import admitted, inputs_of, refuse_kind
@@ -22,9 +21,7 @@ from bnre_exp.quantsim.node_facts import record
 from bnre_exp.quantsim.part_rules import PartRules, leaves_of_parts
 from bnre_exp.quantsim.parts import by_parts, check_names
 from bnre_exp.quantsim.placement import ActivationPlacement, place_quantizers
-from bnre_exp.quantsim.quantizers.layout import layout_of
-from bnre_exp.quantsim.quantizers.quantizer import ActivationQuantizer, WeightQuantizer, narrow_quant_max
-from bnre_exp.quantsim.quantizers.ranges import fit_symmetric_scale
+from bnre_exp.quantsim.quantizers.quantizer import ActivationQuantizer
 from bnre_exp.quantsim.quantizers.scheme import QuantScheme
 from bnre_exp.quantsim.sim import CONTAINER, SimReport, graphs_of, names_of, sim_report
 from bnre_exp.quantsim.tracing.frozen import META
@@ -32,6 +29,7 @@ from bnre_exp.quantsim.tracing.modes import counterparts
 from bnre_exp.quantsim.tracing.network import EVALUATION_ALONE, TracedNetwork
 from bnre_exp.quantsim.tracing.same_behaviour import Comparison
 from bnre_exp.quantsim.tracing.whole import BOTH, EVALUATION, SAME, Tracing, traced_again, traced_and_checked
+from bnre_exp.quantsim.weights import quantize_weights
 from bnre_exp.quantsim.wrappers import unwrapped
 
 logger = logging.getLogger(__name__)
@@ -119,7 +117,8 @@ def rebuild_sim(
     sim = _build(model, example_input, quick, how)
     for network in graphs_of(sim).values():
         report = sim_report(network)
-        network.meta["bnre_exp"] = replace(report, scheme=replace(report.scheme, weight_range=scheme.weight_range))
+        given = replace(report.scheme, weight_range=scheme.weight_range)
+        network.meta["bnre_exp"] = replace(report, scheme=given, weight_notes=())
     return sim
 
 
@@ -197,14 +196,13 @@ def _build_graph(
     grouping = find_groups(sim)
     placement = place_quantizers(model, sim, grouping, scheme)
     _insert_activation_quantizers(sim, placement.activations, scheme)
-    for weight in placement.weights:
-        _quantize_weight(weight.name, sim.get_submodule(weight.name), weight.bits, scheme)
+    weight_notes = quantize_weights(sim, grouping, placement.weights, scheme)
     sim.graph.lint()
     sim.recompile()
     bns = [name for name, module in sim.named_modules() if isinstance(module, _BatchNorm)]
     sim.meta["bnre_exp"] = SimReport(
         scheme, placement.unquantized, placement.unreached_bns, notes, tuple(n for n in bns if n in sim.meta[META]),
-        traced.modes,
+        traced.modes, weight_notes=weight_notes,
     )  # fmt: skip
     for node in sim.graph.nodes:
         if node.op == "call_module" and node.target in grouping.kept:
@@ -236,14 +234,3 @@ def _insert_after(node: fx.Node, target: str) -> None:
     node.replace_all_uses_with(new)
     new.args = (node,)
     new.meta.update({key: node.meta[key] for key in ("is_float", "is_single", "ndim") if key in node.meta})
-
-
-def _quantize_weight(name: str, layer: Any, bits: int, scheme: QuantScheme) -> None:
-    layout = layout_of(layer)
-    weight: Tensor = layer.weight
-    rows = layout.rows(weight, scheme.per_channel)
-    if not bool(rows.isfinite().all()):
-        raise UserError(f"quantize: the weight of {name} is not finite; look for a training that diverged.")
-    scale = fit_symmetric_scale(rows, narrow_quant_max(bits), scheme.weight_range, scheme.percentile)
-    quantizer = WeightQuantizer(bits, layout, scale, scheme.range_learning, scheme.per_channel)
-    parametrize.register_parametrization(layer, "weight", quantizer)

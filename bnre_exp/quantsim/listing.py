@@ -13,6 +13,7 @@ from bnre_exp.quantsim.groups import find_groups
 from bnre_exp.quantsim.nodes import is_bn, is_relu_like, module_of, sole_user
 from bnre_exp.quantsim.operations import is_preserving
 from bnre_exp.quantsim.quantizers.quantizer import ActivationQuantizer, WeightQuantizer, positive
+from bnre_exp.quantsim.quantizers.scheme import FULL, NARROW
 from bnre_exp.quantsim.sim import names_of, sim_report
 from bnre_exp.quantsim.whole import named, parts_of
 
@@ -22,11 +23,12 @@ class LayerRow:
     """One operation of a simulation.
 
     name: module path, or the graph's name of a function; kind: its class or function. weight_bits, weight_scales,
-    per_channel: bits and number of scales of the weight, and whether that is one a channel; None where it has no weight
-    or one in floating point. bn: what becomes of the BN, "folded into NAME" or "kept: REASON"; "" without one.
-    activation: name of what follows within the operation (a ReLU). act_bits: of the quantizer at its output, None where
-    there is none; range: real values ``(low, high)`` that quantizer covers, None before calibration. note: why
-    something is not quantized, or that values are only moved.
+    per_channel, weight_grid, mirrored: bits and number of scales of the weight, whether that is one a channel, "narrow"
+    or "full", and how many channels are on the mirror image of the full grid; None where it has no weight or one in
+    floating point. bn: what becomes of the BN, "folded into NAME" or "kept: REASON"; "" without one. activation: name
+    of what follows within the operation (a ReLU). act_bits: of the quantizer at its output, None where there is none;
+    range: real values ``(low, high)`` that quantizer covers, None before calibration. note: why something is not
+    quantized, or that values are only moved.
     """
 
     name: str
@@ -40,6 +42,8 @@ class LayerRow:
     range: tuple[float, float] | None
     note: str
     per_channel: bool | None = None
+    weight_grid: str | None = None
+    mirrored: int | None = None
 
 
 @torch.no_grad()
@@ -110,6 +114,8 @@ def _row(
         range=None if quantizer is None else _range(quantizer),
         note="; ".join(reasons),
         per_channel=weight.per_channel if has_weight else None,
+        weight_grid=(FULL if weight.full_grid else NARROW) if has_weight else None,
+        mirrored=int(weight.mirrored.sum()) if has_weight else None,
     )
 
 

@@ -21,7 +21,8 @@ CONTAINER = "act_quantizers"  # submodule of a simulation that holds its activat
 class SimReport:
     """What a simulation does not do, as ``(name, reason)``: quantizers left out, BNs of the original that are gone.
 
-    frozen_bns: BNs that their user froze; they normalize by their running statistics in training mode, too. modes:
+    frozen_bns: BNs that their user froze; they normalize by their running statistics in training mode, too.
+    weight_notes: what the values of the weights led to, whereas ``notes`` hold for any weights. modes:
     "same": one graph is that of both modes; "both": each has its own; "eval": for evaluation alone. parts: of a network
     that is simulated in parts, the report of each by its name; all else is then of all parts together.
     """
@@ -33,6 +34,7 @@ class SimReport:
     frozen_bns: tuple[str, ...] = ()
     modes: str = "same"
     parts: Mapping[str, SimReport] | None = None
+    weight_notes: tuple[str, ...] = ()
 
     @property
     def modes_by_part(self) -> dict[str, str]:
@@ -64,13 +66,16 @@ def _joined(parts: Mapping[str, SimReport]) -> SimReport:
     def names(field: str) -> tuple[str, ...]:
         return tuple(named(part, name) for part, report in parts.items() for name in getattr(report, field))
 
-    notes = tuple(f"{part}: {note}" for part, report in parts.items() for note in report.notes)
+    def notes(field: str) -> tuple[str, ...]:
+        return tuple(f"{part}: {note}" for part, report in parts.items() for note in getattr(report, field))
+
     found = {report.modes for report in parts.values()}
     modes = next((mode for mode in ("eval", "both") if mode in found), "same")
     scheme = joined_scheme({part: report.scheme for part, report in parts.items()})
     return SimReport(
-        scheme, rows("unquantized"), names("unreached_bns"), notes, names("frozen_bns"), modes, dict(parts)
-    )
+        scheme, rows("unquantized"), names("unreached_bns"), notes("notes"), names("frozen_bns"), modes, dict(parts),
+        notes("weight_notes"),
+    )  # fmt: skip
 
 
 def names_of(*nodes: fx.Node | None) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bnre_exp.quantsim.listing import LayerRow
+from bnre_exp.quantsim.quantizers.scheme import FULL
 
 
 def layers_columns(rows: Sequence[LayerRow]) -> dict[str, list[str]]:
@@ -55,7 +56,9 @@ def _weight(row: LayerRow) -> str:
     if row.weight_bits is None:
         return ""
     channels = f"{row.weight_scales} channel{'' if row.weight_scales == 1 else 's'}"
-    return f"{row.weight_bits} bits, {channels if row.per_channel else 'per tensor'}"
+    mirrored = f", {row.mirrored} mirrored" if row.mirrored else ""
+    grid = f", {row.weight_grid} grid{mirrored}" if row.weight_grid == FULL else ""
+    return f"{row.weight_bits} bits, {channels if row.per_channel else 'per tensor'}{grid}"
 
 
 def _output(row: LayerRow) -> str:

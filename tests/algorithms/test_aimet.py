@@ -124,6 +124,29 @@ def test_same_statistics_and_same_fold_with_its_weight_scales(num_batches, tmp_p
         torch.testing.assert_close(folded(BATCHES[1]), theirs.model(BATCHES[1]), rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_the_full_grid_is_theirs(tmp_path):
+    """Down to -2^(b-1), in each channel whose largest weight is negative, before folding and after it."""
+    model = randomize(flat_cnn()).eval()
+    for bn in (model[1], model[4], model[7]):
+        bn.weight.abs_().add_(0.1)
+    theirs = aimet_sim(model, tmp_path, activations=False)
+    ours = quantize(model, BATCHES[0], QuantScheme(weight_bits=4, act_bits=None, weight_grid="full")).eval()
+    for name, quantizer in weight_quantizers(ours).items():
+        peer, layer = theirs.model[int(name)], ours.get_submodule(name)
+        quantizer.scale.copy_(peer.param_quantizers["weight"].get_scale().flatten())
+        assert int(quantizer.codes(layer.parametrizations.weight.original).min()) == -8
+        torch.testing.assert_close(layer.weight, peer.param_quantizers["weight"](peer.weight), rtol=1e-5, atol=1e-7)
+    fold_all_batch_norms_to_scale(theirs)
+    folded, report = fold_batch_norms(ours)
+    assert len(report.folded) == 3 and report.lossy == ()
+    for name in weight_quantizers(ours):
+        peer = theirs.model[int(name)]
+        wanted = peer.param_quantizers["weight"](peer.weight)
+        torch.testing.assert_close(folded.get_submodule(name).weight, wanted, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(folded(BATCHES[1]), theirs.model(BATCHES[1]), rtol=1e-4, atol=1e-4)
+
+
 def test_theirs_runs_on_our_simulation():
     sims = []
     for reestimate in (reestimate_bn_stats, aimet_reestimate_bn_stats):

@@ -111,6 +111,20 @@ def test_aimet_simulates_the_same_network(name, tmp_path):
         assert torch.isclose(got, wanted, rtol=1e-4, atol=1e-5).double().mean() > 0.9
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_aimet_takes_the_lowest_code_of_the_full_grid(version, tmp_path):
+    quantsim = pytest.importorskip("aimet_onnx.quantsim", reason="aimet-onnx has wheels for Linux on x86 only")
+    folded = folded_network(randomize(flat_cnn()), IMAGES, weight_bits=2, act_bits=8, weight_grid="full")
+    assert int(folded.get_submodule("0").parametrizations.weight.original.min()) == -2
+    export_encodings(folded, IMAGES, tmp_path, versions=[version])
+    sim = quantsim.QuantizationSimModel(onnx.load(tmp_path / "model.onnx"))
+    quantsim.load_encodings_to_sim(sim, str(tmp_path / f"encodings_{version}.json"), strict=False)
+    got = torch.from_numpy(sim.session.run(None, {"input": IMAGES.numpy()})[0])
+    with torch.no_grad():
+        wanted = folded(IMAGES)
+    assert torch.isclose(got, wanted, rtol=1e-4, atol=1e-5).double().mean() > 0.9
+
+
 def test_refused(small, tmp_path):
     folded, folder = small
     with pytest.raises(UserError, match=r"version '0.6.1' of encodings: expected 1.0.0 or 2.0.0"):

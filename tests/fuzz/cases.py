@@ -280,6 +280,7 @@ SCHEMES = st.builds(
     act_bits=st.sampled_from([2, 4, 8, 16, None]),
     per_channel=st.booleans(),
     range_learning=st.booleans(),
+    weight_grid=st.sampled_from(["narrow", "full"]),
     weight_range=st.sampled_from(["mse", "minmax", "percentile"]),
     act_range=st.sampled_from(["mse", "minmax", "percentile"]),
     first_last_bits=st.sampled_from([None, 8]),

@@ -48,6 +48,7 @@ def fold(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
     (folded, report), seconds = timed(lambda: _fold(config, sim))
     outcome.except_for("BN not folded", report.kept)
     outcome.except_for("folded with loss", report.lossy)
+    outcome.except_for("note", report.notes)
     difference = compare_outputs(sim, folded, setting.loaders.test, task=setting.task, progress=setting.progress)
     if not math.isfinite(difference.magnitude):
         raise UserError(

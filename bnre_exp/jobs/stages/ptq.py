@@ -46,6 +46,7 @@ def ptq(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
     why_frozen = "frozen by the network: QAT leaves its statistics as they are, re-estimation does not"
     outcome.except_for("note", [(name, why_frozen) for name in report.frozen_bns])
     outcome.except_for("note", [("network", note) for note in report.notes])
+    outcome.except_for("note", [("weights", note) for note in report.weight_notes])
     evaluation = setting.evaluate(sim, "ptq: evaluate")
     outcome.measured.append(Measured("ptq", "quantize + calibrate", evaluation, seconds, after=given.before))
     return outcome, sim

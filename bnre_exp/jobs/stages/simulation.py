@@ -25,6 +25,7 @@ def scheme(config: Config) -> QuantScheme:
         weight_bits=quant.weight_bits, act_bits=quant.act_bits, per_channel=quant.per_channel,
         range_learning=quant.range_learning, first_last_bits=quant.first_last_bits, overrides=rules,
         weight_range=quant.weight_range.value, act_range=quant.act_range.value, percentile=quant.percentile,
+        weight_grid=quant.weight_grid.value,
     )  # fmt: skip
 
 

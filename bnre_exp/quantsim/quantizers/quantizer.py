@@ -15,7 +15,7 @@ from bnre_exp.quantsim.quantizers.fake_quantize import MIN_SCALE, fake_quantize,
 from bnre_exp.quantsim.quantizers.layout import BATCH_NORMS, LAYERS, WeightLayout, forward_of
 from bnre_exp.quantsim.quantizers.observer import RangeObserver
 from bnre_exp.quantsim.quantizers.ranges import affine_grid
-from bnre_exp.quantsim.quantizers.state import Quantizer, precise
+from bnre_exp.quantsim.quantizers.state import Quantizer, code_dtype, precise
 
 RELUS: dict[type, float] = {nn.ReLU: math.inf, nn.ReLU6: 6.0}  # where each ends
 ACTIVATIONS = (
@@ -32,40 +32,70 @@ def narrow_quant_max(bits: int) -> int:
 
 
 class WeightQuantizer(Quantizer):
-    """Parametrization of a layer's ``weight``: symmetric, narrow range.
+    """Parametrization of a layer's ``weight``: signed codes times a scale, with real zero at code 0.
 
     scale: ``[C_out]``, or ``[1]`` where not ``per_channel``, which the shape of a layer with one channel does not tell.
+    zero_point: None for the narrow grid, of the codes ``-quant_max`` to ``quant_max``. Of the shape of the scale for
+    the full grid, of all 2^bits codes: 0 where it reaches from ``-quant_max - 1`` to ``quant_max``; -1 where it is
+    mirrored, from ``-quant_max`` to ``quant_max + 1``, for a channel whose codes change their sign when BN is folded.
     """
 
-    SCHEME = ("bits", "per_channel", "learned")
+    SCHEME = ("bits", "per_channel", "learned", "full_grid")
 
-    def __init__(self, bits: int, layout: WeightLayout, scale: Tensor, learned: bool, per_channel: bool = True) -> None:
+    def __init__(
+        self,
+        bits: int,
+        layout: WeightLayout,
+        scale: Tensor,
+        learned: bool,
+        per_channel: bool = True,
+        zero_point: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.bits, self.layout, self.learned, self.per_channel = bits, layout, learned, per_channel
+        self.full_grid = zero_point is not None
         self.quant_max = narrow_quant_max(bits)
+        self.quant_min = -self.quant_max - int(self.full_grid)
         self.bypassed = False
         self.scale: Tensor
+        self.zero_point: Tensor | None
+        # Floating point, as that of activations is: averages of state dicts (EMA) are rounded when they are used.
+        self.register_buffer("zero_point", None if zero_point is None else zero_point.detach().float().clone())
         if learned:
             self.scale = nn.Parameter(scale.detach().clone())
         else:
             self.register_buffer("scale", scale.detach().clone())
+
+    @property
+    def mirrored(self) -> Tensor:
+        """Which channels have the mirrored grid, bool, of the shape of the scale."""
+        return torch.zeros_like(self.scale, dtype=torch.bool) if self.zero_point is None else self.zero_point < -0.5
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.bypassed:
             return weight
         gradient_scale = 1 / math.sqrt(weight.numel() / self.scale.numel() * self.quant_max)
         scale = self.layout.expand(self.scale)
-        return fake_quantize(weight, scale, None, -self.quant_max, self.quant_max, gradient_scale)
+        zero_point = None if self.zero_point is None else self.layout.expand(self.zero_point)
+        return fake_quantize(weight, scale, zero_point, self.quant_min, self.quant_max, gradient_scale)
 
     def codes(self, weight: Tensor) -> Tensor:
-        """The integer codes of a float weight: int8 up to 8 bits, else int16."""
+        """The integer codes of a float weight, in the smallest type that holds them: int8 up to 8 bits (a mirrored grid
+        ends one code above what its bits hold: up to 7), int16 beyond."""
         dtype = precise(weight.dtype)
         scale = self.layout.expand(positive(self.scale)).to(dtype)
-        codes = (weight.to(dtype) / scale).round().clamp(-self.quant_max, self.quant_max)
-        return codes.to(torch.int8 if self.bits <= 8 else torch.int16)
+        mirrored = self.layout.expand(self.mirrored).to(dtype)
+        codes = (weight.to(dtype) / scale).round().clamp(self.quant_min + mirrored, self.quant_max + mirrored)
+        return codes.to(code_dtype(self.bits + int(self.full_grid)))
+
+    def _check_scheme(self, prefix: str, state: Any) -> None:
+        is_of_before = isinstance(state, Tensor) and state.numel() == len(self.SCHEME) - 1  # when all grids were narrow
+        super()._check_scheme(prefix, torch.cat([state.flatten(), state.new_zeros(1)]) if is_of_before else state)
 
     def extra_repr(self) -> str:
-        return f"bits={self.bits}, per_channel={self.per_channel}, scales={self.scale.numel()}, learned={self.learned}"
+        grid = f"{'full' if self.full_grid else 'narrow'} grid"
+        scales = f"per_channel={self.per_channel}, scales={self.scale.numel()}, learned={self.learned}"
+        return f"bits={self.bits}, {grid}, {scales}"
 
 
 class Dequantize(Quantizer):

@@ -18,31 +18,32 @@ BLOCK = 2**15 - 1  # values of weights searched at once; below the number from w
 SQUARABLE = 50  # 2**-50 to 2**50: float32 holds the squares of such values and of their errors
 
 
-def fit_symmetric_scale(rows: Tensor, quant_max: int, estimator: str = "mse", percentile: float = 99.99) -> Tensor:
-    """Scale of a symmetric grid ``[-quant_max, quant_max]`` for each row.
+def fit_symmetric_scale(
+    rows: Tensor, quant_max: int, estimator: str = "mse", percentile: float = 99.99, quant_min: int | None = None
+) -> Tensor:
+    """Scale of a grid of signed codes ``[quant_min, quant_max]``, with real zero at code 0, for each row.
 
-    rows: ``[C, n]``. Returns ``[C]``, positive. A row of zeros gets the largest scale of the others (1 / quant_max
-    where all are zero): its codes are 0 at any scale, and a tiny one would be useless to a bias on the same grid.
+    rows: ``[C, n]``. quant_min: below 0; None: ``-quant_max``. Returns ``[C]``, positive. A row of zeros gets the
+    largest scale of the others (1 / quant_max where all are zero): its codes are 0 at any scale, and a tiny one would
+    be useless to a bias on the same grid.
     Raises ``UserError`` for values that are not finite.
     """
-    dtype = rows.dtype
+    dtype, quant_min = rows.dtype, -quant_max if quant_min is None else quant_min
     rows = rows.detach().to(torch.promote_types(dtype, torch.float32))  # half precision does not hold squared errors
-    magnitude = rows.abs()
+    if not bool(rows.isfinite().all()):
+        raise UserError("fit_symmetric_scale: values are not finite.")
+    needed = torch.where(rows < 0, rows / quant_min, rows / quant_max)  # the scale from which a value is not clipped
+    scale = needed.amax(dim=1)
     if estimator == "percentile":
         kept = max(1, round(rows.shape[1] * percentile / 100))
-        largest = magnitude.kthvalue(kept, dim=1).values
-        largest = torch.where(largest > 0, largest, magnitude.amax(dim=1))
-    else:
-        largest = magnitude.amax(dim=1)
-    if not bool(magnitude.isfinite().all()):
-        raise UserError("fit_symmetric_scale: values are not finite.")
-    scale = largest / quant_max
+        inner = needed.kthvalue(kept, dim=1).values
+        scale = torch.where(inner > 0, inner, scale)
     fallback = scale.max() if bool((scale > 0).any()) else torch.ones_like(scale[0]) / quant_max
     dead = scale <= 0
     scale = torch.where(dead, fallback, scale)
     if estimator == "mse":
-        power = _power_to_square(magnitude.amax(dim=1))
-        found = _mse_symmetric(rows * power[:, None], scale * power, quant_max) / power
+        power = _power_to_square(rows.abs().amax(dim=1))
+        found = _mse_symmetric(rows * power[:, None], scale * power, quant_min, quant_max) / power
         scale = torch.where(dead, scale, found)
     return scale.to(dtype)
 
@@ -53,7 +54,7 @@ def _power_to_square(largest: Tensor) -> Tensor:
     return torch.where(exponent.abs() > SQUARABLE, torch.exp2(-exponent.clamp(-120, 120).to(largest.dtype)), 1)
 
 
-def _mse_symmetric(rows: Tensor, full_scale: Tensor, quant_max: int) -> Tensor:
+def _mse_symmetric(rows: Tensor, full_scale: Tensor, quant_min: int, quant_max: int) -> Tensor:
     """A coarse search over fractions of the full range, then alternating least squares: for fixed codes q the best
     scale is <w, q> / <q, q>. Keeps the best scale of each row seen on the way.
 
@@ -62,14 +63,14 @@ def _mse_symmetric(rows: Tensor, full_scale: Tensor, quant_max: int) -> Tensor:
     """
     blocks = min(max(1, -(-rows.numel() // BLOCK)), max(1, len(rows) // 2))
     parts = zip(rows.tensor_split(blocks), full_scale.tensor_split(blocks))
-    return torch.cat([_mse_of_block(part, scale, quant_max) for part, scale in parts])
+    return torch.cat([_mse_of_block(part, scale, quant_min, quant_max) for part, scale in parts])
 
 
-def _mse_of_block(rows: Tensor, full_scale: Tensor, quant_max: int) -> Tensor:
+def _mse_of_block(rows: Tensor, full_scale: Tensor, quant_min: int, quant_max: int) -> Tensor:
     best_scale, best_error = full_scale.clone(), torch.full_like(full_scale, torch.inf)
 
     def codes_of(rows: Tensor, scale: Tensor) -> Tensor:
-        return (rows / scale[:, None]).round_().clamp_(-quant_max, quant_max)
+        return (rows / scale[:, None]).round_().clamp_(quant_min, quant_max)
 
     def error_of(rows: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
         return (codes * scale[:, None]).sub_(rows).square_().sum(dim=1)

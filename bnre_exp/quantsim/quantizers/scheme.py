@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from bnre_exp.errors import UserError
 
 ESTIMATORS = ("mse", "minmax", "percentile")
+NARROW, FULL = "narrow", "full"  # grids of weights
 
 
 def _check_bits(name: str, bits: int | None) -> None:
@@ -47,6 +48,8 @@ class QuantScheme:
     first_last_bits: bits of the first and the last layer (their weights and inputs, and the network's output); None: as
     the others.
     overrides: exceptions by name, the last match wins.
+    weight_grid: "narrow", the codes from -(2^(bits-1) - 1) to 2^(bits-1) - 1; or "full", which has -2^(bits-1) as well,
+    and its mirror image in a channel whose BN has a negative gamma.
     weight_range, act_range: range estimators, "mse", "minmax" or "percentile" (which keeps ``percentile`` percent).
 
     Raises ``UserError`` for values out of range.
@@ -58,6 +61,7 @@ class QuantScheme:
     range_learning: bool = True
     first_last_bits: int | None = None
     overrides: tuple[LayerRule, ...] = ()
+    weight_grid: str = NARROW
     weight_range: str = "mse"
     act_range: str = "mse"
     percentile: float = 99.99
@@ -65,6 +69,8 @@ class QuantScheme:
     def __post_init__(self) -> None:
         for name in ("weight_bits", "act_bits", "first_last_bits"):
             _check_bits(name, getattr(self, name))
+        if self.weight_grid not in (NARROW, FULL):
+            raise UserError(f"weight_grid={self.weight_grid!r}: expected {NARROW} or {FULL}.")
         for name in ("weight_range", "act_range"):
             if getattr(self, name) not in ESTIMATORS:
                 raise UserError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(ESTIMATORS)}.")

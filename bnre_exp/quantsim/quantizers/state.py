@@ -19,6 +19,11 @@ def precise(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in HALF else dtype
 
 
+def code_dtype(bits: int) -> torch.dtype:
+    """The smallest signed type of integers that holds codes of so many bits."""
+    return torch.int8 if bits <= 8 else torch.int16 if bits <= 16 else torch.int32
+
+
 class Quantizer(nn.Module):
     """A module with scales.
 
