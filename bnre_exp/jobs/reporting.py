@@ -19,7 +19,7 @@ from bnre_exp.jobs.stages.setting import Setting
 from bnre_exp.jobs.store import Store
 from bnre_exp.report.html import RunPage, run_page
 from bnre_exp.report.layers import layers_markdown
-from bnre_exp.report.page import write_page
+from bnre_exp.report.page import REPORT, write_page
 from bnre_exp.report.summary import RUN_FOLDER, StageResult, Summary, markdown, without_places
 from bnre_exp.report.verdict import Verdict, verdicts
 from bnre_exp.tasks.classification import Classification
@@ -31,7 +31,6 @@ from bnre_exp.tracking.typed_text import as_params
 
 logger = logging.getLogger(__name__)
 
-REPORT = "report.html"
 HEADLINE = "bnre.headline"  # tag of a run: by which metric its stages are compared
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from bnre_exp.report import page
 from bnre_exp.report.comparison import INCIDENTAL
+from bnre_exp.report.plots import as_beginning
 from bnre_exp.report.summary import RUN_FOLDER, Summary, by_reason, headings, stage_rows
 from bnre_exp.report.svg import Dot, bar_chart, dot_chart, line_chart
 from bnre_exp.tasks.task import Headline
 
 COMPARED = ("recal_only", "reest_only")  # rows of networks that no later stage goes on with
-TRAINED = ("fp32", "qat")  # stages with curves
+TRAINED = {"fp32": "FP32", "qat": "QAT"}  # stages with curves
 MOST_LINES = 8  # of a list that is not folded away
 MOST_LAYERS = 40  # of a picture layer by layer
 Drift = Mapping[str, Sequence[str | float]]
@@ -55,7 +56,7 @@ def run_page(run: RunPage) -> str:
     return page.document(
         summary.title,
         _header(run),
-        page.charts(_stages(run), *_curves(run), _by_batches(run), *_sizes(run.metrics)),
+        page.figures(_stages(run), *_curves(run), _by_batches(run), *_sizes(run.metrics)),
         _drift(run.drift),
         page.section("Stage by stage", stages),
         page.section("What is left out, and notes", *_exceptions(summary.exceptions)),
@@ -90,29 +91,28 @@ def _stages(run: RunPage) -> str:
     notes += ["hollow: for comparison"] if any(dot.is_hollow for dot in dots) else []
     if any(dot.interval for dot in dots):
         notes.append("bars: 95% interval of the change from the network before, on the same images")
-    title = f"{label[:1].upper()}{label[1:]} stage by stage"
-    return page.figure(title, dot_chart(title, dots, reference=float_value) if dots else "", "; ".join(notes))
+    title = f"{as_beginning(label)} stage by stage"
+    return page.figure(dot_chart(title, dots, reference=float_value), title, "; ".join(notes))
 
 
 def _curves(run: RunPage) -> list[str]:
     """Loss and headline metric by epoch."""
     shown = {
         "Training loss": "train_loss",
-        f"{run.headline.label[:1].upper()}{run.headline.label[1:]} on validation data": f"val_{run.headline.name}",
+        f"{as_beginning(run.headline.label)} on validation data": f"val_{run.headline.name}",
     }
-    names = {"fp32": "FP32", "qat": "QAT"}
-    figures = []
+    found = []
     for title, metric in shown.items():
-        lines = {names[stage]: run.curves.get(f"{stage}/{metric}", {}) for stage in TRAINED}
-        figures.append(page.figure(title, line_chart(title, lines, x_label="epoch")))
-    return figures
+        lines = {label: run.curves.get(f"{stage}/{metric}", {}) for stage, label in TRAINED.items()}
+        found.append(page.figure(line_chart(title, lines, x_label="epoch"), title))
+    return found
 
 
 def _by_batches(run: RunPage) -> str:
-    title = f"{run.headline.label[:1].upper()}{run.headline.label[1:]} by batches of re-estimation"
+    title = f"{as_beginning(run.headline.label)} by batches of re-estimation"
     numbers = {count: value for count, value in (run.by_batches or {}).items() if count > 0}
     chart = line_chart(title, {"re-estimated": numbers}, x_label="batches", is_log=True)
-    return page.figure(title, chart)
+    return page.figure(chart, title)
 
 
 def _sizes(metrics: Mapping[str, float]) -> list[str]:
@@ -130,42 +130,36 @@ def _sizes(metrics: Mapping[str, float]) -> list[str]:
     }
     size, time = "Size", "Time of an image in ONNX Runtime"
     return [
-        page.figure(size, bar_chart(size, [(name, value, f"{value:.2f} MB") for name, value in sizes.items()])),
-        page.figure(time, bar_chart(time, [(name, value, f"{value:.2f} ms") for name, value in times.items()])),
+        page.figure(bar_chart(size, [(name, value, f"{value:.2f} MB") for name, value in sizes.items()]), size),
+        page.figure(bar_chart(time, [(name, value, f"{value:.2f} ms") for name, value in times.items()]), time),
     ]
 
 
 def _drift(columns: Drift | None) -> str:
-    """What re-estimation changed, layer by layer."""
+    """What re-estimation changed, layer by layer: pictures of the layers that changed most, and a table of all."""
     if not columns or not columns["layer"]:
         return ""
-    layers, kinds = [str(name) for name in columns["layer"]], [str(kind) for kind in columns["kind"]]
-    shifts, ratios = ([float(value) for value in columns[name]] for name in ("shift", "ratio"))
-    order = sorted(range(len(layers)), key=lambda n: -abs(shifts[n]) if math.isfinite(shifts[n]) else -math.inf)
-    shown = sorted(order[:MOST_LAYERS])
+    layers, kinds = ([str(cell) for cell in columns[name]] for name in ("layer", "kind"))
+    shifts, ratios = ([float(cell) for cell in columns[name]] for name in ("shift", "ratio"))
+    most_first = sorted(range(len(layers)), key=lambda n: -abs(shifts[n]) if math.isfinite(shifts[n]) else -math.inf)
+    shown = sorted(most_first[:MOST_LAYERS])
     colours = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
 
-    def dots(values: Sequence[float], text: Sequence[str]) -> list[Dot]:
-        return [Dot(layers[n], values[n], text[n], None, colours[kinds[n]] > 0, colours[kinds[n]]) for n in shown]
+    def chart(title: str, values: Sequence[float], texts: Sequence[str], axis: str) -> str:
+        dots = [Dot(layers[n], values[n], texts[n], None, colours[kinds[n]] > 0, colours[kinds[n]]) for n in shown]
+        note = f"the {len(shown)} of {len(layers)} that moved most" if len(shown) < len(layers) else ""
+        note += f"; filled: {kinds[0]}; hollow: {', '.join(list(colours)[1:])}" if len(colours) > 1 else ""
+        return page.figure(dot_chart(title, dots, axis=axis, reference=0.0), title, note.removeprefix("; "))
 
-    first = f"the {len(shown)} of {len(layers)} layers with the largest" if len(shown) < len(layers) else "in order"
-    note = f"{first}; colours: {', '.join(colours)}" if len(colours) > 1 else first
-    logs = [math.log2(ratio) if ratio > 0 else math.nan for ratio in ratios]
-    mean, spread = "Shift of the mean", "Ratio of the variances, new to old"
-    cells = [
+    doublings = [math.log2(ratio) if ratio > 0 else math.nan for ratio in ratios]
+    pictures = page.figures(
+        chart("Shift of the mean", shifts, [f"{shift:+.3g}" for shift in shifts], "standard deviations"),
+        chart("Ratio of the variances, new to old", doublings, [f"× {ratio:.3g}" for ratio in ratios], "doublings"),
+    )
+    rows = [
         [escape(cell if isinstance(cell, str) else f"{cell:.4g}") for cell in row] for row in zip(*columns.values())
     ]
-    table = page.table(list(columns), cells, ["number" if name in ("shift", "ratio", "kl") else "" for name in columns])
-    pictures = page.charts(
-        page.figure(
-            mean,
-            dot_chart(mean, dots(shifts, [f"{v:+.3g}" for v in shifts]), axis="standard deviations", reference=0.0),
-            note,
-        ),
-        page.figure(
-            spread, dot_chart(spread, dots(logs, [f"× {v:.3g}" for v in ratios]), axis="doublings", reference=0.0), note
-        ),
-    )
+    table = page.table(list(columns), rows, ["" if name in ("layer", "kind") else "number" for name in columns])
     return page.section("Drift of the BN statistics", pictures, page.folded_away(f"All {len(layers)} layers", table))
 
 

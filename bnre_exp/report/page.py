@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
+REPORT = "report.html"  # in the folder of a run and of a sweep
 # Light and dark by the reader's own setting; paper is light. The colours of series are those of the plots (Okabe and
 # Ito), on a dark ground the lighter ones of them.
 STYLE = """
@@ -29,12 +30,13 @@ h3{font-size:1rem;margin:1rem 0 .3rem}
 .error b{color:var(--bad)}
 .charts{columns:2 22rem;column-gap:2rem}
 figure{margin:0 0 1.2rem;max-width:36rem;break-inside:avoid}
-figure.plot{max-width:none;overflow-x:auto}
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,30rem),1fr));gap:1rem 2rem}
+.plots figure{max-width:none;overflow-x:auto}
 figcaption{font-weight:600;margin-bottom:.3rem}
 figcaption small{display:block;font-weight:normal;color:var(--muted)}
 svg{display:block;width:100%;height:auto;fill:var(--ink)}
-.plot svg{min-width:34rem;max-width:52rem}
-.chart text{font:13px system-ui,sans-serif}
+.plots svg{min-width:30rem;max-width:46rem}
+.chart text{font:13px system-ui,sans-serif;paint-order:stroke;stroke:var(--paper);stroke-width:3px}
 .chart .mark{font-size:12px;fill:var(--muted)}
 .chart .rule{stroke:var(--rule)}
 .chart .reference{stroke:var(--muted);stroke-dasharray:4 3}
@@ -54,8 +56,8 @@ a{color:var(--c0)}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.2rem 1rem;margin:.5rem 0}
 dd{margin:0}
 @media(max-width:40rem){table{font-size:.8rem}th,td{padding:.2rem .35rem}dl{display:block}dd{margin:0 0 .5rem}}
-@media print{body{max-width:none;padding:0;font-size:11pt}.table,figure.plot{overflow:visible}
-.plot svg{min-width:0}tr{break-inside:avoid}details.told::details-content{content-visibility:visible;height:auto}}
+@media print{body{max-width:none;padding:0;font-size:11pt}.table,.plots figure{overflow:visible}
+.plots svg{min-width:0}tr{break-inside:avoid}details.told::details-content{content-visibility:visible;height:auto}}
 """
 # Nothing is fetched and no script runs, whatever the text of the page holds.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -83,19 +85,20 @@ def section(heading: str, *parts: str) -> str:
     return f"<section>\n<h2>{escape(heading)}</h2>\n{body}\n</section>" if body else ""
 
 
-def figure(caption: str, picture: str, note: str = "", kind: str = "") -> str:
-    """A picture (SVG) below its caption and a note (text); empty without a picture."""
+def figure(picture: str, caption: str = "", note: str = "") -> str:
+    """A picture (SVG) below its caption and a note (text), unless it has its title itself; empty without a picture."""
     if not picture:
         return ""
     small = f"<small>{escape(note)}</small>" if note else ""
-    of_kind = f' class="{kind}"' if kind else ""
-    return f"<figure{of_kind}>\n<figcaption>{escape(caption)}{small}</figcaption>\n{picture}\n</figure>"
+    above = f"<figcaption>{escape(caption)}{small}</figcaption>\n" if caption else ""
+    return f"<figure>\n{above}{picture}\n</figure>"
 
 
-def charts(*figures: str) -> str:
-    """Figures side by side where there is room; empty if there are none."""
-    body = "\n".join(one for one in figures if one)
-    return f'<div class="charts">\n{body}\n</div>' if body else ""
+def figures(*shown: str, kind: str = "charts") -> str:
+    """Figures side by side where there is room; empty if there are none. kind: "charts", or "plots", which have small
+    text and are as wide as that needs."""
+    body = "\n".join(one for one in shown if one)
+    return f'<div class="{kind}">\n{body}\n</div>' if body else ""
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]], kinds: Sequence[str]) -> str:

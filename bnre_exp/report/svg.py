@@ -40,9 +40,9 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 def dot_chart(title: str, dots: Sequence[Dot], *, axis: str = "", reference: float | None = None) -> str:
     """A row for each dot: label, dot and interval, value. reference: a value that a line marks. Empty text if no value
     is finite; a single one that is not has its row, and no dot."""
-    found = [value for dot in dots for value in (dot.value, *(dot.interval or ())) if math.isfinite(value)]
     if not any(math.isfinite(dot.value) for dot in dots):
         return ""
+    found = [value for dot in dots for value in (dot.value, *(dot.interval or ())) if math.isfinite(value)]
     marked = reference if reference is not None and math.isfinite(reference) else None
     low, high = _padded([*found, *([] if marked is None else [marked])])
     longest = max(len(dot.label) for dot in dots)
