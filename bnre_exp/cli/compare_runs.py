@@ -28,7 +28,8 @@ def as_rows(runs: Sequence[Mapping[str, Any]]) -> list[RunRow]:
     return [
         RunRow(
             run["name"], run["status"], run["params"], run["metrics"], headline_of(run["tags"]),
-            run["tags"].get("error"), run["tags"].get("overrides", ""),
+            run["tags"].get("error"), run["tags"].get("overrides", ""), run["tags"].get("run_dir", ""),
+            run["tags"].get("verdict.reest", ""),
         )
         for run in runs
         if run["params"]

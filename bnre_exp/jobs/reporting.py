@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,17 +12,24 @@ from typing import Any
 
 from rich.console import Console
 
-from bnre_exp.config import Config
+from bnre_exp.config import Config, flatten
+from bnre_exp.credentials import concealed, redact
 from bnre_exp.jobs.stages.outcome import Outcome
 from bnre_exp.jobs.stages.setting import Setting
 from bnre_exp.jobs.store import Store
+from bnre_exp.report.html import RunPage, run_page
 from bnre_exp.report.layers import drift_markdown, layers_markdown
+from bnre_exp.report.page import REPORT, write_page
 from bnre_exp.report.summary import RUN_FOLDER, StageResult, Summary, markdown, without_places
-from bnre_exp.report.verdict import verdicts
+from bnre_exp.report.verdict import Verdict, verdicts
 from bnre_exp.tasks.classification import Classification
 from bnre_exp.tasks.task import Evaluation, Headline
 from bnre_exp.tracking import RunLog
+from bnre_exp.tracking.journal import curves, read_records
 from bnre_exp.tracking.links import compare_link, ui_address, ui_command
+from bnre_exp.tracking.typed_text import as_params
+
+logger = logging.getLogger(__name__)
 
 HEADLINE = "bnre.headline"  # tag of a run: by which metric its stages are compared
 
@@ -60,7 +68,7 @@ class Job:
             delta = value - self.setting.evaluations[row.after].value if row.after else None
             note = "; ".join(text for text in (row.note, "" if how == "computed" else how) if text)
             loss = row.evaluation.metrics.get("loss")
-            self.results.summary.stages.append(StageResult(row.label, value, delta, loss, row.seconds, note))
+            self.results.summary.stages.append(StageResult(row.label, value, delta, loss, row.seconds, note, row.stage))
             measured = {**row.evaluation.metrics, "seconds": row.seconds}
             if delta is not None:
                 measured[f"delta_{row.evaluation.headline.name}"] = delta
@@ -138,7 +146,7 @@ def log_inputs(job: Job) -> None:
         job.log.dataset(name, digest, source, ", ".join(sharing), profile)
 
 
-def _judge(job: Job) -> None:
+def _judge(job: Job) -> list[Verdict]:
     """Whether each step helped, as far as the run has come."""
     results = job.results
     seconds = {name: results.metrics[f"{name}/seconds"] for name in results.evaluations}
@@ -150,12 +158,13 @@ def _judge(job: Job) -> None:
     job.log.tags({f"verdict.{verdict.stage}": verdict.word for verdict in found})
     if found:
         job.log.tags({"verdict": " ".join(results.summary.verdict)})
+    return found
 
 
-def leave_report(job: Job) -> None:
-    """The report of a whole run, or of what is finished when a stage fails."""
+def leave_report(job: Job, error: BaseException | None = None) -> None:
+    """The report of a whole run, or of what is finished when a stage fails, with its error."""
     summary, log = job.results.summary, job.log
-    _judge(job)
+    found = _judge(job)
     log.settle()
     log.note(without_places(summary))
     summary.places[RUN_FOLDER] = str(job.run_dir)
@@ -168,9 +177,40 @@ def leave_report(job: Job) -> None:
         job.exceptions(
             "note", [("MLflow", f"{log.undelivered} records are not there yet: bnre-exp-sync {job.run_dir}")]
         )
+    _leave_page(job, found, error)
     path = job.run_dir / "report.md"
     path.write_text(markdown(summary))
     log.artifact(path)
     config_file = job.run_dir / "config.yaml"
     if config_file.exists():
         log.artifact(config_file)
+
+
+def _leave_page(job: Job, found: Sequence[Verdict], error: BaseException | None) -> None:
+    """The report with its pictures."""
+    path = job.run_dir / REPORT
+    try:
+        write_page(path, run_page(_page_of(job, found, error)))
+    except Exception as problem:  # it must neither cost a run nor hide why one failed
+        logger.warning("%s cannot be written: %s", path, problem, exc_info=not isinstance(problem, OSError))
+        return
+    job.results.summary.places["report"] = str(path)
+    job.log.artifact(path)
+
+
+def _page_of(job: Job, found: Sequence[Verdict], error: BaseException | None) -> RunPage:
+    results, records = job.results, read_records(job.run_dir)
+    settings, defaults = (as_params(concealed(flatten(config))) for config in (job.config, Config()))
+    typed = records[0].get("run", {}).get("tags", {}).get("overrides", "") if records else ""
+    return RunPage(
+        results.summary, job.run_dir, job.setting.task.headline, results.metrics, curves(records),
+        {verdict.stage: verdict.interval for verdict in found if verdict.interval is not None}, settings, defaults,
+        overrides=typed, error=None if error is None else _ending(error),
+    )  # fmt: skip
+
+
+def _ending(error: BaseException) -> tuple[str, str]:
+    """Status and message of a run that did not finish."""
+    if isinstance(error, KeyboardInterrupt):
+        return "KILLED", "the run was interrupted"
+    return "FAILED", redact(f"{type(error).__name__}: {error}")

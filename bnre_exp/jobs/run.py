@@ -61,8 +61,10 @@ def run(
         log.begin()
         try:
             _run_stages(job, stages)
-        finally:
-            leave_report(job)
+        except BaseException as error:
+            leave_report(job, error)
+            raise
+        leave_report(job)
     print_summary(job.results.summary, console, with_places=parent is None)
     results = job.results
     del job

@@ -38,6 +38,8 @@ from bnre_exp.report.comparison import (
     differing_params,
     result_columns,
 )
+from bnre_exp.report.comparison_html import comparison_page
+from bnre_exp.report.page import REPORT, write_page
 from bnre_exp.report.plots import save_plots
 from bnre_exp.tracking import RunLog, end_run, open_run, sync
 from bnre_exp.tracking.journal import all_tags, last_metrics, read_records
@@ -161,19 +163,26 @@ def job_rows(folder: Path) -> list[RunRow]:
             continue
         params: dict[str, str] = next((r["params"] for r in records if "params" in r), {})
         name = str(records[0].get("run", {}).get("name", path.name))
-        headline = headline_of(all_tags(records))
-        overrides = record.label.partition(": ")[2]
-        rows.append(RunRow(name, record.status, params, last_metrics(records), headline, record.error, overrides))
+        tags, overrides = all_tags(records), record.label.partition(": ")[2]
+        rows.append(
+            RunRow(
+                name, record.status, params, last_metrics(records), headline_of(tags), record.error, overrides,
+                str(path), tags.get("verdict.reest", ""),
+            )
+        )  # fmt: skip
     return rows
 
 
 def leave_comparison(title: str, rows: Sequence[RunRow], folder: Path) -> list[Path]:
-    """Write table (Markdown, CSV) and plots (SVG, PNG) into a folder; returns the files."""
+    """Write table (Markdown, CSV), plots (SVG, PNG) and a page with both into a folder; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    table, values = folder / "comparison.md", folder / "comparison.csv"
+    table, values, page = folder / "comparison.md", folder / "comparison.csv", folder / REPORT
     table.write_text(comparison_markdown(title, rows, HEADINGS))
     values.write_text(comparison_csv(rows))
-    return [table, values, *save_plots(rows, folder, HEADINGS)]
+    plots = save_plots(rows, folder, HEADINGS)
+    pictures = [path for path in plots if path.suffix == ".svg"]
+    write_page(page, comparison_page(title, rows, HEADINGS, folder, pictures))
+    return [table, values, page, *plots]
 
 
 def _shared(rows: Sequence[RunRow], params: Sequence[str], metrics: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -201,7 +210,7 @@ def _leave_comparison(plan: SweepPlan, log: RunLog, console: Console) -> None:
     log.settle()
     console.print()
     console.print(comparison_table(plan.label, rows, HEADINGS, console.width))
-    places = {"comparison": str(plan.folder / "comparison.md")}
+    places = {"comparison": str(plan.folder / "comparison.md"), "report": str(plan.folder / REPORT)}
     pictures = sorted(path.name for path in files if path.suffix == ".png")
     if pictures:
         places["pictures"] = f"{plan.folder}{'/' if len(pictures) == 1 else ': '}{', '.join(pictures)}"

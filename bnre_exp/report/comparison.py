@@ -33,7 +33,7 @@ NOTHING = "–"
 class RunRow:
     """One run to compare. status: FINISHED, FAILED, KILLED or RUNNING; params: as the user types them, by name;
     metrics: by MLflow name, accuracies in [0, 1]; headline: the metric by which its stages are compared; error: what it
-    ended with; overrides: as they were typed."""
+    ended with; overrides: as they were typed; folder: where it left its files; verdict: what re-estimation did."""
 
     name: str
     status: str
@@ -42,6 +42,8 @@ class RunRow:
     headline: Headline = Classification.headline
     error: str | None = None
     overrides: str = ""
+    folder: str = ""
+    verdict: str = ""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def _cell(column: Column, value: float | None) -> str:
     return f"{value:+.4f}" if column.headline is None else f"{value:.4f}"
 
 
-def _best(rows: Sequence[RunRow], stages: Mapping[str, str]) -> dict[str, float]:
+def best_values(rows: Sequence[RunRow], stages: Mapping[str, str]) -> dict[str, float]:
     """The best value of each headline metric, by heading, unless all are the same."""
     best = {}
     for column in result_columns(rows, stages):
@@ -155,7 +157,7 @@ def without_results(rows: Sequence[RunRow], stages: Mapping[str, str]) -> list[R
     return [row for row in rows if row.status != "FINISHED" and not measured & set(row.metrics)]
 
 
-def _titled(title: str, rows: Sequence[RunRow]) -> str:
+def titled(title: str, rows: Sequence[RunRow]) -> str:
     """The title with what the columns show; where that is more than one metric, the headings say it."""
     labels = list(dict.fromkeys(row.headline.label for row in rows))
     return f"{title}: {labels[0]}" if len(labels) == 1 else title
@@ -168,7 +170,7 @@ def comparison_table(title: str, rows: Sequence[RunRow], stages: Mapping[str, st
         raise ValueError("There are no runs to compare.")
     absent = without_results(rows, stages)
     shown = [row for row in rows if row not in absent]
-    title = _titled(title, shown)
+    title = titled(title, shown)
     parts: list[RenderableType] = [] if shown else [Text(title, style="bold")]
     if shown:
         parts += _table_that_fits(title, shown, stages, width)
@@ -188,7 +190,7 @@ def _table_that_fits(
     columns, settings = comparison_columns(rows, stages), len(differing_params(rows)) or 1
     console = Console(width=width)
     for is_wide in (False, True):
-        table = _table(title, columns, _best(rows, stages), settings, is_wide)
+        table = _table(title, columns, best_values(rows, stages), settings, is_wide)
         size = Measurement.get(console, console.options.update(width=10_000), table)
         if (size.minimum if is_wide else size.maximum) <= width:
             return [table]
@@ -199,7 +201,7 @@ def _table_that_fits(
         for place in range(len(rows))
     ]
     below = [Padding(Text(f"{number}: {text}"), (0, 0, 0, 1)) for number, text in zip(numbers, texts)]
-    return [_table(title, {"run": numbers, **short}, _best(rows, stages), 1, is_wide=True), *below]
+    return [_table(title, {"run": numbers, **short}, best_values(rows, stages), 1, is_wide=True), *below]
 
 
 def _table(
@@ -228,7 +230,7 @@ def comparison_markdown(title: str, rows: Sequence[RunRow], stages: Mapping[str,
         raise ValueError("There are no runs to compare.")
     absent = without_results(rows, stages)
     shown = [row for row in rows if row not in absent]
-    title = _titled(title, shown)
+    title = titled(title, shown)
     lines = [f"# {title}", "", *(_markdown_table(shown, stages) if shown else [])]
     ended = [row for row in rows if row in absent or row.error]
     if ended:
@@ -240,7 +242,7 @@ def comparison_markdown(title: str, rows: Sequence[RunRow], stages: Mapping[str,
 
 
 def _markdown_table(rows: Sequence[RunRow], stages: Mapping[str, str]) -> list[str]:
-    columns, best = comparison_columns(rows, stages), _best(rows, stages)
+    columns, best = comparison_columns(rows, stages), best_values(rows, stages)
     settings = len(differing_params(rows)) or 1
     rules = ["---" if n < settings or heading == "status" else "--:" for n, heading in enumerate(columns)]
     lines = [f"| {' | '.join(columns)} |", f"|{'|'.join(rules)}|"]

@@ -195,15 +195,21 @@ def _save(draw: Callable[[Any], None], folder: Path, name: str, label: str, what
             axes.spines[side].set_visible(False)
         draw(axes)
         axes.margins(y=0.07)
-        axes.set_title(f"{label[:1].upper() if label[:2].islower() else label[:1]}{label[1:]} {what}")
+        title = f"{as_beginning(label)} {what}"
+        axes.set_title(title)
         axes.set_ylabel(f"{label} on the test data")
         entries = len(axes.get_legend_handles_labels()[1])
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
         figure.set_figheight(max(5.0, 0.19 * entries + 1))
         paths = [folder / f"{name}.{kind}" for kind in ("png", "svg")]
         figure.savefig(paths[0], dpi=150)
-        figure.savefig(paths[1], metadata={"Date": None})
+        figure.savefig(paths[1], metadata={"Date": None, "Title": title})
     return paths
+
+
+def as_beginning(label: str) -> str:
+    """The label of a metric where a title begins with it: Top-1, and mIoU as it is."""
+    return f"{label[:1].upper() if label[:2].islower() else label[:1]}{label[1:]}"
 
 
 def _style(number: int) -> dict[str, Any]:

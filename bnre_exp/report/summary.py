@@ -16,7 +16,8 @@ LISTED = 4  # entries of a list of exceptions that the console shows; report.md 
 @dataclass(frozen=True)
 class StageResult:
     """One row. value: of the headline metric; delta: its change against the row above that it follows (None for the
-    first); loss: None where the task has none; seconds: of the stage itself, without its evaluation."""
+    first); loss: None where the task has none; seconds: of the stage itself, without its evaluation; name: of the row,
+    as metrics have it."""
 
     stage: str
     value: float
@@ -24,6 +25,7 @@ class StageResult:
     loss: float | None
     seconds: float
     note: str = ""
+    name: str = ""
 
 
 @dataclass
@@ -42,19 +44,24 @@ class Summary:
 def stage_table(summary: Summary) -> Table:
     """The stages as a table for the console."""
     table = Table(title=summary.title, title_justify="left", title_style="bold")
-    for heading in ("stage", *_headings(summary)):
+    for heading in ("stage", *headings(summary)):
         table.add_column(heading, justify="left" if heading == "stage" else "right", no_wrap=True)
     table.add_column("", overflow="fold")
-    for row in summary.stages:
-        table.add_row(row.stage, *_cells(row, _has_loss(summary)), row.note)
+    for cells in stage_rows(summary):
+        table.add_row(*cells)
     return table
+
+
+def stage_rows(summary: Summary) -> list[list[str]]:
+    """The table: of every row its stage, a text for each of :func:`headings`, and its note."""
+    return [[row.stage, *_cells(row, _has_loss(summary)), row.note] for row in summary.stages]
 
 
 def _has_loss(summary: Summary) -> bool:
     return not summary.stages or any(row.loss is not None for row in summary.stages)
 
 
-def _headings(summary: Summary) -> list[str]:
+def headings(summary: Summary) -> list[str]:
     """Of the numbers; without a loss where no row has one."""
     return [summary.metric, "change", *(["loss"] if _has_loss(summary) else []), "seconds"]
 
@@ -75,7 +82,7 @@ def print_summary(summary: Summary, console: Console, with_places: bool = True) 
         console.print()
     console.print(stage_table(summary))
     for heading, rows in summary.exceptions.items():
-        for line in _by_reason(rows):
+        for line in _lines(rows):
             console.print(Text(f"{heading}: {line}"))
     for what, place in summary.places.items():
         if not with_places and what != RUN_FOLDER:
@@ -83,12 +90,17 @@ def print_summary(summary: Summary, console: Console, with_places: bool = True) 
         console.print(Text(f"{what}: "), Text(place, style="cyan"), sep="", soft_wrap=True)
 
 
-def _by_reason(rows: Iterable[tuple[str, str]]) -> list[str]:
+def by_reason(rows: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """The names of ``(name, reason)`` rows, by what is the reason of all of them."""
     names: dict[str, list[str]] = {}
     for name, reason in rows:
         names.setdefault(reason, []).append(name)
+    return names
+
+
+def _lines(rows: Iterable[tuple[str, str]]) -> list[str]:
     lines = []
-    for reason, members in names.items():
+    for reason, members in by_reason(rows).items():
         more = f" and {len(members) - LISTED} more" if len(members) > LISTED else ""
         lines.append(f"{', '.join(members[:LISTED])}{more} ({reason})")
     return lines
@@ -102,16 +114,16 @@ def markdown(summary: Summary) -> str:
 
 def without_places(summary: Summary) -> str:
     """What the summary says of the network, as Markdown: the table first."""
-    headings = _headings(summary)
+    names = headings(summary)
     verdict = [line for sentence in summary.verdict for line in (f"**{sentence}**", "")]
     lines = [
         f"# {summary.title}",
         "",
         *verdict,
-        f"| stage | {' | '.join(headings)} | |",
-        f"|---|{'--:|' * len(headings)}---|",
+        f"| stage | {' | '.join(names)} | |",
+        f"|---|{'--:|' * len(names)}---|",
     ]
-    lines += [f"| {row.stage} | {' | '.join(_cells(row, _has_loss(summary)))} | {row.note} |" for row in summary.stages]
+    lines += [f"| {' | '.join(cells)} |" for cells in stage_rows(summary)]
     for heading, rows in summary.exceptions.items():
         lines += ["", f"## {heading}", ""]
         lines += [f"- `{name}`: {reason}" for name, reason in rows] or ["- none"]

@@ -16,12 +16,14 @@ _EQUAL = 1e-5  # of a headline metric that is the mean of the scores, and of tha
 @dataclass(frozen=True)
 class Verdict:
     """What one step did. stage: the row, as metrics name it, or :data:`BESIDE`; word: one of helped, harmed, no
-    difference, unclear; sentence: for people; test: of the samples' scores."""
+    difference, unclear; sentence: for people; test: of the samples' scores; interval: of the row's headline metric,
+    given that of the row it is compared with; None where the metric is not the mean of the scores."""
 
     stage: str
     word: str
     sentence: str
     test: PairedTest
+    interval: tuple[float, float] | None = None
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -116,4 +118,5 @@ def _judged(
     told += f"{test.confidence:.0%} interval {low:+.4f} to {high:+.4f})"
     said, advice = words[word]
     begin = said.format(images=counted(test.count, "test image"))
-    return Verdict(name, word, f"{begin}: {told}{cost.format(seconds[stage])}. {advice}".rstrip(), test)
+    interval = (start.value + low, start.value + high) if is_mean else None
+    return Verdict(name, word, f"{begin}: {told}{cost.format(seconds[stage])}. {advice}".rstrip(), test, interval)

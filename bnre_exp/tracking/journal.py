@@ -114,6 +114,17 @@ def last_metrics(records: list[dict[str, Any]]) -> dict[str, float]:
     return {name: value for name, (_, value) in found.items()}
 
 
+def curves(records: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
+    """The values of metrics by step, of those that have steps beyond 0, in the order of the steps; the last value of
+    each step counts."""
+    found: dict[str, dict[int, float]] = {}
+    for record in records:
+        if record.get("step", 0) > 0:
+            for name, value in record.get("metrics", {}).items():
+                found.setdefault(name, {})[record["step"]] = float(value)
+    return {name: dict(sorted(values.items())) for name, values in found.items()}
+
+
 def json_numbers(values: Mapping[str, float]) -> dict[str, float | str]:
     """Numbers as strict JSON holds them: those that are not finite as text."""
     return {name: float(v) if math.isfinite(v) else str(float(v)) for name, v in values.items()}

@@ -20,6 +20,7 @@ from bnre_exp.report.comparison import RunRow
 from bnre_exp.tracking import read_runs
 from bnre_exp.tracking.journal import Journal, read_records
 from scripts.bench import kill_sweep
+from tests.report.pages import read
 
 NET = """
 from torch import nn
@@ -84,7 +85,7 @@ def check_sweep(output: Path, jobs: int) -> tuple[dict, list[dict]]:
     children = [run for run in runs if run["parent"] == parents[0]["id"]]
     assert len(children) == jobs and {run["status"] for run in runs} == {"FINISHED"}
     files = MlflowClient(f"sqlite:///{output / 'mlflow.db'}").list_artifacts(parents[0]["id"])
-    assert {"comparison.md", "comparison.csv"} <= {file.path for file in files}
+    assert {"comparison.md", "comparison.csv", "report.html"} <= {file.path for file in files}
     assert any(file.path.endswith(".png") for file in files) and any(file.path.endswith(".svg") for file in files)
     assert parents[0]["metrics"] == {"sweep/jobs": jobs, "sweep/finished": jobs}
     return parents[0], children
@@ -124,6 +125,8 @@ def test_a_sweep_is_nested_compared_and_computes_each_stage_once(folder, launche
         launcher == "joblib" and threads == {"1"}
     )
     assert compare_runs.main(["--sweep", parent["id"], "--to", str(folder / "compared")]) == 0
+    page = read((folder / "compared" / "report.html").read_text(encoding="utf-8"))  # with links to where the runs are
+    assert len(page.links) == 4 and all((folder / "compared" / link).resolve().is_file() for link in page.links)
     rows = list(csv.DictReader((folder / "compared" / "comparison.csv").open()))
     assert {(row["quant.weight_bits"], row["reest.num_batches"]) for row in rows} == {
         (bits, batches) for bits in "34" for batches in "02"
