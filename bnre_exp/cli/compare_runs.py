@@ -82,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from bnre_exp.jobs.stages.table import HEADINGS
         from bnre_exp.jobs.sweep import leave_comparison
         from bnre_exp.report.comparison import comparison_table
+        from bnre_exp.report.seeds import over_seeds
 
     try:
         title, rows = choose(given.sweep, given.filter, given.uri, given.experiment)
@@ -89,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"Error: {error}\n")
         return 2
     console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(comparison_table(title, rows, HEADINGS, console.width))
+    console.print(comparison_table(title, over_seeds(rows), HEADINGS, console.width))
     try:
         paths = leave_comparison(title, rows, given.to)
     except OSError as error:

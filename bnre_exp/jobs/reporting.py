@@ -205,8 +205,15 @@ def _page_of(job: Job, found: Sequence[Verdict], error: BaseException | None) ->
     return RunPage(
         results.summary, job.run_dir, job.setting.task.headline, results.metrics, curves(records),
         {verdict.stage: verdict.interval for verdict in found if verdict.interval is not None}, settings, defaults,
-        overrides=typed, error=None if error is None else _ending(error),
+        overrides=typed, error=None if error is None else _ending(error), drift=_drift_of(results),
+        by_batches=curves(records).get(f"reest/val_{job.setting.task.headline.name}"),
     )  # fmt: skip
+
+
+def _drift_of(results: Results) -> Mapping[str, Sequence[Any]] | None:
+    """Which batch norms moved, under the names that the page has."""
+    names = {"layer": "BN", "kind": "kind", "shift": "shift [sd]", "ratio": "variance ratio", "kl": "KL [nats]"}
+    return None if results.drift is None else {name: results.drift[column] for name, column in names.items()}
 
 
 def _ending(error: BaseException) -> tuple[str, str]:

@@ -41,6 +41,7 @@ from bnre_exp.report.comparison import (
 from bnre_exp.report.comparison_html import comparison_page
 from bnre_exp.report.page import REPORT, write_page
 from bnre_exp.report.plots import save_plots
+from bnre_exp.report.seeds import over_seeds
 from bnre_exp.tracking import RunLog, end_run, open_run, sync
 from bnre_exp.tracking.journal import all_tags, last_metrics, read_records
 from bnre_exp.tracking.links import compare_link, ui_address, ui_command
@@ -174,11 +175,13 @@ def job_rows(folder: Path) -> list[RunRow]:
 
 
 def leave_comparison(title: str, rows: Sequence[RunRow], folder: Path) -> list[Path]:
-    """Write table (Markdown, CSV), plots (SVG, PNG) and a page with both into a folder; returns the files."""
+    """Write table (Markdown, CSV), plots (SVG, PNG) and a page with both into a folder; returns the files. In all but
+    the CSV, runs that differ in the seed alone are one row."""
     folder.mkdir(parents=True, exist_ok=True)
     table, values, page = folder / "comparison.md", folder / "comparison.csv", folder / REPORT
-    table.write_text(comparison_markdown(title, rows, HEADINGS))
     values.write_text(comparison_csv(rows))
+    rows = over_seeds(rows)
+    table.write_text(comparison_markdown(title, rows, HEADINGS))
     plots = save_plots(rows, folder, HEADINGS)
     pictures = [path for path in plots if path.suffix == ".svg"]
     write_page(page, comparison_page(title, rows, HEADINGS, folder, pictures))
@@ -209,7 +212,7 @@ def _leave_comparison(plan: SweepPlan, log: RunLog, console: Console) -> None:
     log.note(files[0].read_text())
     log.settle()
     console.print()
-    console.print(comparison_table(plan.label, rows, HEADINGS, console.width))
+    console.print(comparison_table(plan.label, over_seeds(rows), HEADINGS, console.width))
     places = {"comparison": str(plan.folder / "comparison.md"), "report": str(plan.folder / REPORT)}
     pictures = sorted(path.name for path in files if path.suffix == ".png")
     if pictures:

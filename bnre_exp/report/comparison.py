@@ -7,7 +7,7 @@ import io
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich import box
@@ -21,6 +21,7 @@ from bnre_exp.tasks.classification import Classification
 from bnre_exp.tasks.task import Headline
 
 SIZE = "fold/megabytes"
+P_OVER_SEEDS = "reest/p_value_over_seeds"
 # What says where and how a job was run, and not what was run.
 INCIDENTAL = re.compile(
     r"runtime\.(output_dir|workers)|tracking\..*|store\..*|objective|fp32\.min_\w+|(dataset|task\.kwargs)\.num_classes"
@@ -33,7 +34,8 @@ NOTHING = "–"
 class RunRow:
     """One run to compare. status: FINISHED, FAILED, KILLED or RUNNING; params: as the user types them, by name;
     metrics: by MLflow name, accuracies in [0, 1]; headline: the metric by which its stages are compared; error: what it
-    ended with; overrides: as they were typed; folder: where it left its files; verdict: what re-estimation did."""
+    ended with; overrides: as they were typed; folder: where it left its files; verdict: what re-estimation did;
+    spreads: standard deviations of metrics, of several runs that are one row."""
 
     name: str
     status: str
@@ -44,6 +46,7 @@ class RunRow:
     overrides: str = ""
     folder: str = ""
     verdict: str = ""
+    spreads: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def result_columns(rows: Sequence[RunRow], stages: Mapping[str, str]) -> list[Co
             found.append(Column(f"{stage}/{headline.name}", heading + ending, headline))
             if stage == "reest":
                 found.append(Column(f"{stage}/delta_{headline.name}", f"change{ending}"))
-    found.append(Column(SIZE, "MB"))
+    found += [Column(P_OVER_SEEDS, "p over seeds"), Column(SIZE, "MB")]
     return [column for column in found if any(column.metric in row.metrics for row in rows)]
 
 
@@ -119,7 +122,7 @@ def comparison_columns(rows: Sequence[RunRow], stages: Mapping[str, str]) -> dic
     if not columns:
         columns = {"run": [row.name for row in rows]}
     for column in results:
-        columns[column.heading] = [_cell(column, row.metrics.get(column.metric)) for row in rows]
+        columns[column.heading] = [_cell(column, row) for row in rows]
     if any(row.status != "FINISHED" for row in rows):
         columns["status"] = [row.status for row in rows]
     return columns
@@ -132,12 +135,19 @@ def _values(rows: Sequence[RunRow], name: str) -> list[str]:
     return last if name.endswith("_target_") and len(set(last)) == len(set(texts)) else texts
 
 
-def _cell(column: Column, value: float | None) -> str:
+def _cell(column: Column, row: RunRow) -> str:
+    value, spread = row.metrics.get(column.metric), row.spreads.get(column.metric)
     if value is None:
         return NOTHING
     if column.metric == SIZE:
         return f"{value:.2f}"
-    return f"{value:+.4f}" if column.headline is None else f"{value:.4f}"
+    is_change = column.headline is None and column.metric != P_OVER_SEEDS
+    return f"{value:{'+' if is_change else ''}.4f}" + ("" if spread is None else f" ± {spread:.4f}")
+
+
+def is_best(heading: str, cell: str, best: Mapping[str, float]) -> bool:
+    """Whether a cell shows the best value of its column."""
+    return heading in best and cell.partition(" ")[0] == f"{best[heading]:.4f}"
 
 
 def best_values(rows: Sequence[RunRow], stages: Mapping[str, str]) -> dict[str, float]:
@@ -218,7 +228,7 @@ def _table(
         left = place < settings or heading == "status"
         table.add_column(Text(text), justify="left" if left else "right", overflow="fold", no_wrap=place >= settings)
     for cells in zip(*columns.values()):
-        best_here = [heading in best and cell == f"{best[heading]:.4f}" for heading, cell in zip(columns, cells)]
+        best_here = [is_best(heading, cell, best) for heading, cell in zip(columns, cells)]
         table.add_row(*(Text(cell, style="bold" if bold else "") for cell, bold in zip(cells, best_here)))
     return table
 
@@ -248,7 +258,7 @@ def _markdown_table(rows: Sequence[RunRow], stages: Mapping[str, str]) -> list[s
     lines = [f"| {' | '.join(columns)} |", f"|{'|'.join(rules)}|"]
     for cells in zip(*columns.values()):
         texts = [
-            f"**{cell}**" if heading in best and cell == f"{best[heading]:.4f}" else cell.replace("|", "\\|")
+            f"**{cell}**" if is_best(heading, cell, best) else cell.replace("|", "\\|")
             for heading, cell in zip(columns, cells)
         ]
         lines.append(f"| {' | '.join(texts)} |")

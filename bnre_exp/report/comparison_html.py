@@ -14,6 +14,7 @@ from bnre_exp.report.comparison import (
     best_values,
     comparison_columns,
     differing_params,
+    is_best,
     ordered,
     titled,
     without_results,
@@ -96,7 +97,7 @@ def _table(rows: Sequence[RunRow], stages: Mapping[str, str], folder: Path) -> s
     kinds = ["" if n < settings or heading == "status" else "number" for n, heading in enumerate(columns)]
     cells = [
         [
-            f"<b>{escape(cell)}</b>" if heading in best and cell == f"{best[heading]:.4f}" else escape(cell)
+            f"<b>{escape(cell)}</b>" if is_best(heading, cell, best) else escape(cell)
             for heading, cell in zip(columns, line)
         ]
         for line in zip(*columns.values())

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from statistics import mean, stdev
 
-from bnre_exp.report.comparison import INCIDENTAL, RunRow, differing_params, number
+from bnre_exp.report.comparison import INCIDENTAL, P_OVER_SEEDS, RunRow, differing_params, number
 
-SEED, P_VALUE = "seed", "reest/p_value_over_seeds"
+SEED = "seed"
 
 
 def over_seeds(rows: Sequence[RunRow]) -> list[RunRow]:
@@ -35,10 +35,11 @@ def _joined(rows: Sequence[RunRow]) -> RunRow:
     means = {name: mean(found) for name, found in values.items()}
     changes = values.get(f"reest/delta_{rows[0].headline.name}")
     if changes is not None:
-        means[P_VALUE] = p_value_of(changes)
+        means[P_OVER_SEEDS] = p_value_of(changes)
     return replace(
         rows[0], name=f"{len(rows)} seeds", params={**rows[0].params, SEED: ", ".join(seeds)}, metrics=means,
-        spreads={name: stdev(found) for name, found in values.items()}, overrides="",
+        spreads={name: stdev(found) for name, found in values.items()}, overrides="", folder="",
+        verdict=rows[0].verdict if len({row.verdict for row in rows}) == 1 else "",
     )  # fmt: skip
 
 

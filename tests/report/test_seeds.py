@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from scipy import stats
 
-from bnre_exp.report.comparison import RunRow, comparison_columns, comparison_markdown
-from bnre_exp.report.seeds import P_VALUE, over_seeds, p_value_of
+from bnre_exp.report.comparison import P_OVER_SEEDS, RunRow, comparison_columns, comparison_markdown
+from bnre_exp.report.seeds import over_seeds, p_value_of
 
 STAGES = {"fp32": "FP32", "ptq": "quantized", "reest": "re-estimated"}
 
@@ -28,17 +28,18 @@ def test_rows_of_a_setting_become_one():
         0.0529150, rel=1e-5
     )
     assert two.metrics["reest/delta_top1"] == pytest.approx((0.6 + 0.55 + 0.68) / 3)
-    assert two.metrics[P_VALUE] == pytest.approx(stats.ttest_1samp([0.6, 0.55, 0.68], 0).pvalue)
+    assert two.metrics[P_OVER_SEEDS] == pytest.approx(stats.ttest_1samp([0.6, 0.55, 0.68], 0).pvalue)
 
 
 def test_the_table_shows_means_with_their_spread():
-    columns = comparison_columns(over_seeds(ROWS), STAGES)
-    assert columns["weight_bits"] == ["2", "4"] and columns["seed"] == ["0, 1, 2", "0, 1"]
-    assert columns["quantized"] == ["0.1400 ± 0.0529", "0.8250 ± 0.0354"]
-    assert columns["re-estimated"] == ["0.7500 ± 0.0500", "0.9000 ± 0.0000"]
-    assert columns["change"] == ["+0.6100 ± 0.0656", "+0.0750 ± 0.0354"]
-    assert columns["p over seeds"] == ["0.0038", "0.2048"]
-    assert "**0.9000 ± 0.0000**" in comparison_markdown("sweep", over_seeds(ROWS), STAGES)
+    rows = over_seeds([*ROWS, row(2, 4, 0.8, 0.93)])
+    columns = comparison_columns(rows, STAGES)
+    assert columns["weight_bits"] == ["2", "4"] and "seed" not in columns  # which are the same for both
+    assert columns["quantized"] == ["0.1400 ± 0.0529", "0.8167 ± 0.0289"]
+    assert columns["re-estimated"] == ["0.7500 ± 0.0500", "0.9100 ± 0.0173"]
+    assert columns["change"] == ["+0.6100 ± 0.0656", "+0.0933 ± 0.0404"]
+    assert columns["p over seeds"] == ["0.0038", "0.0572"]
+    assert "**0.9100 ± 0.0173**" in comparison_markdown("sweep", rows, STAGES)
 
 
 def test_runs_that_did_not_finish_and_single_ones_stay():

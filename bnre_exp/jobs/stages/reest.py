@@ -149,8 +149,8 @@ def _tell(
     size = handle.samples / handle.num_batches
     if setting.config.reest.method is ReestMethod.batch_average and size < SMALL_BATCH:
         why = (
-            f"batch_average of batches of {size:.0f} leaves out the spread between them; reest.method=pooled has it, or "
-            "take larger batches (dataset.batch_size)"
+            f"batch_average of batches of {size:.0f} leaves out the spread between them; reest.method=pooled has it, "
+            "or take larger batches (dataset.batch_size)"
         )
         outcome.except_for("note", [("re-estimation", why)])
     outcome.except_for("not re-estimated", [(name, "has no running statistics") for name in handle.without_statistics])
