@@ -16,6 +16,7 @@ from torch import nn
 
 from bnre_exp.algorithms.bn_statistics import Estimation, has_running_statistics, has_statistics
 from bnre_exp.algorithms.feeding import to_device
+from bnre_exp.algorithms.fold_loss import fold_loss
 from bnre_exp.algorithms.reestimate import chosen_layers
 from bnre_exp.algorithms.speed import check_compiler
 from bnre_exp.config import Config, Device, MemoryFormat
@@ -25,7 +26,7 @@ from bnre_exp.data.preprocess import resolve_preprocessing
 from bnre_exp.data.samples import CLASS, KINDS
 from bnre_exp.data.served import check_served
 from bnre_exp.data.spec import DataSpec
-from bnre_exp.errors import UserError, few
+from bnre_exp.errors import UserError, counted, few
 from bnre_exp.jobs.plan import Planned, plan
 from bnre_exp.jobs.reporting import Job, Results, log_inputs
 from bnre_exp.jobs.stages.export import check_export
@@ -190,8 +191,17 @@ def _check_before_training(job: Job, stages: list[Planned]) -> None:
     }
     sim = quantize(setting.built.module, setting.example(), quick, **how)
     _check_reest(job, sim)
+    _tell_fold_loss(job, sim)
     setting.trial = sim_report(sim)
     check_export(sim, job.config.export, setting.loaders.example())
+
+
+def _tell_fold_loss(job: Job, sim: nn.Module) -> None:
+    """Before anything is trained: folding will round weights a second time. How much that costs is told there."""
+    losses = fold_loss(sim, job.config.fold.mode.value)
+    for reason, remedy in dict.fromkeys((loss.reason, loss.remedy) for loss in losses):
+        count = counted(sum(loss.reason == reason for loss in losses), "layer")
+        job.exceptions("note", [("folding", f"will cost {count} accuracy: {reason}; {remedy}")])
 
 
 def _check_reest(job: Job, sim: nn.Module) -> None:

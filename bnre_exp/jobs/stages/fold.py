@@ -10,6 +10,7 @@ from torch import nn
 from bnre_exp.algorithms.bias import BiasReport, quantize_biases
 from bnre_exp.algorithms.compare import compare_outputs
 from bnre_exp.algorithms.fold import FoldReport, fold_batch_norms
+from bnre_exp.algorithms.fold_loss import FoldLoss, fold_loss
 from bnre_exp.algorithms.integers import integer_simulation
 from bnre_exp.algorithms.size import packed_megabytes
 from bnre_exp.config import Config
@@ -47,7 +48,8 @@ def fold(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
     outcome.layers = layers_columns(list_layers(sim))  # before the BNs are folded: where each of them goes
     (folded, report), seconds = timed(lambda: _fold(config, sim))
     outcome.except_for("BN not folded", report.kept)
-    outcome.except_for("folded with loss", report.lossy)
+    costs = {loss.layer: _cost(loss) for loss in fold_loss(sim, config.fold.mode.value)} if report.lossy else {}
+    outcome.except_for("folded with loss", [(name, costs.get(name, reason)) for name, reason in report.lossy])
     outcome.except_for("note", report.notes)
     difference = compare_outputs(sim, folded, setting.loaders.test, task=setting.task, progress=setting.progress)
     if not math.isfinite(difference.magnitude):
@@ -82,6 +84,10 @@ def fold(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
     note = _note(report, difference.relative)
     outcome.measured.append(Measured("fold", "fold", evaluation, seconds, given.before, note, metrics))
     return outcome, folded
+
+
+def _cost(loss: FoldLoss) -> str:
+    return f"{loss.reason}, relative error {loss.error:.3f}" + (f"; {loss.remedy}" if loss.remedy else "")
 
 
 def _note(report: FoldReport, difference: float) -> str:

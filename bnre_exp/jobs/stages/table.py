@@ -94,7 +94,10 @@ STAGES = (
     Stage(
         "fold", section="fold", run=fold, follows=("reest", "qat", "ptq"), form=FOLDED,
         uses=lambda config: Uses(
-            ("jobs.stages.fold", "algorithms.compare", "algorithms.size", *FOLDING, *SIMULATION, *MEASURING)
+            (
+                "jobs.stages.fold", "algorithms.fold_loss", "algorithms.compare", "algorithms.size", *FOLDING,
+                *SIMULATION, *MEASURING,
+            )
         ),
         rows={"fold": "folded"},
     ),
