@@ -56,7 +56,7 @@ def run_page(run: RunPage) -> str:
     return page.document(
         summary.title,
         _header(run),
-        page.figures(_stages(run), *_curves(run), _by_batches(run), *_sizes(run.metrics)),
+        page.figures(_stages(run), _scores(run), *_curves(run), _by_batches(run), *_sizes(run.metrics)),
         _drift(run.drift),
         page.section("Stage by stage", stages),
         page.section("What is left out, and notes", *_exceptions(summary.exceptions)),
@@ -93,6 +93,20 @@ def _stages(run: RunPage) -> str:
         notes.append("bars: 95% interval of the change from the network before, on the same images")
     title = f"{as_beginning(label)} stage by stage"
     return page.figure(dot_chart(title, dots, reference=float_value), title, "; ".join(notes))
+
+
+def _scores(run: RunPage) -> str:
+    """What a paired test told of rows whose metric is not the mean of the scores, so that its interval is none of the
+    metric's."""
+    dots = []
+    for row in run.summary.stages:
+        change, low, high = (
+            run.metrics.get(f"{row.name}/score_{name}", math.nan) for name in ("change", "low", "high")
+        )
+        if math.isfinite(change) and row.name not in run.intervals:
+            dots.append(Dot(row.stage, change, f"{change:+.4f}", (low, high), row.name in COMPARED))
+    title, note = "Change of an image's score", "from the network before, with its 95% interval; the higher the better"
+    return page.figure(dot_chart(title, dots, reference=0.0), title, note)
 
 
 def _curves(run: RunPage) -> list[str]:

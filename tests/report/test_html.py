@@ -118,6 +118,14 @@ def test_of_many_layers_those_that_moved_most_are_drawn_in_order():
     assert {drift["shift"][int(name[2:])] for name in left} == {0.0} and f"All {count} layers" in text
 
 
+def test_where_the_metric_is_no_mean_of_scores_their_change_has_a_picture_of_its_own():
+    tested = {"reest/score_change": 0.2, "reest/score_low": 0.1, "reest/score_high": 0.3}
+    assert "Change of an image" not in run_page(replace(RUN, metrics=tested))
+    text = run_page(replace(RUN, metrics=tested, intervals={}))
+    read(text)
+    assert "re-estimate BN: +0.2000 (0.1000 to 0.3000)" in text and "re-estimate BN: 0.7000<" in text
+
+
 @pytest.mark.parametrize("better", [True, False])
 def test_which_direction_is_better_is_said(better):
     text = run_page(replace(RUN, headline=Headline("mse", "MSE", better)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sqlite3
 import subprocess
@@ -16,6 +17,7 @@ from bnre_exp.errors import Terminated, UserError
 from bnre_exp.jobs.provenance import git_tags
 from bnre_exp.tracking import open_run
 from bnre_exp.tracking.charts import charts
+from bnre_exp.tracking.journal import curves, read_records
 from bnre_exp.tracking.links import compare_link, ui_command
 from bnre_exp.tracking.typed_text import typed
 
@@ -338,3 +340,15 @@ def test_parallel_coordinates_have_what_all_runs_have():
     assert chart["selectedMetrics"] == ["fold/top1"] and chart["selectedParams"] == ["reest.num_batches"]
     earlier = charts("p", [], ["reest/top1", "fold/top1"])["compareRunCharts"][0]  # as earlier journals say it
     assert earlier["selectedMetrics"] == ["reest/top1", "fold/top1"]
+
+
+def test_curves_are_what_was_logged_by_step(tmp_path):
+    with open_run(tmp_path / "run", params={}, tags={}, output_dir=tmp_path, experiment="x", run_name="x",
+                  enabled=False) as log:  # fmt: skip
+        log.metrics({"qat/train_loss": 0.3}, 2)
+        log.metrics({"qat/train_loss": 0.5, "qat/val_top1": math.nan}, 1)
+        log.metrics({"qat/top1": 0.9})
+        log.metrics({"qat/train_loss": 0.2}, 2)  # computed again after an interruption
+    found = curves(read_records(tmp_path / "run"))
+    assert list(found["qat/train_loss"].items()) == [(1, 0.5), (2, 0.2)]
+    assert math.isnan(found["qat/val_top1"][1]) and set(found) == {"qat/train_loss", "qat/val_top1"}
