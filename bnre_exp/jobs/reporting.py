@@ -15,7 +15,7 @@ from bnre_exp.config import Config
 from bnre_exp.jobs.stages.outcome import Outcome
 from bnre_exp.jobs.stages.setting import Setting
 from bnre_exp.jobs.store import Store
-from bnre_exp.report.layers import layers_markdown
+from bnre_exp.report.layers import layers_markdown, table_markdown
 from bnre_exp.report.summary import RUN_FOLDER, StageResult, Summary, markdown, without_places
 from bnre_exp.report.verdict import verdicts
 from bnre_exp.tasks.classification import Classification
@@ -73,6 +73,8 @@ class Job:
             self.exceptions(heading, rows)
         if outcome.layers is not None:
             self._list_layers(outcome.layers)
+        for name, columns in outcome.tables.items():
+            self._leave_table(name, columns)
         self.log.tag_once(f"stage.{stage}", how)
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
@@ -100,6 +102,14 @@ class Job:
         self.log.artifact(path)
         self.log.table("layers.json", columns)
         self.results.summary.places["layer by layer"] = str(path)
+
+    def _leave_table(self, name: str, columns: dict[str, list[str]]) -> None:
+        """A table of a stage's own, as a file of the run and in MLflow."""
+        path = self.run_dir / f"{name.replace(' ', '_')}.md"
+        path.write_text(table_markdown(f"{self.results.summary.title}: {name}", columns))
+        self.log.artifact(path)
+        self.log.table(path.with_suffix(".json").name, columns)
+        self.results.summary.places[name] = str(path)
 
 
 def headline_of(tags: Mapping[str, Any]) -> Headline:

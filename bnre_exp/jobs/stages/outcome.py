@@ -34,13 +34,15 @@ class Measured:
 @dataclass
 class Outcome:
     """All that a stage reports. metrics: by MLflow name; curves: ``(epoch, metrics)``; exceptions: ``(heading, [(name,
-    reason)])``; layers: columns of the layer table; files: what it left in the run's folder, by name."""
+    reason)])``; layers: columns of the layer table; tables: others, ``name: {heading: cells}``; files: what it left in
+    the run's folder, by name."""
 
     measured: list[Measured] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     curves: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     exceptions: list[tuple[str, list[tuple[str, str]]]] = field(default_factory=list)
     layers: dict[str, list[str]] | None = None
+    tables: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
 
     def except_for(self, heading: str, rows: Sequence[tuple[str, str]]) -> None:

@@ -53,9 +53,12 @@ class WeightQuantizer(Quantizer):
     def forward(self, weight: Tensor) -> Tensor:
         if self.bypassed:
             return weight
-        gradient_scale = 1 / math.sqrt(weight.numel() / self.scale.numel() * self.quant_max)
         scale = self.layout.expand(self.scale)
-        return fake_quantize(weight, scale, None, -self.quant_max, self.quant_max, gradient_scale)
+        return fake_quantize(weight, scale, None, -self.quant_max, self.quant_max, self.gradient_scale(weight))
+
+    def gradient_scale(self, weight: Tensor) -> float:
+        """By what the gradient of a learned scale is multiplied (LSQ): 1/sqrt(elements of a channel * quant_max)."""
+        return 1 / math.sqrt(weight.numel() / self.scale.numel() * self.quant_max)
 
     def codes(self, weight: Tensor) -> Tensor:
         """The integer codes of a float weight: int8 up to 8 bits, else int16."""
