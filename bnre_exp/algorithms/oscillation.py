@@ -10,6 +10,7 @@ import math
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from bnre_exp.quantsim.sim import weight_quantizers
 
 METHODS = ("none", "dampening", "freezing")
 OSCILLATING = 0.005  # a weight of a higher frequency oscillates
+CHUNK = 2**20  # weights at a time: what is computed of them stays in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,21 @@ class LayerShare:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A quantized weight, and where its state is: views of the tensors of all weights, in the weight's shape."""
+    """A quantized weight, and where it begins among all weights."""
 
     name: str
     quantizer: WeightQuantizer
     weight: nn.Parameter
-    codes: Tensor
-    frozen: Tensor | None
+    start: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The weight's part of a tensor of all weights, in its shape, and in memory as it is: all that is computed of
+        both goes through memory in one order, which is several times as fast."""
+        part = flat[self.start : self.start + self.weight.numel()]
+        is_dense = torch.empty_like(self.weight).stride() == self.weight.stride()
+        strides = self.weight.stride() if is_dense else None
+        shape = self.weight.shape
+        return part.view(shape) if strides is None else part.as_strided(shape, strides, part.storage_offset())
 
     def scale(self) -> Tensor:
         return self.quantizer.layout.expand(positive(self.quantizer.scale))
@@ -51,9 +61,10 @@ class _Layer:
 class Oscillations:
     """Follows the integer weights of a simulation step by step; :func:`~bnre_exp.train` calls it. It changes in place.
 
-    tensors: of all N weights, ``[N]`` each: ``codes``, the integers after the last step (int16); ``direction``, that of
-    each one's last change (-1, 1; 0: never); ``frequency``, the moving average of its oscillations. With freezing also
-    ``average``, of the integers, and ``frozen``: whether a weight is held at its entry in ``codes``.
+    state: of all N weights, ``[N]`` each, layer after layer: ``codes``, the integers after the last step;
+    ``direction``, that of each one's last change (-1, 1; 0: never); ``frequency``, the moving average of its
+    oscillations. With freezing also ``average``, of the integers, and ``frozen``: whether a weight is held at its entry
+    in ``codes`` (0 or 1). Integers are of a type that holds differences of codes.
     """
 
     method: str
@@ -62,7 +73,12 @@ class Oscillations:
     freeze_from: float
     freeze_to: float
     layers: tuple[_Layer, ...] = field(repr=False)
-    tensors: dict[str, Tensor] = field(repr=False)
+    state: dict[str, Tensor] = field(repr=False)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The state layer by layer, for snapshots: views."""
+        return {f"{name}/{layer.name}": layer.of(flat) for name, flat in self.state.items() for layer in self.layers}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -84,49 +100,45 @@ class Oscillations:
                 add_gradient(layer.weight, dampening_gradient(layer.quantizer, layer.weight, strength))
         if self.method == "freezing":
             for layer in self.layers:
-                _correct_scale_gradient(layer)
+                _correct_scale_gradient(layer, self.state["codes"], self.state["frozen"])
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
         """Take in the integers that a step of the optimizer left, once, and freeze weights that oscillate too often."""
-        before, frozen = self.tensors["codes"], self.tensors.get("frozen")
-        now = torch.empty_like(before)
-        for layer, part in zip(self.layers, now.split([layer.weight.numel() for layer in self.layers])):
-            part.view(layer.weight.shape).copy_(layer.quantizer.codes(layer.weight))
-        if frozen is not None:
-            now = torch.where(frozen, before, now)
-        follow(now, before, self.tensors["direction"], self.tensors["frequency"], self.momentum)
-        before.copy_(now)
-        if frozen is not None:
-            average = self.tensors["average"]
-            new = (self.tensors["frequency"] > annealed(self.freeze_from, self.freeze_to, progress)) & ~frozen
-            before.copy_(torch.where(new, average.round().to(before.dtype), before))
-            frozen |= new
-            average.lerp_(now.to(average.dtype), self.momentum)
-            self.hold()
+        now, threshold = torch.empty_like(self.state["codes"]), annealed(self.freeze_from, self.freeze_to, progress)
+        for layer in self.layers:
+            layer.of(now).copy_(layer.quantizer.codes(layer.weight))
+        for codes, *own in zip(now.split(CHUNK), *(flat.split(CHUNK) for flat in self.state.values())):
+            state = dict(zip(self.state, own))
+            if "frozen" in state:
+                codes = blend_(codes, state["codes"], state["frozen"])
+            follow(codes, state["codes"], state["direction"], state["frequency"], self.momentum)
+            state["codes"].copy_(codes)
+            if "frozen" in state:
+                freeze(state, threshold, self.momentum)
+        self.hold()
 
     @torch.no_grad()
     def hold(self) -> None:
         """Put the latent weights of frozen ones at integer times scale, as that now is."""
-        for layer in self.layers:
-            if layer.frozen is not None:
-                held = (layer.codes * layer.scale()).to(layer.weight.dtype)
-                layer.weight.copy_(torch.where(layer.frozen, held, layer.weight))
+        for layer in self.layers if "frozen" in self.state else ():
+            codes, frozen = (layer.of(self.state[name]).to(layer.weight.dtype) for name in ("codes", "frozen"))
+            layer.weight.lerp_((codes * layer.scale()).to(codes.dtype), frozen)  # exactly the one or the other
 
     def shares(self) -> dict[str, float]:
         """Parts of all weights that oscillate, and with freezing that are frozen, in [0, 1]."""
-        rows, total = self.by_layer(), self.tensors["codes"].numel()
+        rows, total = self.by_layer(), self.state["codes"].numel()
         found = {"oscillating": sum(row.oscillating * row.weights for row in rows) / total}
-        if "frozen" in self.tensors:
+        if "frozen" in self.state:
             found["frozen"] = sum(row.frozen * row.weights for row in rows) / total
         return found
 
     def by_layer(self) -> list[LayerShare]:
         """Of each layer, how many of its weights oscillate: more often than with a frequency of 0.005, and they are not
         frozen, as frozen ones stand still while their frequency decays."""
-        frozen = self.tensors.get("frozen")
-        frozen = torch.zeros_like(self.tensors["frequency"], dtype=torch.bool) if frozen is None else frozen
-        often = (self.tensors["frequency"] > OSCILLATING) & ~frozen
+        often = self.state["frequency"] > OSCILLATING
+        frozen = self.state["frozen"].bool() if "frozen" in self.state else torch.zeros_like(often)
+        often &= ~frozen
         sizes = [layer.weight.numel() for layer in self.layers]
         counts = [torch.stack([part.sum() for part in flags.split(sizes)]).tolist() for flags in (often, frozen)]
         return [
@@ -161,25 +173,40 @@ def track_oscillations(
     for name, value in (("freeze_from", freeze_from), ("freeze_to", freeze_to)):
         _check(name, value, "0 to 1", lambda x: 0 <= x <= 1)
     quantizers, weights = weight_quantizers(sim), _latent_weights(sim)
-    tensors = _state([quantizer.codes(weights[name]) for name, quantizer in quantizers.items()])
-    if method != "freezing":
-        del tensors["average"], tensors["frozen"]
-    codes, frozen = (_views(tensors.get(name), weights) for name in ("codes", "frozen"))
-    layers = tuple(_Layer(name, quantizers[name], weights[name], codes[name], frozen.get(name)) for name in weights)
-    return Oscillations(method, momentum, dampening, freeze_from, freeze_to, layers, tensors)
+    starts = accumulate((weight.numel() for weight in weights.values()), initial=0)
+    layers = tuple(_Layer(name, quantizers[name], weights[name], start) for name, start in zip(weights, starts))
+    return Oscillations(method, momentum, dampening, freeze_from, freeze_to, layers, _state(layers, method))
 
 
 @torch.no_grad()
 def follow(now: Tensor, before: Tensor, direction: Tensor, frequency: Tensor, momentum: float) -> None:
     """Take one step of integer weights into ``direction`` and ``frequency``, in place; all of one shape.
 
-    now, before: integers after this step and the one before. An oscillation is a change against ``direction``, that of
-    the change before (section 4.1 of the paper).
+    now, before: integers after this step and the one before, of a type that holds their difference. An oscillation is a
+    change against ``direction``, that of the change before (section 4.1 of the paper).
     """
-    change = (now > before).to(direction.dtype) - (now < before).to(direction.dtype)
-    oscillates = (change * direction) < 0
-    frequency.mul_(1 - momentum).add_(oscillates.to(frequency.dtype), alpha=momentum)
-    direction.copy_(torch.where(change != 0, change, direction))
+    change = (now - before).sign_()
+    oscillates = (change * direction).clamp_(max=0).neg_()
+    frequency.lerp_(oscillates.to(frequency.dtype), momentum)
+    direction.mul_(1 - change.abs()).add_(change)
+
+
+@torch.no_grad()
+def freeze(state: Mapping[str, Tensor], threshold: float, momentum: float) -> None:
+    """Freeze weights whose frequency exceeds the threshold at the rounded average of their integers of before this
+    step, then take this step into the average; in place (algorithm 1 of the paper)."""
+    codes, average, frozen = state["codes"], state["average"], state["frozen"]
+    now = codes.to(average.dtype)
+    new = (state["frequency"] > threshold).view(torch.int8) * (1 - frozen)
+    blend_(codes, average.round().to(codes.dtype), new)
+    frozen.add_(new)
+    average.lerp_(now, momentum)
+
+
+def blend_(values: Tensor, others: Tensor, chosen: Tensor) -> Tensor:
+    """In place: ``others`` where ``chosen`` is 1, where it is 0 the integers that are there. (``torch.where`` takes ten
+    times as long on a CPU.)"""
+    return values.add_((others - values).mul_(chosen))
 
 
 def dampening_gradient(quantizer: WeightQuantizer, weight: Tensor, strength: float) -> Tensor:
@@ -202,13 +229,13 @@ def add_gradient(parameter: Tensor, gradient: Tensor) -> None:
         parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
-def _correct_scale_gradient(layer: _Layer) -> None:
+def _correct_scale_gradient(layer: _Layer, codes: Tensor, frozen: Tensor) -> None:
     """A frozen weight is integer times scale, whose derivative by the scale is the integer. That of a weight which is
     rounded, as LSQ has it, is the distance to its integer, which is zero for a latent weight that is held there."""
-    quantizer, grad, frozen = layer.quantizer, layer.weight.grad, layer.frozen
-    if frozen is None or grad is None or quantizer.scale.grad is None:
+    quantizer, grad = layer.quantizer, layer.weight.grad
+    if grad is None or quantizer.scale.grad is None:
         return
-    rows = quantizer.layout.rows(torch.where(frozen, grad * layer.codes, 0), quantizer.per_channel)
+    rows = quantizer.layout.rows(grad * layer.of(codes) * layer.of(frozen), quantizer.per_channel)
     sign = torch.copysign(torch.ones_like(quantizer.scale), quantizer.scale)
     quantizer.scale.grad.add_(rows.sum(1) * sign * quantizer.gradient_scale(layer.weight))
 
@@ -225,22 +252,21 @@ def _latent_weights(sim: nn.Module) -> dict[str, nn.Parameter]:
     return weights
 
 
-def _state(codes: Sequence[Tensor]) -> dict[str, Tensor]:
+def _state(layers: Sequence[_Layer], method: str) -> dict[str, Tensor]:
     """What is known of all weights before the first step."""
-    flat = torch.cat([each.flatten() for each in codes]).to(torch.int16)
-    return {
-        "codes": flat,
-        "direction": torch.zeros_like(flat, dtype=torch.int8),
-        "frequency": torch.zeros_like(flat, dtype=torch.float32),
-        "average": flat.to(torch.float32),
-        "frozen": torch.zeros_like(flat, dtype=torch.bool),
+    largest = 2 * max(layer.quantizer.quant_max for layer in layers)
+    dtype = next(t for t in (torch.int8, torch.int16, torch.int32) if largest <= torch.iinfo(t).max)
+    codes = torch.empty(sum(layer.weight.numel() for layer in layers), dtype=dtype, device=layers[0].weight.device)
+    for layer in layers:
+        layer.of(codes).copy_(layer.quantizer.codes(layer.weight.detach()))
+    own = {
+        "codes": codes,
+        "direction": torch.zeros_like(codes),
+        "frequency": torch.zeros_like(codes, dtype=torch.float),
     }
-
-
-def _views(flat: Tensor | None, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The parts of a tensor of all weights, by layer; none of a tensor that there is not."""
-    parts = [] if flat is None else flat.split([weight.numel() for weight in weights.values()])
-    return {name: part.view(weight.shape) for (name, weight), part in zip(weights.items(), parts)}
+    if method == "freezing":
+        own.update(average=codes.float(), frozen=torch.zeros_like(codes, dtype=torch.int8))
+    return own
 
 
 def _check(name: str, value: Any, expected: str, fits: Any) -> None:
