@@ -47,11 +47,9 @@ class _Layer:
     def of(self, flat: Tensor) -> Tensor:
         """The weight's part of a tensor of all weights, in its shape, and in memory as it is: all that is computed of
         both goes through memory in one order, which is several times as fast."""
-        part = flat[self.start : self.start + self.weight.numel()]
-        is_dense = torch.empty_like(self.weight).stride() == self.weight.stride()
-        strides = self.weight.stride() if is_dense else None
-        shape = self.weight.shape
-        return part.view(shape) if strides is None else part.as_strided(shape, strides, part.storage_offset())
+        part, weight = flat[self.start : self.start + self.weight.numel()], self.weight
+        is_without_gaps = torch.empty_like(weight).stride() == weight.stride()
+        return part.as_strided(weight.shape, weight.stride()) if is_without_gaps else part.view(weight.shape)
 
     def scale(self) -> Tensor:
         return self.quantizer.layout.expand(positive(self.quantizer.scale))

@@ -113,13 +113,14 @@ def test_only_following_changes_no_bit_of_a_training():
     assert plain[-1].shares is None and set(watched[-1].shares or {}) == {"oscillating"}
 
 
-GROUPED = nn.Sequential(nn.ConvTranspose2d(4, 6, 3, groups=2), nn.BatchNorm2d(6))
+def grouped() -> nn.Module:
+    return randomize(nn.Sequential(nn.ConvTranspose2d(4, 6, 3, groups=2), nn.BatchNorm2d(6)))
 
 
 @pytest.mark.parametrize("scheme", [{}, {"per_channel": False}], ids=["per channel", "per tensor"])
-@pytest.mark.parametrize("model", [None, GROUPED], ids=["flat", "transposed in groups"])
-def test_the_gradient_of_dampening_is_that_of_its_formula_and_reaches_latent_weights_alone(model, scheme):
-    sim = simulation(model=None if model is None else copy.deepcopy(model), **scheme)
+@pytest.mark.parametrize("build", [None, grouped], ids=["flat", "transposed in groups"])
+def test_the_gradient_of_dampening_is_that_of_its_formula_and_reaches_latent_weights_alone(build, scheme):
+    sim = simulation(model=build and build(), **scheme)
     watch = track_oscillations(sim, method="dampening", dampening=0.3)
     with torch.no_grad():
         for layer in watch.layers:
@@ -196,9 +197,9 @@ def test_frozen_weights_keep_their_integers_through_training_weight_decay_and_mo
 
 
 @pytest.mark.parametrize("scheme", [{}, {"per_channel": False}], ids=["per channel", "per tensor"])
-@pytest.mark.parametrize("model", [None, GROUPED], ids=["flat", "transposed in groups"])
-def test_a_scale_has_the_gradient_of_integer_times_scale_for_frozen_weights(model, scheme):
-    sim = simulation(model=None if model is None else copy.deepcopy(model), **scheme)
+@pytest.mark.parametrize("build", [None, grouped], ids=["flat", "transposed in groups"])
+def test_a_scale_has_the_gradient_of_integer_times_scale_for_frozen_weights(build, scheme):
+    sim = simulation(model=build and build(), **scheme)
     watch = track_oscillations(sim, method="freezing")
     torch.manual_seed(1)
     watch.state["frozen"].bernoulli_(0.5)
