@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from bnre_exp.algorithms.evaluate import evaluate
     from bnre_exp.algorithms.fold import fold_batch_norms
     from bnre_exp.algorithms.integers import integer_simulation
+    from bnre_exp.algorithms.oscillation import track_oscillations
     from bnre_exp.algorithms.reestimate import reestimate_bn_stats
     from bnre_exp.algorithms.significance import PairedTest, paired_test
     from bnre_exp.algorithms.train import train
@@ -50,6 +51,7 @@ __all__ = [
     "reestimate_bn_stats",
     "save_folded",
     "sim_report",
+    "track_oscillations",
     "train",
     "weight_quantizers",
 ]
@@ -60,6 +62,7 @@ _PLACES = {
     "algorithms.evaluate": ["evaluate"],
     "algorithms.fold": ["fold_batch_norms"],
     "algorithms.integers": ["integer_simulation"],
+    "algorithms.oscillation": ["track_oscillations"],
     "algorithms.reestimate": ["reestimate_bn_stats"],
     "algorithms.significance": ["PairedTest", "paired_test"],
     "algorithms.train": ["train"],

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bnre_exp.errors import UserError
 
 FORMAT = 1
-MODEL, BUFFER, OPTIMIZER, RANDOM = "model/", "buffer/", "optimizer/", "random/"
+MODEL, BUFFER, OPTIMIZER, RANDOM, MORE = "model/", "buffer/", "optimizer/", "random/", "more/"
 GENERATORS = ("generator", "sampler.generator", "batch_sampler.generator", "batch_sampler.sampler.generator")
 MAX_DIFFERENCES = 5
 
@@ -49,7 +49,8 @@ class Training:
     """Everything that an epoch changes, and what it must agree with.
 
     loaders: by role, whatever is iterated in an epoch (None where there is none); of a loader only its
-    ``torch.Generator`` objects count. settings: JSON values which must be the same when a training goes on.
+    ``torch.Generator`` objects count. settings: JSON values which must be the same when a training goes on. more:
+    tensors besides the network's and the optimizer's, by name, that change in place.
     """
 
     model: nn.Module
@@ -57,6 +58,7 @@ class Training:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     loaders: Mapping[str, Any]
     settings: Mapping[str, Any]
+    more: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def capture(training: Training, history: list[dict[str, Any]]) -> Snapshot:
@@ -73,6 +75,7 @@ def capture(training: Training, history: list[dict[str, Any]]) -> Snapshot:
             )
     names = _trained_names(training)
     tensors = {**_model_tensors(training.model), **_random_tensors(training.loaders)}
+    tensors.update({MORE + name: tensor for name, tensor in training.more.items()})
     strides: dict[str, dict[str, list[int]]] = {}
     for parameter, state in training.optimizer.state.items():
         name = names[parameter]
@@ -103,6 +106,8 @@ def restore(training: Training, snapshot: Snapshot) -> None:
     _check_fits(capture(training, []), snapshot, _schemes(training.model))
     _restore_model(training.model, snapshot.tensors)
     _restore_optimizer(training, snapshot)
+    for name, tensor in training.more.items():
+        tensor.copy_(snapshot.tensors[MORE + name])
     training.scheduler.load_state_dict(copy.deepcopy(snapshot.values["scheduler"]))
     restore_random(training, snapshot)
 
@@ -251,7 +256,7 @@ def _differing_tensors(now: Mapping[str, Tensor], then: Mapping[str, Tensor], sc
     for name in sorted(now.keys() | then.keys()):
         if name.startswith((BUFFER, OPTIMIZER, f"{RANDOM}cuda/")):
             continue
-        what = name.removeprefix(MODEL)
+        what = name.removeprefix(MODEL).removeprefix(MORE)
         if name in schemes and name not in then:
             continue  # it was taken before schemes were part of the state
         if name not in then:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Set
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnre_exp.algorithms.averaging import Average
+from bnre_exp.algorithms.batch_loss import LossFn, LossOfBatch, loss_of_batch
+from bnre_exp.algorithms.control import (
+    Control,
+    Watch,
+    averaged,
+    batch_norms,
+    tensors_of,
+    write_average,
+)
+from bnre_exp.algorithms.epoch import Epoch
 from bnre_exp.algorithms.evaluate import evaluate
 from bnre_exp.algorithms.feeding import (
     ForwardFn,
@@ -23,60 +34,29 @@ from bnre_exp.algorithms.feeding import (
     not_finite,
     patience,
     take_batches,
-    to_device,
 )
 from bnre_exp.algorithms.recipe import Recipe, build_optimizer, build_scheduler
 from bnre_exp.algorithms.snapshot import Snapshots, Training, capture, restore, restore_random
-from bnre_exp.algorithms.speed import autocast, compiled
+from bnre_exp.algorithms.speed import compiled
 from bnre_exp.errors import TrainingDivergedError, UserError, few
 from bnre_exp.progress import Progress, no_progress
 from bnre_exp.quantsim.tracing.frozen import train_mode
-from bnre_exp.tasks.classification import Classification, task_for
-from bnre_exp.tasks.task import TargetFn, Task, labels_of
+from bnre_exp.tasks.task import TargetFn, Task
 
 logger = logging.getLogger(__name__)
-LossFn = Callable[[Any, Tensor], Tensor]
-LossOfBatch = Callable[[Any, str], tuple[Tensor, int]]
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One epoch: index from 1, mean training loss, learning rate at its end, seconds of training, and the metrics of
-    the validation data by name, also as attributes: ``epoch.val_loss`` (None without validation data)."""
-
-    epoch: int
-    loss: float
-    lr: float
-    seconds: float
-    validation: Mapping[str, float] | None = None
-
-    def __getattr__(self, name: str) -> float | None:
-        metric = name.removeprefix("val_")
-        metrics = self.__dict__.get("validation")
-        if metric == name or (metrics is not None and metric not in metrics):
-            raise AttributeError(f"an epoch has no {name!r}")
-        return None if metrics is None else metrics[metric]
-
-    def as_json(self) -> dict[str, Any]:
-        """All of it as one flat dict, ``val_…`` for the validation data's."""
-        own = {name: getattr(self, name) for name in ("epoch", "loss", "lr", "seconds")}
-        return {**own, **{f"val_{name}": value for name, value in (self.validation or {}).items()}}
-
-    @staticmethod
-    def from_json(values: Mapping[str, Any]) -> Epoch:
-        """The inverse of :meth:`as_json`."""
-        scores = {name.removeprefix("val_"): v for name, v in values.items() if name.startswith("val_")}
-        own = {name: value for name, value in values.items() if not name.startswith("val_")}
-        return Epoch(**own, validation=scores if any(v is not None for v in scores.values()) else None)
+Undo = contextlib.AbstractContextManager[Any]
 
 
 def train(
     model: nn.Module, dataloader: Iterable[Any], epochs: int, *, lr: float = 0.01, optimizer: str = "sgd",
     momentum: float = 0.9, weight_decay: float = 0.0, schedule: str = "cosine", label_smoothing: float = 0.0,
     precision: str = "float32", compile: bool = False, steps_per_epoch: int | None = None,
-    validation: Iterable[Any] | None = None, forward_fn: ForwardFn | None = None, target_fn: TargetFn | None = None,
-    loss_fn: LossFn | None = None, task: Task | None = None, on_epoch: Callable[[Epoch], None] | None = None,
-    progress: Progress = no_progress, description: str = "train", snapshots: Snapshots | None = None,
+    freeze_bn_epoch: int | None = None, bn_momentum: float | None = None, ema_decay: float | None = None,
+    oscillations: Watch | None = None, validation: Iterable[Any] | None = None,
+    before_validation: Callable[[nn.Module], Undo] | None = None, forward_fn: ForwardFn | None = None,
+    target_fn: TargetFn | None = None, loss_fn: LossFn | None = None, task: Task | None = None,
+    on_epoch: Callable[[Epoch], None] | None = None, progress: Progress = no_progress, description: str = "train",
+    snapshots: Snapshots | None = None,
 ) -> list[Epoch]:  # fmt: skip
     """Train in place for ``epochs`` passes over ``dataloader``.
 
@@ -85,11 +65,15 @@ def train(
     precision: "bfloat16" computes under autocast; compile: by torch.compile; both also where the validation data
     are evaluated. steps_per_epoch: an epoch is that many batches from the loader's start, iterated again where it is
     shorter; None: all of it, whose length every schedule but a constant one needs.
+    freeze_bn_epoch: from this epoch on (1: the first) BNs normalize by their running statistics and leave them; frozen
+    BNs (``bn.eval()``) always do. bn_momentum: of all BNs meanwhile. ema_decay: the model ends with, and is validated
+    with, the moving average of what is trained (statistics of BNs are not averaged: re-estimate them). oscillations:
+    from :func:`~bnre_exp.track_oscillations`; the loss that is reported is without its dampening.
     task: None: classification, whose loader yields ``(input, label)``; ``forward_fn(model, batch)`` replaces its
     feeding, ``target_fn(batch)`` returns the labels of other batches, validation included, and ``loss_fn(output,
-    label)`` replaces its loss with ``label_smoothing``. ``on_epoch`` is called after every epoch. The model is left in
-    evaluation mode. Frozen BNs (``bn.eval()``) stay so.
-
+    label)`` replaces its loss with ``label_smoothing``. ``on_epoch`` is called after every epoch, and around validation
+    ``before_validation(model)``, whose result undoes it, as the handle of ``reestimate_bn_stats`` does. The model is
+    left in evaluation mode.
     snapshots: saved to after every epoch. From a snapshot that is there the training goes on, with the same bits on the
     CPU if data and functions are as before; ``on_epoch`` is first called for its epochs, and the history has all.
 
@@ -99,37 +83,53 @@ def train(
     that does not fit (the model is then as it was) or cannot be made.
     """
     recipe = Recipe(epochs, lr, optimizer, momentum, weight_decay, schedule, label_smoothing, precision)
-    task, loss_of = _loss_of_batch(model, recipe, task, forward_fn, target_fn, loss_fn)
-    batches_an_epoch = _count(dataloader, recipe, steps_per_epoch)
-    training = _start(model, recipe, batches_an_epoch, {"training": dataloader, "validation": validation})
-    history = _resume(training, snapshots, on_epoch) if snapshots is not None else []
+    control = Control(freeze_bn_epoch, bn_momentum, ema_decay, oscillations)
+    task, loss_of = loss_of_batch(model, recipe, task, forward_fn, target_fn, loss_fn)
+    each = _count(dataloader, recipe, steps_per_epoch)
+    run = _start(model, recipe, control, each, {"training": dataloader, "validation": validation})
+    history = _resume(run.training, snapshots, on_epoch) if snapshots is not None else []
     unused = frozenset(not_finite(model))  # as scales of quantizers that are bypassed, or the first loss will tell
     _name_frozen(model, description)
-
-    def validate() -> Mapping[str, float] | None:
-        if validation is None:
-            return None
-        how: dict[str, Any] = {
-            "precision": recipe.precision,
-            "compile": compile,
-            "description": f"{description}: validation",
-        }
-        return evaluate(model, validation, forward_fn, task=task, **how).metrics
-
-    for epoch in range(len(history) + 1, recipe.epochs + 1):
-        started = time.perf_counter()
+    how: dict[str, Any] = {"task": task, "precision": precision, "compile": compile}
+    for number in range(len(history) + 1, recipe.epochs + 1):
         batches = _epoch_batches(dataloader, recipe, steps_per_epoch)
-        batches = progress(batches, f"{description} {epoch}/{epochs}", batches_an_epoch)
-        with compiled(model, compile):
-            loss = _train_epoch(training, batches, loss_of, unused, f"epoch {epoch}", description)
-        rate, seconds = training.optimizer.param_groups[0]["lr"], time.perf_counter() - started
-        history.append(Epoch(epoch, loss, rate, seconds, validate()))
+        batches = progress(batches, f"{description} {number}/{epochs}", each)
+        epoch = _train_epoch(run, number, batches, loss_of, unused, description, compile)
+        with averaged(run.average, oscillations):
+            scores = _validate(model, validation, before_validation, forward_fn, f"{description}: validation", how)
+        history.append(replace(epoch, validation=scores))
         if snapshots is not None:
-            snapshots.save(capture(training, [done.as_json() for done in history]))
+            snapshots.save(capture(run.training, [done.as_json() for done in history]))
         if on_epoch is not None:
             on_epoch(history[-1])
+    write_average(run.average, oscillations)
     model.eval()
     return history
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A training, what it does besides following gradients, and how many steps it has (None: not known)."""
+
+    training: Training
+    control: Control
+    average: Average | None
+    steps: int | None
+
+    def progress(self) -> float:
+        """The part of all steps that is done with the next one; 1 where their number is not known."""
+        return 1.0 if self.steps is None else (self.training.scheduler.last_epoch + 1) / self.steps
+
+
+def _validate(
+    model: nn.Module, data: Iterable[Any] | None, before: Callable[[nn.Module], Undo] | None,
+    forward_fn: ForwardFn | None, description: str, how: Mapping[str, Any],
+) -> Mapping[str, float] | None:  # fmt: skip
+    """The metrics of the validation data, if there are any. before: what is done to the network, and undone after."""
+    if data is None:
+        return None
+    with contextlib.nullcontext() if before is None else before(model):
+        return evaluate(model, data, forward_fn, description=description, **how).metrics
 
 
 def _count(dataloader: Iterable[Any], recipe: Recipe, steps_per_epoch: int | None) -> int | None:
@@ -157,19 +157,26 @@ def _epoch_batches(dataloader: Iterable[Any], recipe: Recipe, steps_per_epoch: i
     return dataloader if length is None or recipe.schedule == "constant" else as_many(dataloader, length)
 
 
-def _start(model: nn.Module, recipe: Recipe, batches_an_epoch: int | None, loaders: Mapping[str, Any]) -> Training:
+def _start(
+    model: nn.Module, recipe: Recipe, control: Control, batches_an_epoch: int | None, loaders: Mapping[str, Any]
+) -> _Run:
     """A training that has not begun. Raises ``UserError`` where nothing can be trained."""
     if not torch.is_grad_enabled():
         raise UserError("train is called under torch.no_grad or torch.inference_mode; call it outside of that.")
     optimizer = build_optimizer(model, recipe)
     steps = None if batches_an_epoch is None else recipe.epochs * batches_an_epoch
+    control.check_steps(steps)
     settings = {**asdict(recipe), "batches an epoch": batches_an_epoch, "device": device_of(model).type}
-    return Training(model, optimizer, build_scheduler(optimizer, recipe, steps), loaders, settings)
+    settings.update(control.settings())
+    average, scheduler = control.average(model), build_scheduler(optimizer, recipe, steps)
+    more = tensors_of(average, control.oscillations)
+    return _Run(Training(model, optimizer, scheduler, loaders, settings, more), control, average, steps)
 
 
 def _name_frozen(model: nn.Module, description: str) -> None:
     """Warn of batch norms that stay frozen: a network may be in evaluation mode without its user having meant that."""
-    bns = {module: name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    ours = set(batch_norms(model))
+    bns = {module: name for name, module in model.named_modules() if module in ours}
     frozen = [bns[module] for module in train_mode(model) if module in bns]
     if frozen:
         logger.warning(
@@ -197,22 +204,24 @@ def _resume(training: Training, snapshots: Snapshots, on_epoch: Callable[[Epoch]
 
 
 def _train_epoch(
-    training: Training, batches: Iterable[Any], loss_of: LossOfBatch, unused: Set[str], epoch: str, description: str
-) -> float:
-    """One pass over ``batches``; the mean loss of its samples. unused: what was not finite before."""
+    run: _Run, number: int, batches: Iterable[Any], loss_of: LossOfBatch, unused: Set[str], description: str,
+    compile: bool,
+) -> Epoch:  # fmt: skip
+    """One pass over ``batches``; with the mean loss of its samples. unused: what was not finite before."""
+    training, epoch, started = run.training, f"epoch {number}", time.perf_counter()
     train_mode(training.model)
     total, samples = torch.zeros((), dtype=torch.float64, device=device_of(training.model)), 0
     peak, every = f"it was {training.settings['lr']:g} at its peak", patience(total.device)
-    for step, batch in enumerate(batches, start=1):
-        loss, count = loss_of(batch, f"{epoch}, batch {step} of {description}")
-        training.optimizer.zero_grad(set_to_none=True)
-        total += loss.detach().double() * count
-        if step % every == 0:
-            _refuse_diverged(total, f"{epoch}, batch {step} of {description}", peak)
-        loss.backward()
-        training.optimizer.step()
-        training.scheduler.step()
-        samples += count
+    with compiled(training.model, compile), run.control.of_batch_norms(training.model, number):
+        for step, batch in enumerate(batches, start=1):
+            loss, count = loss_of(batch, f"{epoch}, batch {step} of {description}")
+            training.optimizer.zero_grad(set_to_none=True)
+            total += loss.detach().double() * count
+            if step % every == 0:
+                _refuse_diverged(total, f"{epoch}, batch {step} of {description}", peak)
+            loss.backward()
+            _take_step(run)
+            samples += count
     if not samples:
         raise UserError(
             f"{description}: the data loader yields no batches in {epoch}; give one that can be iterated again."
@@ -223,7 +232,22 @@ def _train_epoch(
             f"After {epoch} of {description} {few(names)} hold NaN or infinity, though the loss was finite: its "
             f"gradient was not. Try a lower learning rate ({peak}), or look for a square root or a division at zero."
         )
-    return float(total) / samples
+    watch, rate = run.control.oscillations, training.optimizer.param_groups[0]["lr"]
+    shares = None if watch is None else watch.shares()
+    return Epoch(number, float(total) / samples, rate, time.perf_counter() - started, shares=shares)
+
+
+def _take_step(run: _Run) -> None:
+    """A step of the optimizer, and what is done before and after each."""
+    watch, progress = run.control.oscillations, run.progress()
+    if watch is not None:
+        watch.before_step(progress)
+    run.training.optimizer.step()
+    run.training.scheduler.step()
+    if watch is not None:
+        watch.after_step(progress)
+    if run.average is not None:
+        run.average.add()
 
 
 def _refuse_diverged(total: Tensor, where: str, peak: str) -> None:
@@ -231,54 +255,4 @@ def _refuse_diverged(total: Tensor, where: str, peak: str) -> None:
     if not math.isfinite(value := float(total)):
         raise TrainingDivergedError(
             f"The training loss became {value} in {where}; try a lower learning rate ({peak}) or look at the data."
-        )
-
-
-def _loss_of_batch(
-    model: nn.Module, recipe: Recipe, task: Task | None, forward_fn: ForwardFn | None, target_fn: TargetFn | None,
-    loss_fn: LossFn | None,
-) -> tuple[Task, LossOfBatch]:  # fmt: skip
-    """The task, and what gives a batch's loss and its number of samples."""
-    device, task = device_of(model), task_for(task, target_fn)
-    forward_fn = forward_fn or task.feed
-    labels = task.labels if isinstance(task, Classification) else labels_of
-
-    def loss_of(batch: Any, where: str) -> tuple[Tensor, int]:
-        batch = to_device(batch, device)
-        count = task.samples(batch)
-        if not count:
-            raise UserError(f"{where}: the batch has no samples.")
-        with autocast(device, recipe.precision):
-            output = _forward(forward_fn, model, batch, where)
-            if loss_fn is None:
-                loss = task.loss(output, batch, recipe.label_smoothing)
-            else:
-                loss = loss_fn(output, labels(batch))
-        _check_loss(loss, where)
-        return loss, count
-
-    return task, loss_of
-
-
-def _forward(forward_fn: ForwardFn, model: nn.Module, batch: Any, where: str) -> Any:
-    try:
-        return forward_fn(model, batch)
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise UserError(
-            f"{where}: a batch norm gets one value per channel, which has no variance; use larger batches "
-            "(drop_last=True drops a short last one)."
-        ) from error
-
-
-def _check_loss(loss: Any, where: str) -> None:
-    """Raise ``UserError`` unless this is one number that a gradient can be taken of."""
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = list(loss.shape) if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        raise UserError(f"{where}: the loss is {got}; expected a tensor of one number, the mean over the batch.")
-    if not loss.requires_grad:
-        raise UserError(
-            f"{where}: the loss does not depend on what is trained; forward_fn, loss_fn or the network may compute "
-            "under torch.no_grad or detach its output."
         )

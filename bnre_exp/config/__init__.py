@@ -12,8 +12,11 @@ from bnre_exp.config.choices import (
     FoldMode,
     MemoryFormat,
     Optimizer,
+    Oscillation,
     Precision,
+    QatBn,
     QatPrepare,
+    QatValidate,
     RangeEstimator,
     Recalibrate,
     ReestImages,
@@ -24,6 +27,7 @@ from bnre_exp.config.choices import (
 )
 from bnre_exp.config.fields import flatten
 from bnre_exp.config.job import Config
+from bnre_exp.config.qat import QatConfig
 from bnre_exp.config.reest import ReestConfig
 from bnre_exp.config.running import RuntimeConfig, StoreConfig, TrackingConfig
 from bnre_exp.config.sections import (
@@ -33,7 +37,6 @@ from bnre_exp.config.sections import (
     Fp32Config,
     LayerOverride,
     ModelConfig,
-    QatConfig,
     QuantConfig,
     TaskConfig,
     TrainConfig,
@@ -54,12 +57,15 @@ __all__ = [
     "ModelConfig",
     "Optimizer",
     "Precision",
+    "Oscillation",
+    "QatBn",
     "QatConfig",
     "QuantConfig",
     "RangeEstimator",
     "Recalibrate",
     "ReestConfig",
     "QatPrepare",
+    "QatValidate",
     "ReestImages",
     "ReestMethod",
     "RuntimeConfig",

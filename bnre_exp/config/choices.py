@@ -44,6 +44,28 @@ class QatPrepare(Enum):
     none = "none"
 
 
+class QatBn(Enum):
+    """What batch norms do with their statistics in QAT."""
+
+    train = "train"
+    frozen = "frozen"
+
+
+class QatValidate(Enum):
+    """Which statistics of batch norms the validation figures of QAT's epochs are of."""
+
+    as_is = "as_is"
+    reestimated = "reestimated"
+
+
+class Oscillation(Enum):
+    """What is done in QAT against weights that oscillate between two integers."""
+
+    none = "none"
+    dampening = "dampening"
+    freezing = "freezing"
+
+
 class ReestMethod(Enum):
     """Estimators of the BN statistics over several batches."""
 

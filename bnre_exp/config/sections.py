@@ -9,7 +9,6 @@ from bnre_exp.config.choices import (
     ExportFormat,
     FoldMode,
     Optimizer,
-    QatPrepare,
     RangeEstimator,
     Schedule,
     WeightGrid,
@@ -192,30 +191,6 @@ class QuantConfig:
         check_fields(self, self.group)
         if self.weight_bits is None and self.act_bits is None:
             raise UserError("quant.weight_bits and quant.act_bits are both null: nothing would be quantized.")
-
-
-@dataclass
-class QatConfig:
-    """Quantization-aware training."""
-
-    group: ClassVar[str] = "qat"
-    epochs: int = opt(2, "passes over the training data; 0: no QAT (PTQ)", ge=0, le=MOST_EPOCHS)
-    prepare: QatPrepare = opt(
-        QatPrepare.auto,
-        "before the first step: reestimate (BN statistics from calib_batches, then ranges), calibrate (ranges), none; "
-        "auto: reestimate, with reest.num_batches=0 calibrate",
-    )
-    lr: float = opt(0.01, "peak learning rate", gt=0, le=MOST_RATE)
-    optimizer: Optimizer = opt(Optimizer.sgd, "sgd or adamw")
-    momentum: float = opt(0.9, "of SGD", ge=0, lt=1)
-    weight_decay: float = opt(
-        1e-4, "L2 penalty on weights; never on BN parameters, biases or scales", ge=0, le=MOST_RATE
-    )
-    schedule: Schedule = opt(Schedule.cosine, "one_cycle, cosine or constant")
-    label_smoothing: float = opt(0.0, "fraction of the target spread over all classes", ge=0, lt=1)
-
-    def __post_init__(self) -> None:
-        check_fields(self, self.group)
 
 
 @dataclass

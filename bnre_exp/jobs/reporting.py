@@ -18,7 +18,7 @@ from bnre_exp.jobs.stages.outcome import Outcome
 from bnre_exp.jobs.stages.setting import Setting
 from bnre_exp.jobs.store import Store
 from bnre_exp.report.html import RunPage, run_page
-from bnre_exp.report.layers import drift_markdown, layers_markdown
+from bnre_exp.report.layers import drift_markdown, layers_markdown, table_markdown
 from bnre_exp.report.page import REPORT, write_page
 from bnre_exp.report.summary import RUN_FOLDER, StageResult, Summary, markdown, without_places
 from bnre_exp.report.verdict import Verdict, verdicts
@@ -84,6 +84,8 @@ class Job:
             self._list_layers(outcome.layers)
         if outcome.drift is not None:
             self._list_drift(outcome.drift)
+        for name, columns in outcome.tables.items():
+            self._leave_table(name, columns)
         self.log.tag_once(f"stage.{stage}", how)
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
@@ -120,6 +122,14 @@ class Job:
         self.log.artifact(path)
         self.log.table("drift.json", columns)
         self.results.summary.places["which BNs moved"] = str(path)
+
+    def _leave_table(self, name: str, columns: dict[str, list[str]]) -> None:
+        """A table of a stage's own, as a file of the run and in MLflow."""
+        path = self.run_dir / f"{name.replace(' ', '_')}.md"
+        path.write_text(table_markdown(f"{self.results.summary.title}: {name}", columns))
+        self.log.artifact(path)
+        self.log.table(path.with_suffix(".json").name, columns)
+        self.results.summary.places[name] = str(path)
 
 
 def headline_of(tags: Mapping[str, Any]) -> Headline:

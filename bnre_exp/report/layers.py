@@ -25,7 +25,12 @@ def layers_columns(rows: Sequence[LayerRow]) -> dict[str, list[str]]:
 
 def layers_markdown(title: str, columns: Mapping[str, Sequence[str]]) -> str:
     """The table as a page of its own, from :func:`layers_columns`."""
-    lines = [f"# {title}: layer by layer", "", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    return table_markdown(f"{title}: layer by layer", columns)
+
+
+def table_markdown(title: str, columns: Mapping[str, Sequence[str]]) -> str:
+    """A page with one table. columns: cells by heading."""
+    lines = [f"# {title}", "", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     lines += [
         f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in zip(*columns.values())
     ]

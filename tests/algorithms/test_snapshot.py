@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from bnre_exp import QuantScheme, UserError, calibrate, quantize, train
+from bnre_exp import QuantScheme, UserError, calibrate, quantize, reestimate_bn_stats, track_oscillations, train
 from bnre_exp.algorithms.snapshot import Snapshot, Training, capture, restore
 from bnre_exp.data.loaders import Preprocessing, build_loaders
 from bnre_exp.data.spec import DataSpec
@@ -120,6 +120,7 @@ class Run:
     network: str = "float"
     data: str = "digits"
     stop: tuple[str, int] | None = None
+    oscillation: str | None = None
 
     def __post_init__(self) -> None:
         self.loader, self.validation = build_data(self.data, self.seed)
@@ -127,6 +128,11 @@ class Run:
         # Whoever resumes a simulation need not calibrate it: ranges are restored.
         self.model = float_network() if self.network == "float" else simulation(calibrated=self.seed == 1)
         self.events: list[Any] = []
+        self.watch = self.control = None
+        if self.oscillation is not None:
+            self.watch = track_oscillations(self.model, method=self.oscillation, momentum=0.1, freeze_from=0.05)
+            again = lambda model: reestimate_bn_stats(model, self.validation, 2)  # noqa: E731
+            self.control = {"oscillations": self.watch, "ema_decay": 0.8, "before_validation": again}
 
     def on_epoch(self, epoch: Any) -> None:
         self.events.append(epoch.epoch)
@@ -145,7 +151,7 @@ class Run:
         try:
             self.history = train(
                 self.model, self.loader, epochs, validation=self.validation, on_epoch=self.on_epoch,
-                progress=self.progress, snapshots=snapshots, **recipe,
+                progress=self.progress, snapshots=snapshots, **recipe, **(self.control or {}),
             )  # fmt: skip
         except Killed:
             assert self.stop is not None
@@ -177,6 +183,9 @@ def assert_same_end(resumed: Run, whole: Run) -> None:
     assert len(resumed.generators) == len(whole.generators)
     assert all(torch.equal(a, b) for a, b in zip(resumed.generators, whole.generators))
     assert not resumed.model.training
+    if whole.watch is not None and resumed.watch is not None:
+        assert_same_state(resumed.watch.tensors, whole.watch.tensors)
+        assert whole.watch.state["frequency"].any()
 
 
 def check_resuming(stop: tuple[str, int], recipe: dict[str, Any], **how: Any) -> None:
@@ -209,6 +218,29 @@ SETTINGS = [
 @pytest.mark.parametrize(("network", "data", "recipe"), SETTINGS)
 def test_a_training_killed_within_an_epoch_goes_on_with_the_same_bits(network, data, recipe):
     check_resuming(("mid_epoch", 2 if recipe["schedule"] == "one_cycle" else 1), recipe, network=network, data=data)
+
+
+@pytest.mark.parametrize("stop", [("mid_epoch", 1), ("on_epoch", 2), ("on_epoch", 3)], ids=str)
+@pytest.mark.parametrize("oscillation", ["freezing", "dampening"])
+def test_a_training_with_control_goes_on_with_the_same_bits(oscillation, stop):
+    recipe = {**RECIPES[1], "freeze_bn_epoch": 3, "bn_momentum": 0.3}
+    check_resuming(stop, recipe, network="simulation", data="digits", oscillation=oscillation)
+
+
+def test_a_training_with_other_control_is_refused_and_nothing_changed():
+    snapshots, how = Serialised(), {"network": "simulation", "oscillation": "freezing"}
+    Run(1, stop=("on_epoch", 1), **how).train(snapshots, **RECIPES[1])
+    other = Run(2, **how)
+    other.watch.state["average"].fill_(7.0)
+    for changes, message in (
+        ({"bn_momentum": 0.2}, "bn_momentum was None and is 0.2"),
+        ({"freeze_bn_epoch": 1}, "freeze_bn_epoch was None and is 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            other.train(snapshots, **RECIPES[1], **changes)
+    with pytest.raises(UserError, match="ema_decay was 0.8 and is None.*oscillation was 'freezing' and is None"):
+        train(simulation(True), other.loader, EPOCHS, snapshots=snapshots, **RECIPES[1])
+    assert (other.watch.state["average"] == 7.0).all()
 
 
 @pytest.mark.parametrize("after", [1, 2])

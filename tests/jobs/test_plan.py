@@ -154,6 +154,18 @@ EVERYTHING = ["fp32", "ptq", "qat_start", "qat", "reest", "fold", "export"]
         ("qat.prepare=calibrate", "qat_start"),
         ("qat.prepare=reestimate", None),
         ("qat.lr=0.1", "qat"),
+        ("qat.bn=frozen", "qat"),
+        ("qat.freeze_bn_epoch=1", "qat"),
+        ("qat.freeze_bn_epoch=2", None),  # there is one epoch
+        ("qat.bn_momentum=0.05", "qat"),
+        ("qat.validate=reestimated", "qat"),
+        ("qat.validate=reestimated dataset.val_fraction=0", "fp32"),
+        ("qat.validate_batches=3", None),
+        ("qat.oscillation=freezing", "qat"),
+        ("qat.oscillation_momentum=0.02", "qat"),
+        ("qat.dampening=1", None),
+        ("qat.freeze_to=0.02", None),
+        ("qat.ema_decay=0.9", "qat"),
         ("reest.num_batches=3", "reest"),
         ("fold.bias_bits=null", "fold"),
         ("quant.percentile=99", None),
@@ -171,6 +183,23 @@ def test_a_setting_changes_the_stages_it_can_change_and_no_others(folder, unchan
     before, after = unchanged, keys(folder, *override.split(" "))
     changed = [stage for stage in EVERYTHING if before[stage] != after[stage]]
     assert changed == (EVERYTHING[EVERYTHING.index(first) :] if first else [])
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "are_alike"),
+    [
+        ("qat.bn=frozen", "qat.freeze_bn_epoch=1", True),
+        ("qat.bn=frozen", "qat.bn=frozen qat.bn_momentum=0.5 qat.freeze_bn_epoch=1", True),
+        ("qat.oscillation=freezing", "qat.oscillation=freezing qat.dampening=1", True),
+        ("qat.oscillation=freezing", "qat.oscillation=freezing qat.freeze_from=0.2", False),
+        ("qat.oscillation=dampening", "qat.oscillation=dampening qat.dampening=1", False),
+        ("qat.validate=reestimated", "qat.validate=reestimated qat.validate_batches=3", False),
+        ("qat.epochs=3 qat.freeze_bn_epoch=2", "qat.epochs=3 qat.freeze_bn_epoch=3", False),
+        ("dataset.val_fraction=0", "dataset.val_fraction=0 qat.validate=reestimated", True),
+    ],
+)
+def test_of_the_control_of_qat_the_key_has_what_is_in_use(folder, one, other, are_alike):
+    assert (keys(folder, *one.split())["qat"] == keys(folder, *other.split())["qat"]) is are_alike
 
 
 # Each file is of the stages that run it, and each library of those that use it; what only words, reports or keeps
@@ -196,6 +225,8 @@ CHANGES = [
     ("code", "algorithms/calibrate.py", "ptq"),
     ("code", "algorithms/bn_statistics.py", "qat_start"),
     ("code", "jobs/stages/qat.py", "qat"),
+    ("code", "algorithms/control.py", "fp32"),
+    ("code", "algorithms/oscillation.py", "qat"),
     ("code", "jobs/stages/reest_only.py", None),
     ("code", "jobs/stages/reest.py", "reest"),
     ("code", "algorithms/fold.py", "fold"),

@@ -212,6 +212,52 @@ def test_re_estimation_alone_is_that_of_a_job_without_qat_and_leaves_qat_alone(t
     assert without.summary.exceptions["note"] == [("re-estimation without QAT", "the statistics are not finite")]
 
 
+CONTROL = [
+    "qat.epochs=2", "qat.oscillation=freezing", "qat.oscillation_momentum=0.1", "qat.freeze_to=0.0", "qat.lr=0.05",
+    "qat.ema_decay=0.9", "qat.bn_momentum=0.05", "qat.freeze_bn_epoch=2", "qat.validate=reestimated",
+    "qat.validate_batches=2",
+]  # fmt: skip
+
+
+def curves(folder: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = [line["metrics"] for line in lines if "qat/train_loss" in line.get("metrics", {})]
+    return [{name: value for name, value in epoch.items() if "seconds" not in name} for epoch in found]
+
+
+def test_the_control_of_qat_is_in_curves_and_a_table_also_when_it_is_reused(tmp_path):
+    results, _ = job(tmp_path, *CONTROL)
+    epochs = curves(tmp_path / "run")
+    assert [0 < epoch["qat/oscillating"] + epoch["qat/frozen"] < 1 for epoch in epochs] == [True, True]
+    assert 0 < epochs[0]["qat/frozen"] < epochs[1]["qat/frozen"] == results.metrics["qat/frozen"]
+    table = (tmp_path / "run" / "oscillating_weights.md").read_text()
+    assert table.splitlines()[2] == "| layer | weights | oscillating | frozen |" and "| conv1 | 864 | " in table
+    assert "of weights frozen" in (tmp_path / "run" / "report.md").read_text()
+    again, console = job(tmp_path, *CONTROL, name="again")
+    assert "QAT: top-1" in console.export_text() and "reused" in (tmp_path / "again" / "report.md").read_text()
+    assert curves(tmp_path / "again") == epochs
+    assert (tmp_path / "again" / "oscillating_weights.md").read_text() == table
+
+
+def test_what_validation_sees_is_what_re_estimation_gives(tmp_path):
+    """With as many batches as the stage of re-estimation takes, in the same order."""
+    last, _ = job(tmp_path, *CONTROL, "qat.validate_batches=4", "fold.bias_bits=null")
+    found, shipped = curves(tmp_path / "run")[-1], last.metrics
+    assert found["qat/val_loss"] != pytest.approx(curves_as_is(tmp_path)["qat/val_loss"], rel=1e-3)
+    assert found["qat/val_top1"] == pytest.approx(shipped["fold/val_top1"], abs=0.06)
+
+
+def curves_as_is(tmp_path: Path) -> dict[str, float]:
+    job(tmp_path, *CONTROL, "qat.validate=as_is", name="as is")
+    return curves(tmp_path / "as is")[-1]
+
+
+def test_weights_that_are_not_quantized_cannot_oscillate_which_is_told(tmp_path):
+    results, _ = job(tmp_path, "quant.weight_bits=null", "qat.oscillation=freezing")
+    assert ("qat.oscillation", "no weights are quantized, so none can oscillate") in results.summary.exceptions["note"]
+    assert "qat/oscillating" not in results.metrics
+
+
 def test_the_folded_checkpoint_gives_the_reported_accuracy(tmp_path):
     from bnre_exp.data import DataSpec, build_loaders, resolve_preprocessing
 

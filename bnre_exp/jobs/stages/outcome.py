@@ -34,8 +34,8 @@ class Measured:
 @dataclass
 class Outcome:
     """All that a stage reports. metrics: by MLflow name; curves: ``(step, metrics)``; exceptions: ``(heading, [(name,
-    reason)])``; layers, drift: columns of the table of layers, and of that of batch norms that moved; files: what it
-    left in the run's folder, by name."""
+    reason)])``; layers, drift: columns of the table of layers, and of that of batch norms that moved; tables: others,
+    ``name: {heading: cells}``; files: what it left in the run's folder, by name."""
 
     measured: list[Measured] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
@@ -43,6 +43,7 @@ class Outcome:
     exceptions: list[tuple[str, list[tuple[str, str]]]] = field(default_factory=list)
     layers: dict[str, list[str]] | None = None
     drift: dict[str, list[Any]] | None = None
+    tables: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
 
     def except_for(self, heading: str, rows: Sequence[tuple[str, str]]) -> None:

@@ -23,6 +23,10 @@ MEASURING = (
 TRAINING = (
     "jobs.stages.training",
     "algorithms.train",
+    "algorithms.batch_loss",
+    "algorithms.control",
+    "algorithms.averaging",
+    "algorithms.epoch",
     "algorithms.recipe",
     "quantsim.tracing.frozen",
     "quantsim.wrappers",
@@ -82,7 +86,9 @@ STAGES = (
     Stage(
         "qat", section="qat", settings=qat_settings, run=qat, follows=("qat_start", "ptq"), form=SIM,
         is_on=lambda config: config.qat.epochs > 0, off=("QAT", "off (qat.epochs=0)"),
-        uses=lambda config: Uses(("jobs.stages.qat", *TRAINING, *SIMULATION, *MEASURING)),
+        uses=lambda config: Uses(
+            ("jobs.stages.qat", "algorithms.oscillation", *TRAINING, *RE_ESTIMATION, *SIMULATION, *MEASURING)
+        ),
         rows={"qat": "QAT"},
     ),
     Stage(

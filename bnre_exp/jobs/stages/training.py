@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from bnre_exp.algorithms.train import Epoch, train
+from typing import Any
+
+from bnre_exp.algorithms.epoch import Epoch
+from bnre_exp.algorithms.train import train
 from bnre_exp.config import QatConfig, TrainConfig
 from bnre_exp.jobs.stages.given import Given
 from bnre_exp.jobs.stages.outcome import Outcome
@@ -10,14 +13,16 @@ from bnre_exp.jobs.stages.setting import Setting, seed
 
 
 def train_stage(
-    setting: Setting, stage: str, given: Given, epochs: int, how: TrainConfig | QatConfig, outcome: Outcome
-) -> float:
-    """Train the network that is given, in place, with the seed of the stage; adds the epochs to the outcome. Returns
-    the seconds of training."""
+    setting: Setting, stage: str, given: Given, epochs: int, how: TrainConfig | QatConfig, outcome: Outcome,
+    **more: Any,
+) -> float:  # fmt: skip
+    """Train the network that is given, in place, with the seed of the stage; adds the epochs to the outcome. more:
+    arguments of the training that only some stages have. Returns the seconds of training."""
 
     def on_epoch(epoch: Epoch) -> None:
         values = {f"{stage}/train_loss": epoch.loss, f"{stage}/lr": epoch.lr, f"{stage}/epoch_seconds": epoch.seconds}
         values.update({f"{stage}/val_{name}": value for name, value in (epoch.validation or {}).items()})
+        values.update({f"{stage}/{name}": value for name, value in (epoch.shares or {}).items()})
         outcome.curves.append((epoch.epoch, values))
         setting.on_metrics(values, epoch.epoch)
         headline = setting.task.headline
@@ -32,6 +37,6 @@ def train_stage(
         momentum=how.momentum, weight_decay=how.weight_decay, schedule=how.schedule.value,
         label_smoothing=how.label_smoothing, **setting.speed, task=setting.task,
         validation=setting.loaders.validation, on_epoch=on_epoch, snapshots=given.snapshots, progress=setting.progress,
-        description=f"{stage}: epoch",
+        description=f"{stage}: epoch", **more,
     )  # fmt: skip
     return sum(epoch.seconds for epoch in history)

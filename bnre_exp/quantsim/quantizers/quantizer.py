@@ -74,10 +74,13 @@ class WeightQuantizer(Quantizer):
     def forward(self, weight: Tensor) -> Tensor:
         if self.bypassed:
             return weight
-        gradient_scale = 1 / math.sqrt(weight.numel() / self.scale.numel() * self.quant_max)
         scale = self.layout.expand(self.scale)
         zero_point = None if self.zero_point is None else self.layout.expand(self.zero_point)
-        return fake_quantize(weight, scale, zero_point, self.quant_min, self.quant_max, gradient_scale)
+        return fake_quantize(weight, scale, zero_point, self.quant_min, self.quant_max, self.gradient_scale(weight))
+
+    def gradient_scale(self, weight: Tensor) -> float:
+        """By what the gradient of a learned scale is multiplied (LSQ): 1/sqrt(elements of a channel * quant_max)."""
+        return 1 / math.sqrt(weight.numel() / self.scale.numel() * self.quant_max)
 
     def codes(self, weight: Tensor) -> Tensor:
         """The integer codes of a float weight, in the smallest type that holds them: int8 up to 8 bits (a mirrored grid
