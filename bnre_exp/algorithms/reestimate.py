@@ -191,6 +191,7 @@ def _batch_norms(
     model: nn.Module, layers: str | Sequence[str] | None
 ) -> tuple[dict[Any, str], dict[Any, str], tuple[str, ...]]:
     """All BNs with their names, those that are re-estimated, and the names of those that are constants."""
+    device_of(model)  # refuses what is no network, or has no values
     refuse_kind(model, "reestimate_bn_stats")
     names: dict[Any, str] = {m: name for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
     bns = {bn: name for bn, name in names.items() if bn.running_mean is not None and bn.running_var is not None}

@@ -105,13 +105,13 @@ def test_figures_of_the_test_go_with_it():
 
 
 def test_the_interval_is_of_the_metric_and_there_is_none_where_scores_are_another():
-    (found,) = verdicts({"ptq": right(50), "reest": right(380)}, SECONDS, 100)
+    (found,) = verdicts({"ptq": right(50), "reest": right(380)}, SECONDS, BATCHES)
     assert found.interval == pytest.approx((0.125 + found.test.low, 0.125 + found.test.high))
     torch.manual_seed(0)
     errors = torch.rand(100, dtype=torch.float64)
     before, after = (scored(float(e.mean()), -e, MAE) for e in (errors, errors / 2))
-    (found,) = verdicts({"ptq": before, "reest": after}, SECONDS, 100)
+    (found,) = verdicts({"ptq": before, "reest": after}, SECONDS, BATCHES)
     low, high = found.interval
     assert low < after.value < high < before.value and high - low == pytest.approx(found.test.high - found.test.low)
-    (found,) = verdicts({"ptq": scored(0.1, errors, MAP), "reest": scored(0.9, errors + 1, MAP)}, SECONDS, 100)
+    (found,) = verdicts({"ptq": scored(0.1, errors, MAP), "reest": scored(0.9, errors + 1, MAP)}, SECONDS, BATCHES)
     assert found.interval is None
