@@ -73,7 +73,7 @@ def test_plots_are_within_the_page_in_its_own_colours(tmp_path):
 
 
 def test_what_failed_is_told_and_names_are_no_markup(tmp_path):
-    rows = [row(2, name=BAD, root=BAD), row(3, error=f"late {BAD}"), FAILED]
+    rows = [row(2, root=BAD), row(3, name=BAD, error=f"late {BAD}"), FAILED]
     pictures = [path for path in save_plots(rows, tmp_path, HEADINGS) if path.suffix == ".svg"]
     page = read(comparison_page(BAD, rows, HEADINGS, tmp_path, pictures))
     _, _, ended = page.text.partition("What did not finish")

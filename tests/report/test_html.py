@@ -133,9 +133,10 @@ def test_which_direction_is_better_is_said(better):
 
 
 def test_what_users_name_is_no_markup():
+    many = [(f"{n}", f"{BAD}{n % 2}") for n in range(30)]  # more than a list shows unfolded
     summary = Summary(
         BAD, BAD, [f"{BAD}: {BAD}"], [StageResult(BAD, 0.5, None, None, 1.0, BAD, "fp32")],
-        {BAD: [(BAD, BAD)], f"{BAD}2": []}, {BAD: BAD, "path": f"/out/run/{BAD}", "web": f"http://x/\"onclick='{BAD}"},
+        {BAD: [(BAD, BAD), *many], f"{BAD}2": []}, {BAD: BAD, "path": f"/out/run/{BAD}", "web": f"http://x/\"onclick='{BAD}"},
     )  # fmt: skip
     run = replace(
         RUN, summary=summary, headline=Headline("top1", BAD), settings={BAD: BAD}, defaults={BAD: "1"}, overrides=BAD,
