@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnre_exp.algorithms.bn_statistics import commit, write_statistics
+from bnre_exp.algorithms.bn_statistics import commit, names_with_statistics, write_statistics
 from bnre_exp.algorithms.feeding import ForwardFn
 from bnre_exp.algorithms.observed import observed_statistics
 from bnre_exp.progress import Progress, no_progress
@@ -33,12 +32,8 @@ def reestimate_each_alone(
     over ``num_batches`` finds them all; ``measure`` is then called once a layer. Layers that no batch reaches are left
     out. Arguments, and what is raised, as of :func:`~bnre_exp.reestimate_bn_stats`.
     """
-    bns: dict[Any, str] = {
-        m: name for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None
-    }
-    alone = observed_statistics(
-        model, bns, dataloader, num_batches, forward_fn, method=method, progress=progress
-    )  # fmt: skip
+    bns = names_with_statistics(model)
+    alone = observed_statistics(model, bns, dataloader, num_batches, forward_fn, method=method, progress=progress)
     found = {}
     for bn, statistics in progress(alone.items(), "re-estimate each alone", len(alone)):
         with commit(bns, {bn: statistics}, write_statistics):

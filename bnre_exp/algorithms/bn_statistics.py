@@ -133,6 +133,12 @@ def _mixed(weight: float, old: Tensor, new: Tensor) -> Tensor:
     return (weight * old.double() + (1 - weight) * new.double()).to(new.dtype)
 
 
+def input_of_call(args: Any, kwargs: Any) -> tuple[Tensor, int]:
+    """What a call gives a batch norm, as a hook sees it, and how many values of a channel that has."""
+    x: Tensor = args[0] if args else kwargs["input"]
+    return x, int(x.numel() // x.shape[1]) if x.shape[1] else 0
+
+
 def check_count(name: str, count: int) -> None:
     """Raise ``UserError`` naming a batch norm that is called with ``count`` values a channel, if that is too few."""
     if count < 2:
@@ -178,12 +184,13 @@ def commit(
 
 def has_running_statistics(model: nn.Module) -> bool:
     """Whether there is anything to re-estimate."""
-    return any(map(has_statistics, model.modules()))
+    return bool(names_with_statistics(model))
 
 
-def has_statistics(module: nn.Module) -> bool:
-    """Whether a module is a batch norm with running statistics."""
-    return isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
+def names_with_statistics(model: nn.Module) -> dict[Any, str]:
+    """The batch norms that have running statistics, with their names."""
+    bns: dict[Any, str] = {module: name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    return {bn: name for bn, name in bns.items() if bn.running_mean is not None and bn.running_var is not None}
 
 
 @torch.no_grad()

@@ -55,11 +55,10 @@ def take_batches(loader: Iterable[Any], num_batches: int, count: Passes | None =
 
 class FirstSamples:
     """The first samples of a loader whose batches are tuples or lists of an input and a target, each ``[N, ...]`` or a
-    list of N; the last batch is cut to fit. num_batches: how many these are."""
+    list of N; the last batch is cut to fit."""
 
-    def __init__(self, loader: Iterable[Any], samples: int, batch_size: int) -> None:
+    def __init__(self, loader: Iterable[Any], samples: int) -> None:
         self._loader, self._samples = loader, samples
-        self.num_batches = -(-samples // batch_size)
 
     def __iter__(self) -> Iterator[Any]:
         left = self._samples

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bnre_exp.algorithms.bn_statistics import Estimator, Statistics, check_count, observe_batches
+from bnre_exp.algorithms.bn_statistics import Estimator, Statistics, check_count, input_of_call, observe_batches
 from bnre_exp.algorithms.feeding import ForwardFn, Passes, cached_weights, device_of, evaluation_mode, feed
 from bnre_exp.algorithms.speed import autocast
 from bnre_exp.algorithms.unchanged import unchanged
@@ -40,8 +40,7 @@ def observed_statistics(
     device, count = device_of(model), Passes()
 
     def before(bn: Any, args: Any, kwargs: Any) -> None:
-        x = args[0] if args else kwargs["input"]
-        number = int(x.numel() // x.shape[1]) if x.shape[1] else 0
+        x, number = input_of_call(args, kwargs)
         check_count(bns[bn], number)
         var, mean = torch.var_mean(x.double() if x.dtype == torch.float64 else x.float(), [0, *range(2, x.dim())])
         estimators[bn].add(mean, var, number)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnre_exp.algorithms.bn_statistics import Estimator, Statistics, check_count
+from bnre_exp.algorithms.bn_statistics import Estimator, Statistics, check_count, input_of_call
 from bnre_exp.algorithms.sampling import SamplingErrors
 from bnre_exp.errors import UserError, few
 
@@ -60,8 +60,7 @@ class Recorder:
         return dict(self._calls) if self._is_plain else None
 
     def _before(self, bn: Any, args: Any, kwargs: Any) -> None:
-        x = args[0] if args else kwargs["input"]
-        count = int(x.numel() // x.shape[1]) if x.shape[1] else 0
+        _, count = input_of_call(args, kwargs)
         check_count(self.names[bn], count)
         if bn in self._calls:
             self._is_plain = False

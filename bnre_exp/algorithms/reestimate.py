@@ -20,6 +20,7 @@ from bnre_exp.algorithms.bn_statistics import (
     StatisticsHandle,
     check_arguments,
     commit,
+    names_with_statistics,
     observe_batches,
     write_statistics,
 )
@@ -191,10 +192,10 @@ def _batch_norms(
     model: nn.Module, layers: str | Sequence[str] | None
 ) -> tuple[dict[Any, str], dict[Any, str], tuple[str, ...]]:
     """All BNs with their names, those that are re-estimated, and the names of those that are constants."""
-    device_of(model)  # refuses what is no network, or has no values
     refuse_kind(model, "reestimate_bn_stats")
+    device_of(model)  # refuses a network without values
     names: dict[Any, str] = {m: name for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
-    bns = {bn: name for bn, name in names.items() if bn.running_mean is not None and bn.running_var is not None}
+    bns = names_with_statistics(model)
     frozen = tuple(name for name, module in model.named_modules() if isinstance(module, FrozenBatchNorm2d))
     _check_any(model, bns, frozen)
     return names, chosen_layers(bns, layers), frozen

@@ -14,12 +14,12 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from bnre_exp.algorithms.bn_statistics import Estimation, has_running_statistics, has_statistics
+from bnre_exp.algorithms.bn_statistics import Estimation, has_running_statistics, names_with_statistics
 from bnre_exp.algorithms.feeding import to_device
 from bnre_exp.algorithms.fold_loss import fold_loss
 from bnre_exp.algorithms.reestimate import chosen_layers
 from bnre_exp.algorithms.speed import check_compiler
-from bnre_exp.config import Config, Device, MemoryFormat
+from bnre_exp.config import Config, Device, FoldMode, MemoryFormat
 from bnre_exp.data.classes import count_classes
 from bnre_exp.data.loaders import Loaders, build_loaders
 from bnre_exp.data.preprocess import resolve_preprocessing
@@ -198,6 +198,8 @@ def _check_before_training(job: Job, stages: list[Planned]) -> None:
 
 def _tell_fold_loss(job: Job, sim: nn.Module) -> None:
     """Before anything is trained: folding will round weights a second time. How much that costs is told there."""
+    if job.config.quant.per_channel and job.config.fold.mode is FoldMode.scale:
+        return  # exact: no gamma has changed its sign yet
     losses = fold_loss(sim, job.config.fold.mode.value)
     for reason, remedy in dict.fromkeys((loss.reason, loss.remedy) for loss in losses):
         count = counted(sum(loss.reason == reason for loss in losses), "layer")
@@ -217,7 +219,7 @@ def _check_reest(job: Job, sim: nn.Module) -> None:
         )
     try:
         Estimation(how.method.value, how.momentum, how.tolerance, how.prior, how.passes, tuple(how.curve))
-        chosen_layers({m: name for name, m in sim.named_modules() if has_statistics(m)}, how.layers or None)
+        chosen_layers(names_with_statistics(sim), how.layers or None)
     except UserError as error:
         raise UserError(f"reest.{error}") from error
 

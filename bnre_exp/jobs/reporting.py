@@ -80,12 +80,14 @@ class Job:
         self.metrics(outcome.metrics)
         for heading, rows in outcome.exceptions:
             self.exceptions(heading, rows)
+        title = self.results.summary.title
         if outcome.layers is not None:
-            self._list_layers(outcome.layers)
+            self._leave_table("layer by layer", "layers", outcome.layers, layers_markdown(title, outcome.layers))
         if outcome.drift is not None:
-            self._list_drift(outcome.drift)
+            self.results.drift = outcome.drift
+            self._leave_table("which BNs moved", "drift", outcome.drift, drift_markdown(title, outcome.drift))
         for name, columns in outcome.tables.items():
-            self._leave_table(name, columns)
+            self._leave_table(name, name.replace(" ", "_"), columns, table_markdown(f"{title}: {name}", columns))
         self.log.tag_once(f"stage.{stage}", how)
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
@@ -106,30 +108,13 @@ class Job:
 
         return say
 
-    def _list_layers(self, columns: dict[str, list[str]]) -> None:
-        """Where quantizers are, with which ranges, and which BN is folded where."""
-        path = self.run_dir / "layers.md"
-        path.write_text(layers_markdown(self.results.summary.title, columns))
+    def _leave_table(self, what: str, name: str, columns: Mapping[str, Sequence[Any]], page: str) -> None:
+        """A table of a stage, as a page of the run and in MLflow. what: it is, for people; name: of its files."""
+        path = self.run_dir / f"{name}.md"
+        path.write_text(page)
         self.log.artifact(path)
-        self.log.table("layers.json", columns)
-        self.results.summary.places["layer by layer"] = str(path)
-
-    def _list_drift(self, columns: dict[str, list[Any]]) -> None:
-        """How far the statistics of each batch norm moved."""
-        self.results.drift = columns
-        path = self.run_dir / "drift.md"
-        path.write_text(drift_markdown(self.results.summary.title, columns))
-        self.log.artifact(path)
-        self.log.table("drift.json", columns)
-        self.results.summary.places["which BNs moved"] = str(path)
-
-    def _leave_table(self, name: str, columns: dict[str, list[str]]) -> None:
-        """A table of a stage's own, as a file of the run and in MLflow."""
-        path = self.run_dir / f"{name.replace(' ', '_')}.md"
-        path.write_text(table_markdown(f"{self.results.summary.title}: {name}", columns))
-        self.log.artifact(path)
-        self.log.table(path.with_suffix(".json").name, columns)
-        self.results.summary.places[name] = str(path)
+        self.log.table(f"{name}.json", columns)
+        self.results.summary.places[what] = str(path)
 
 
 def headline_of(tags: Mapping[str, Any]) -> Headline:
@@ -211,12 +196,13 @@ def _leave_page(job: Job, found: Sequence[Verdict], error: BaseException | None)
 def _page_of(job: Job, found: Sequence[Verdict], error: BaseException | None) -> RunPage:
     results, records = job.results, read_records(job.run_dir)
     settings, defaults = (as_params(concealed(flatten(config))) for config in (job.config, Config()))
+    by_step = curves(records)
     typed = records[0].get("run", {}).get("tags", {}).get("overrides", "") if records else ""
     return RunPage(
-        results.summary, job.run_dir, job.setting.task.headline, results.metrics, curves(records),
+        results.summary, job.run_dir, job.setting.task.headline, results.metrics, by_step,
         {verdict.stage: verdict.interval for verdict in found if verdict.interval is not None}, settings, defaults,
         overrides=typed, error=None if error is None else _ending(error), drift=_drift_of(results),
-        by_batches=curves(records).get(f"reest/val_{job.setting.task.headline.name}"),
+        by_batches=by_step.get(f"reest/val_{job.setting.task.headline.name}"),
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from bnre_exp.algorithms.bn_statistics import METHODS
-from bnre_exp.errors import UserError
+from bnre_exp.errors import UserError, counted
 from bnre_exp.onnx.command_data import batches_of
 from bnre_exp.onnx.compare import compare_outputs, random_batches
 from bnre_exp.onnx.fold import fold_batch_norms
@@ -94,7 +94,7 @@ def _reestimate(options: argparse.Namespace, console: Console) -> None:
         progress=ConsoleProgress(console),
     )  # fmt: skip
     save_model(model, options.output)
-    passes = "1 pass" if handle.loader_passes == 1 else f"{handle.loader_passes} passes"
+    passes = counted(handle.loader_passes, "pass", "passes")
     _say(
         console,
         f"{len(handle.reestimated)} batch norms re-estimated from {handle.num_batches} batches of {options.batch_size} "

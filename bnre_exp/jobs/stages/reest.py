@@ -23,7 +23,6 @@ from bnre_exp.quantsim.sim import activation_quantizers, bypassed
 
 CONSISTENCY_BATCHES = 10
 SMALL_BATCH = 32  # MobileNetV2, W3A8, on Fashion-MNIST: with batches of 8, batch_average is 1.25 points below pooled
-OF_REEST = ("reest.curve", "reest.ablate")  # what the row of re-estimation alone has no use for
 
 
 def reest_settings(setting: Setting, own: dict[str, Any]) -> dict[str, Any]:
@@ -50,16 +49,15 @@ def re_estimated(setting: Setting, given: Given, sim: nn.Module, has_qat: bool, 
         before = outcome.measured[-1].stage
     is_main = stage == "reest"
     alone = _each_alone(setting, sim, bypass) if is_main and how.ablate else None
-    _, most = reestimation_batches(setting)
     curve = _Curve(setting, sim)
 
     def work() -> Any:
         with bypassed(sim, activations=bypass):
             return reestimate_bn_stats(
-                sim, lambda: reestimation_batches(setting)[0], most, setting.task.feed, method=how.method.value,
-                momentum=how.momentum, tolerance=how.tolerance, prior=how.prior, passes=how.passes,
-                layers=how.layers or None, curve=how.curve if is_main else (), measure=curve.measure,
-                **setting.speed, progress=setting.progress,
+                sim, lambda: reestimation_batches(setting), most_batches(setting), setting.task.feed,
+                method=how.method.value, momentum=how.momentum, tolerance=how.tolerance, prior=how.prior,
+                passes=how.passes, layers=how.layers or None, curve=how.curve if is_main else (),
+                measure=curve.measure, **setting.speed, progress=setting.progress,
             )  # fmt: skip
 
     handle, seconds = timed(work)
@@ -80,14 +78,17 @@ def re_estimated(setting: Setting, given: Given, sim: nn.Module, has_qat: bool, 
     return outcome
 
 
-def reestimation_batches(setting: Setting) -> tuple[Iterable[Any], int]:
-    """The batches of re-estimation, from the seed, and how many of them at most."""
+def reestimation_batches(setting: Setting) -> Iterable[Any]:
+    """The batches of re-estimation, from the seed."""
     how = setting.config.reest
     loader = setting.loaders.fresh("train" if how.augment is ReestImages.train else "reestimation")
-    if how.num_samples is None:
-        return loader, how.num_batches
-    first = FirstSamples(loader, how.num_samples, setting.config.dataset.batch_size)
-    return first, first.num_batches
+    return loader if how.num_samples is None else FirstSamples(loader, how.num_samples)
+
+
+def most_batches(setting: Setting) -> int:
+    """How many of them are taken at most."""
+    how, size = setting.config.reest, setting.config.dataset.batch_size
+    return how.num_batches if how.num_samples is None else -(-how.num_samples // size)
 
 
 class _Curve:
@@ -108,12 +109,12 @@ def _each_alone(setting: Setting, sim: nn.Module, bypass: bool) -> dict[str, flo
     def measure() -> float:
         return setting.evaluate(sim, "reest: one alone", on_validation=True).value
 
-    batches, most = reestimation_batches(setting)
     with bypassed(sim, activations=bypass):
         start, method = measure(), setting.config.reest.method.value
         found = reestimate_each_alone(
-            sim, batches, measure, most, setting.task.feed, method=method, progress=setting.progress
-        )
+            sim, reestimation_batches(setting), measure, most_batches(setting), setting.task.feed, method=method,
+            progress=setting.progress,
+        )  # fmt: skip
     return {name: value - start for name, value in found.items()}
 
 
@@ -139,10 +140,10 @@ def _tell(
     outcome.drift = columns
     outcome.metrics["reest/kl_mean"] = sum(map(float, columns["KL [nats]"])) / max(1, len(columns["BN"]))
     bns = {module: name for name, module in sim.named_modules() if name in handle.after}
-    batches, most = reestimation_batches(setting)
+    count = min(most_batches(setting), CONSISTENCY_BATCHES)
     with bypassed(sim, activations=bypass):
         found = observed_statistics(
-            sim, bns, batches, min(most, CONSISTENCY_BATCHES), setting.task.feed, **setting.precision
+            sim, bns, reestimation_batches(setting), count, setting.task.feed, **setting.precision
         )
     used = {bn: handle.after[name] for bn, name in bns.items()}
     outcome.metrics["reest/self_consistency"] = self_consistency(used, found)

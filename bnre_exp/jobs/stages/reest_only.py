@@ -10,13 +10,15 @@ from torch import nn
 from bnre_exp.errors import UserError
 from bnre_exp.jobs.stages.given import Given
 from bnre_exp.jobs.stages.outcome import Outcome
-from bnre_exp.jobs.stages.reest import OF_REEST, re_estimated, reest_settings
+from bnre_exp.jobs.stages.reest import re_estimated, reest_settings
 from bnre_exp.jobs.stages.setting import Setting, seed
+
+NOT_MEASURED = ("reest.curve", "reest.ablate")
 
 
 def reest_only_settings(setting: Setting, own: dict[str, Any]) -> dict[str, Any]:
     """As of re-estimation; its curve and its ablation are not measured here."""
-    return {name: value for name, value in reest_settings(setting, own).items() if name not in OF_REEST}
+    return {name: value for name, value in reest_settings(setting, own).items() if name not in NOT_MEASURED}
 
 
 def reest_only(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:
