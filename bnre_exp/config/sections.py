@@ -214,7 +214,7 @@ class ExportConfig:
     group: ClassVar[str] = "export"
     formats: list[ExportFormat] = opt(
         factory=lambda: [ExportFormat.checkpoint, ExportFormat.onnx],
-        doc="any of checkpoint (for torch), onnx (with Q/DQ), encodings (plain ONNX and AIMET encodings)",
+        doc="any of checkpoint (for torch), onnx (with Q/DQ), encodings (plain ONNX and AIMET encodings); []: no files",
     )
     opset: int = opt(21, "of ONNX models; 9 to 16 bits and 4-bit types need 21", ge=13, le=23)
     int4: bool = opt(True, "weights of up to 4 bits in ONNX's 4-bit type, where the opset has it")
@@ -224,8 +224,6 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, self.group)
-        if not self.formats:
-            raise UserError("export.formats is empty: expected some of checkpoint, onnx, encodings.")
         if len(set(self.formats)) < len(self.formats):
             raise UserError("export.formats names a format twice.")
 

@@ -180,7 +180,7 @@ def _check_before_training(job: Job, stages: list[Planned]) -> None:
     and evaluation; what is known from an earlier job was possible then."""
     known = {planned.stage.name: job.store.has(planned.stage.name, planned.depends) for planned in stages}
     setting, model = job.setting, job.config.model
-    if known["export"] or (known["fp32"] and known.get("qat", True)):
+    if known.get("export", known["fold"]) or (known["fp32"] and known.get("qat", True)):
         return
     _try_task(setting)
     quick = replace(scheme(job.config), weight_range="minmax")  # ranges do not matter here

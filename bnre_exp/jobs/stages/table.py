@@ -109,6 +109,7 @@ STAGES = (
     ),
     Stage(
         "export", section="export", settings=export_settings, run=export, follows=("fold",), form=SAME,
+        is_on=lambda config: bool(config.export.formats), off=("export", "off (export.formats=[])"),
         leave=leave_exported, uses=_export_uses, rows={},
     ),
 )  # fmt: skip
