@@ -60,11 +60,13 @@ def observed_statistics(
 
 
 def self_consistency(used: Mapping[Any, Statistics], observed: Mapping[Any, Statistics]) -> float:
-    """How far the statistics in use are from those observed under them: the root mean square, over all channels, of
-    the difference of the means in standard deviations of the observed values. 0: consistent."""
+    """How far the statistics in use are from those observed under them: the root mean square, over all channels, of the
+    mean of what the BN has normalized, before its affine. 0: consistent. used, observed: by the BN."""
     shifts = []
-    for bn, (mean, var) in observed.items():
-        scale = var.double().sqrt()
-        shift = (used[bn][0].double() - mean.double()).abs()
-        shifts.append(torch.where(shift > 0, shift / scale.clamp(min=torch.finfo(torch.float32).tiny), 0.0))
+    for bn, (mean, _) in observed.items():
+        centre, var = (x.double() for x in used[bn])
+        shift = (mean.double() - centre) / (
+            var + bn.eps
+        ).sqrt()  # a constant channel has no variance
+        shifts.append(torch.where(mean.double() == centre, 0.0, shift))
     return float(torch.cat(shifts).square().mean().sqrt()) if shifts else 0.0

@@ -136,7 +136,14 @@ def test_observed_statistics_are_those_of_the_inputs():
     torch.testing.assert_close(found[0], values.mean(1))
     torch.testing.assert_close(found[1], values.var(1))
     used = {model[0]: (found[0] + 2 * found[1].sqrt(), found[1])}
-    assert self_consistency(used, {model[0]: found}) == pytest.approx(2, rel=1e-5)
+    assert self_consistency(used, {model[0]: found}) == pytest.approx(2, rel=1e-4)
+
+
+def test_of_a_constant_channel_consistency_is_what_the_batch_norm_makes_of_it():
+    bn = nn.BatchNorm2d(2, eps=1e-4)
+    used = {bn: (torch.tensor([0.0, 1.0]), torch.tensor([0.0, 0.0]))}
+    observed = {bn: (torch.tensor([0.01, 1.0]), torch.tensor([0.0, 0.0]))}
+    assert self_consistency(used, observed) == pytest.approx(1 / 2**0.5, rel=1e-5)  # 0.01 / sqrt(1e-4), and 0
 
 
 def test_a_curve_is_measured_with_the_statistics_so_far():
