@@ -29,7 +29,8 @@ def markdown(known: Known, images: Sequence[str]) -> str:
     parts = [_intro(known, images)]
     for network, heading in NETWORKS.items():
         if network in known["values"]:
-            parts += [f"## {heading}", *(part for _, part in _tables(known, network))]
+            cells = Cells(known, network)
+            parts += [f"## {heading}", *_without_qat(cells), *_with_qat(cells), *_estimators(cells)]
     return "\n\n".join([*parts, _points(known)]) + "\n"
 
 
@@ -43,10 +44,10 @@ def _intro(known: Known, images: Sequence[str]) -> str:
 Fashion-MNIST at 28×28, the whole test set (10 000 images), top-1 in percent: mean ± standard deviation over the
 seeds, whose number is in brackets. Made by `{known["command"]}`
 (torch {known["torch"]}, {known["machine"]}, CPU). FP32 is trained for {known["epochs"]} epochs on 54 000 images; all
-that follows draws from 12 902 of them: {BATCHES} batches of {BATCH_SIZE} re-estimate, and QAT is one short epoch of {BATCHES}
+that follows draws from 12 902 of them: {BATCHES} batches of {BATCH_SIZE} re-estimate, and QAT is an epoch of {BATCHES}
 steps (SGD, peak of {QAT_LR}, cosine). Weights are quantized per channel with MSE ranges on the narrow grid, unless a
-table says otherwise, activations per tensor. Ranges that are calibrated twice under the same statistics are the same, so
-that `calibrate` and `none` may be one here.
+table says otherwise, activations per tensor. Ranges that are calibrated twice under the same statistics are the same,
+so that `calibrate` and `none` may be one here.
 
 A *change* is on the same test images; *sure in 2 of 3* says in how many seeds McNemar's test tells it apart from none
 (95 %).
@@ -59,9 +60,8 @@ is by default. Its `fold_all_batch_norms_to_scale` says of {failures}. Ours is e
 ![validation top-1 by number of batches]({curves})"""
 
 
-def _tables(known: Known, network: str) -> Iterator[tuple[str, str]]:
-    cells = Cells(known, network)
-    yield "ptq", _table(
+def _without_qat(cells: Cells) -> Iterator[str]:
+    yield _table(
         "### Without QAT",
         ["scheme (seeds)", "FP32", "quantized", "recalibrated only", "re-estimated", "pooled",
          f"prior of {PRIOR_BATCHES} batches", "folded", "change by re-estimation"],
@@ -69,7 +69,7 @@ def _tables(known: Known, network: str) -> Iterator[tuple[str, str]]:
           cells("ptq pooled", "reest"), cells("ptq prior", "reest"), cells("ptq", "fold"), cells.change("ptq")]
          for name in cells.schemes()),
     )  # fmt: skip
-    yield "ranges", _table(
+    yield _table(
         "### Which range estimator, and AIMET, without QAT\n\nBefore → after re-estimation and new activation ranges.",
         ["scheme", "MSE", "min-max", "AIMET", "AIMET, as documented (ranges stay)", "ours (MSE) less AIMET",
          "ours (min-max) less AIMET"],
@@ -78,7 +78,10 @@ def _tables(known: Known, network: str) -> Iterator[tuple[str, str]]:
           cells.change("aimet minmax")]
          for name in cells.schemes()),
     )  # fmt: skip
-    yield "qat", _table(
+
+
+def _with_qat(cells: Cells) -> Iterator[str]:
+    yield _table(
         "### QAT, by what is done before it (`qat.prepare`)\n\nQAT → re-estimated; in brackets what QAT starts from.",
         ["scheme", "re-estimated, no QAT", "reestimate (default)", "calibrate", "none", "change by re-estimation",
          "QAT less no QAT"],
@@ -86,7 +89,7 @@ def _tables(known: Known, network: str) -> Iterator[tuple[str, str]]:
           cells.pair("qat none", "qat", "reest"), cells.change("qat"), cells.change("qat beside re-estimation alone")]
          for name in cells.schemes()),
     )  # fmt: skip
-    yield "aimet", _table(
+    yield _table(
         "### QAT beside AIMET\n\nQAT → re-estimated.",
         ["scheme", "ours, none", "AIMET, as documented", "difference", "ours, reestimate", "AIMET, prepared",
          "difference"],
@@ -95,32 +98,35 @@ def _tables(known: Known, network: str) -> Iterator[tuple[str, str]]:
           cells.pair("aimet qat prepared", "qat", "reest"), cells.change("aimet qat prepared")]
          for name in cells.schemes()),
     )  # fmt: skip
-    yield "control", _table(
+    yield _table(
         "### QAT with BN frozen, other momenta, oscillation freezing\n\nQAT → re-estimated.",
         ["scheme", "momentum 0.1 (default)", *(name.removeprefix("qat ") for name in CONTROL)],
         ([NAMES[scheme], *(cells.at(scheme).pair(job, "qat", "reest") for job in ("qat", *CONTROL))]
          for scheme in CONTROLLED if cells.at(scheme).is_there),
     )  # fmt: skip
-    yield "tolerance", _table(
+
+
+def _estimators(cells: Cells) -> Iterator[str]:
+    yield _table(
         f"### How many batches are enough: `reest.tolerance={TOLERANCE}`",
         ["scheme", "batches, no QAT", f"change against {BATCHES}", "batches, after QAT", f"change against {BATCHES}"],
         ([name, cells.count("ptq tolerance"), cells.change("ptq tolerance"), cells.count("qat tolerance"),
           cells.change("qat tolerance")] for name in cells.schemes()),
     )  # fmt: skip
-    yield "curve", _table(
+    yield _table(
         "By number of batches, on the validation images (1434):",
         ["scheme", *map(str, CURVE)],
         ([f"{name}{said}", *cells.curve(job)] for name in cells.schemes() for job, said in
          (("ptq", ""), ("qat", ", after QAT"))),
     )  # fmt: skip
-    yield "few", _table(
+    yield _table(
         "### 32 images, and `pooled`",
         ["scheme", "quantized", "32 images", "32 images, prior of 32", f"{BATCHES} batches",
          "change by pooled, no QAT", "change by pooled, after QAT"],
         ([name, cells("ptq", "ptq"), cells("ptq 32 images", "reest"), cells("ptq 32 images prior", "reest"),
           cells("ptq", "reest"), cells.change("pooled"), cells.change("qat pooled")] for name in cells.schemes()),
     )  # fmt: skip
-    yield "grid", _table(
+    yield _table(
         "### `quant.weight_grid=full`\n\nQuantized → re-estimated without QAT; QAT → re-estimated with it.",
         ["scheme", "narrow", "full", "change", "narrow, QAT", "full, QAT", "change"],
         ([name, cells.pair("ptq", "ptq", "reest"), cells.pair("ptq full grid", "ptq", "reest"),
