@@ -115,7 +115,7 @@ def _estimators(cells: Cells) -> Iterator[str]:
     )  # fmt: skip
     yield _table(
         "By number of batches, on the validation images (1434):",
-        ["scheme", *map(str, CURVE)],
+        ["scheme", "0", *map(str, CURVE)],
         ([f"{name}{said}", *cells.curve(job)] for name in cells.schemes() for job, said in
          (("ptq", ""), ("qat", ", after QAT"))),
     )  # fmt: skip
@@ -169,7 +169,8 @@ class Cells:
 
     def curve(self, job: str) -> list[str]:
         found = self._of("curves")[job]
-        return [spread([100 * value for value in found[str(count)]]) for count in CURVE]
+        values = [found.get(str(count)) for count in (0, *CURVE)]
+        return ["–" if some is None else spread([100 * value for value in some]) for some in values]
 
     def change(self, name: str) -> str:
         """The change over seeds, and in how many it is sure."""

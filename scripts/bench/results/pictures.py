@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 BEFORE, AFTER, MINMAX, MINMAX_AFTER, AIMET, AIMET_AFTER = (
     "#A6D3EF", "#0072B2", "#F0C9AE", "#D55E00", "#CFCFCF", "#707070",
 )  # fmt: skip
+FINE, COARSE = (8, 8.5, 9, 9.5, 10, 10.5, 11, 12, 13, 15, 17, 20), (9, 10, 12, 15, 20, 30, 50, 90)  # [%], of the axis
 PTQ = {
     "quantized, MSE": ("ptq", "recal_only", BEFORE), "re-estimated": ("ptq", "reest", AFTER),
     "quantized, min-max": ("ptq minmax", "recal_only", MINMAX), "re-estimated ": ("ptq minmax", "reest", MINMAX_AFTER),
@@ -26,16 +27,19 @@ QAT = {
 }  # fmt: skip
 
 
+LINES = dict(zip(SCHEMES, ("#0072B2", "#009E73", "#D55E00", "#CC79A7"), strict=True))
+
+
 def draw(known: Mapping[str, Any], folder: Path, name: str) -> list[Path]:
     """The pictures, in ``folder``; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.png", folder / f"{name}_batches.png"]
-    for path, figure in zip(paths, (_bars(known), _curves(known)), strict=True):
+    for path, figure in zip(paths, (_errors(known), _curves(known)), strict=True):
         figure.savefig(path, dpi=110)
     return paths
 
 
-def _bars(known: Mapping[str, Any]) -> Figure:
+def _errors(known: Mapping[str, Any]) -> Figure:
     networks = [network for network in NETWORKS if network in known["values"]]
     figure = Figure(figsize=(12, 3.4 * len(networks)), layout="constrained")
     panels = figure.subplots(len(networks), 2, squeeze=False)
@@ -45,12 +49,17 @@ def _bars(known: Mapping[str, Any]) -> Figure:
         for panel, title, shown in zip(axes, ("without QAT", "QAT of 100 steps"), (PTQ, QAT), strict=True):
             for index, (label, (job, row, colour)) in enumerate(shown.items()):
                 found = [[100 * value for value in values[scheme][job][row]] for scheme in schemes]
-                places = [place + (index - 2.5) * 0.14 for place in range(len(schemes))]
-                panel.bar(places, [mean(some) for some in found], 0.13, color=colour, label=label,
-                          yerr=[_deviation(some) for some in found], error_kw={"linewidth": 0.8})  # fmt: skip
+                places = [place + (index - 2.5) * 0.13 for place in range(len(schemes))]
+                panel.errorbar(places, [100 - mean(some) for some in found], [_deviation(some) for some in found],
+                               fmt="o", color=colour, label=label)  # fmt: skip
             fp32 = mean(value for scheme in schemes for value in values[scheme]["ptq"]["fp32"])
-            panel.axhline(100 * fp32, color="black", linestyle=":", linewidth=1)
-            panel.set(title=f"{NETWORKS[network]}, {title}", ylabel="top-1 [%]", ylim=(0, 100))
+            panel.axhline(100 - 100 * fp32, color="black", linestyle=":", linewidth=1)
+            panel.set(title=f"{NETWORKS[network]}, {title}", ylabel="top-1 error [%], dotted: FP32", yscale="log")
+            low, high = panel.get_ylim()
+            ticks = COARSE if high > 2 * low else FINE
+            panel.set_yticks(ticks, map(str, ticks))
+            panel.set_ylim(low, high)
+            panel.minorticks_off()
             panel.set_xticks(range(len(schemes)), [scheme.upper() for scheme in schemes])
             panel.spines[["top", "right"]].set_visible(False)
             if network == networks[-1]:
@@ -65,10 +74,13 @@ def _curves(known: Mapping[str, Any]) -> Figure:
     for axes, network in zip(panels, networks, strict=True):
         for panel, title, job in zip(axes, ("without QAT", "after QAT"), ("ptq", "qat"), strict=True):
             for scheme, jobs in known["curves"][network].items():
-                counts = sorted(map(int, jobs[job]))
+                counts = sorted(filter(None, map(int, jobs[job])))
                 found = [[100 * value for value in jobs[job][str(count)]] for count in counts]
                 panel.errorbar(counts, [mean(some) for some in found], [_deviation(some) for some in found],
-                               marker="o", markersize=4, linewidth=1.2, label=scheme.upper())  # fmt: skip
+                               marker="o", markersize=4, linewidth=1.2, label=scheme.upper(),
+                               color=LINES[scheme])  # fmt: skip
+                if "0" in jobs[job]:
+                    panel.axhline(100 * mean(jobs[job]["0"]), color=LINES[scheme], linestyle=":", linewidth=1)
             panel.set(
                 title=f"{NETWORKS[network]}, {title}", xscale="log", xlabel="batches", ylabel="validation top-1 [%]"
             )

@@ -83,6 +83,9 @@ def _run(network: str, seed: int, more: list[str], folder: Path, name: str) -> M
     }
     values = [(record["step"], record["metrics"]) for record in read_records(run_dir) if "metrics" in record]
     curve = {step: found["reest/val_top1"] for step, found in values if step and "reest/val_top1" in found}
+    for _, found in values:
+        if curve and "qat/val_top1" in found:
+            curve[0] = found["qat/val_top1"]  # without re-estimation
     metrics = {name: value for name, value in results.metrics.items() if name in KEPT}
     return {"rows": rows, "metrics": metrics, "curve": curve}
 
