@@ -65,8 +65,6 @@ def self_consistency(used: Mapping[Any, Statistics], observed: Mapping[Any, Stat
     shifts = []
     for bn, (mean, _) in observed.items():
         centre, var = (x.double() for x in used[bn])
-        shift = (mean.double() - centre) / (
-            var + bn.eps
-        ).sqrt()  # a constant channel has no variance
+        shift = (mean.double() - centre) / (var + bn.eps).sqrt()  # a constant channel has no variance
         shifts.append(torch.where(mean.double() == centre, 0.0, shift))
     return float(torch.cat(shifts).square().mean().sqrt()) if shifts else 0.0
