@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import base64
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bnre_exp.cli.compose import compose_config
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench" / "results"))
-import page  # noqa: E402
-from cases import COMMON, CONTROLLED, CURVE, LATER, SCHEMES, jobs  # noqa: E402
-from pictures import draw  # noqa: E402
-from summary import summary  # noqa: E402
+from scripts.bench.results import page
+from scripts.bench.results.cases import COMMON, CONTROLLED, CURVE, LATER, SCHEMES, jobs
+from scripts.bench.results.pictures import draw
+from scripts.bench.results.summary import summary
 
 ROWS = ("fp32", "ptq", "recal_only", "reest", "fold", "reest_only", "qat_start", "qat", "recalibrated")
 AIMET = ("aimet", "aimet qat", "aimet qat prepared")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import BATCHES, CALIBRATION, QAT_LR, QAT_WEIGHT_DECAY
 from safetensors.torch import load_file
 from torch import nn
 
@@ -19,6 +18,7 @@ from bnre_exp import evaluate
 from bnre_exp.data import Loaders
 from bnre_exp.models import torchvision_model
 from bnre_exp.tasks import Evaluation
+from scripts.bench.results.cases import BATCHES, CALIBRATION, QAT_LR, QAT_WEIGHT_DECAY
 
 Rows = Iterator[tuple[str, str, Evaluation, float]]  # job, row, what it measures, seconds of the work
 

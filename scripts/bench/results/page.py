@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from cases import (
+from scripts.bench.results.cases import (
     BATCH_SIZE,
     BATCHES,
     CONTROL,

@@ -7,8 +7,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from cases import NETWORKS, SCHEMES
 from matplotlib.figure import Figure
+
+from scripts.bench.results.cases import NETWORKS, SCHEMES
 
 # Okabe and Ito, "Color universal design", 2008: told apart by people who see colours differently.
 BEFORE, AFTER, MINMAX, MINMAX_AFTER, AIMET, AIMET_AFTER = (

@@ -27,20 +27,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-SCRIPTS, ROOT = Path(__file__).resolve().parent, Path(__file__).resolve().parents[3]
-sys.path[:0] = [str(SCRIPTS), str(ROOT)]
+ROOT = Path(__file__).resolve().parents[3]
+sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from cases import BATCH_SIZE, COMMON, LATER, NETWORKS, SCHEMES, jobs  # noqa: E402
 from rich.console import Console  # noqa: E402
-from summary import summary  # noqa: E402
 
 from bnre_exp.cli.compose import compose_config  # noqa: E402
 from bnre_exp.data import DataSpec, Loaders, build_loaders, resolve_preprocessing  # noqa: E402
 from bnre_exp.jobs.run import run  # noqa: E402
 from bnre_exp.tasks import Evaluation  # noqa: E402
 from bnre_exp.tracking.journal import read_records  # noqa: E402
+from scripts.bench.results.cases import BATCH_SIZE, COMMON, LATER, NETWORKS, SCHEMES, jobs  # noqa: E402
+from scripts.bench.results.page import markdown  # noqa: E402
+from scripts.bench.results.pictures import draw  # noqa: E402
+from scripts.bench.results.summary import summary  # noqa: E402
 
 EPOCHS = 3
 KEPT = ("reest/batches", "reest_only/batches", "qat/oscillating", "qat/frozen", "reest/self_consistency")
@@ -91,7 +93,7 @@ def _run(network: str, seed: int, more: list[str], folder: Path, name: str) -> M
 
 
 def _aimet(network: str, seed: int, scheme: str, fp32: Path, folder: Path) -> None:
-    from aimet import pipeline
+    from scripts.bench.results.aimet import pipeline
 
     weight_bits, act_bits = map(int, scheme[1:].split("a"))
     measured: dict[str, Measured] = {}
@@ -142,9 +144,6 @@ def measured_so_far(folder: Path) -> dict[tuple[str, int, str, str], Measured]:
 
 def leave(known: Mapping[str, Any], output: Path) -> None:
     """Write the page and its pictures."""
-    from page import markdown
-    from pictures import draw
-
     output.parent.mkdir(parents=True, exist_ok=True)
     pictures = draw(known, output.parent / "images", output.name)
     output.with_suffix(".md").write_text(markdown(known, [f"images/{path.name}" for path in pictures]))
@@ -169,7 +168,7 @@ def main(arguments: list[str]) -> None:
     if given.render:
         leave(json.loads(table.read_text()), given.output)
         return
-    from aimet import fold_result
+    from scripts.bench.results.aimet import fold_result
 
     folder, started = given.folder.resolve(), time.perf_counter()
     tasks = [(network, seed) for seed in given.seed for network in given.network]
