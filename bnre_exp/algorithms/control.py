@@ -73,9 +73,14 @@ class Control:
         """The average of the weights, if one is asked for."""
         return None if self.ema_decay is None else average_of(model, self.ema_decay)
 
+    @property
+    def needs_end(self) -> bool:
+        """Whether anything here follows a schedule, for which the number of steps has to be known."""
+        return self.oscillations is not None and self.oscillations.needs_end
+
     def check_steps(self, steps: int | None) -> None:
         """Raise ``UserError`` if the number of steps is needed and not known."""
-        if steps is None and self.oscillations is not None and self.oscillations.needs_end:
+        if steps is None and self.needs_end:
             raise UserError(
                 "train: the data loader has no length, which the schedule of oscillations= needs; pass "
                 "steps_per_epoch (an epoch is that many batches)."

@@ -154,7 +154,7 @@ def as_many(dataloader: Iterable[Any], length: int) -> Iterator[Any]:
 def _other_length(length: int, what: str) -> str:
     return (
         f"The length of the data loader is {length} batches, but it {what}, and the schedule goes by their number; "
-        'correct its __len__, pass steps_per_epoch, or take schedule="constant".'
+        'correct its __len__, pass steps_per_epoch, or take schedule="constant" and no dampening or freezing.'
     )
 
 

@@ -213,7 +213,8 @@ def _clamp(layer: Any, affine: _Affine | None) -> tuple[str | None, str | None]:
     codes = quantizer.codes(original)
     is_lost = (codes.abs() > quantizer.quant_max) & layout.expand(is_wrong)
     nearest = codes.sign() * quantizer.quant_max * layout.expand(positive(quantizer.scale))
-    original.copy_(torch.where(is_lost, nearest.to(original.dtype), original))
+    clamped_weight = torch.where(is_lost, nearest.to(original.dtype), original)
+    layer.parametrizations.weight.original = nn.Parameter(clamped_weight, requires_grad=False)  # it may be tied
     channels, clamped = int(is_wrong.sum()), int(is_lost.sum())
     cause = "its BN is no longer folded" if affine is None else "gamma has changed its sign since quantize()"
     text = f"{cause}: in {counted(channels, 'channel')}, {counted(clamped, 'code')} without counterpart clamped"
@@ -234,15 +235,15 @@ def _with_codes(layer: Any, affine: _Affine | None) -> nn.Module:
     """A layer with codes in place of a quantized weight, BN's gain in its scale and its sign in the codes."""
     quantizer: WeightQuantizer = layer.parametrizations.weight[0]
     scale, codes = positive(quantizer.scale).detach(), quantizer.codes(layer.parametrizations.weight.original)
+    # Half types may round a weight that was clamped to the code that does not fit.
+    ends = quantizer.quant_min, quantizer.quant_max
     if affine is None:
-        return _plain(layer, codes, scale)
+        return _plain(layer, codes.clamp(*ends), scale)
     new_scale = (scale.double() * affine.gain.abs()).to(scale.dtype)
     vanishes = new_scale < SMALLEST_SCALE
     sign = torch.where(vanishes, 0.0, affine.gain.sign())
     signed = codes * quantizer.layout.expand(sign).to(codes.dtype)
-    # Half types may round a weight that was clamped to the code that does not fit.
-    fitting = signed.clamp(quantizer.quant_min, quantizer.quant_max)
-    return _plain(layer, fitting, torch.where(vanishes, scale, new_scale))
+    return _plain(layer, signed.clamp(*ends), torch.where(vanishes, scale, new_scale))
 
 
 def _plain(layer: Any, codes: Tensor, scale: Tensor) -> nn.Module:

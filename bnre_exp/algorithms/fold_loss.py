@@ -24,8 +24,8 @@ REMEDIES = {
 @dataclass(frozen=True)
 class FoldLoss:
     """What folding costs a layer. error: of the folded weights, relative to what BN makes of the quantized ones (norm
-    of the difference divided by the norm); reason: why they are not the same; remedy: what to do, "" if nothing is
-    known."""
+    of the difference divided by the norm); bn: the one that is folded, "" if none is; reason: why they are not the
+    same; remedy: what to do, "" if nothing is known."""
 
     layer: str
     bn: str
@@ -45,18 +45,20 @@ def fold_loss(sim: nn.Module, mode: str = "scale") -> tuple[FoldLoss, ...]:
         reasons = dict(report.lossy)
         for group in find_groups(graph).groups:
             name = str(group.layer.target)
-            if name in reasons and group.bn is not None:
+            if name in reasons:
                 error, reason = _error(graph, folded, group), reasons.pop(name)
                 remedy = next((way for why, way in REMEDIES.items() if why in reason), "")
-                losses.append(FoldLoss(named(part, name), named(part, str(group.bn.target)), error, reason, remedy))
+                bn = "" if group.bn is None else named(part, str(group.bn.target))
+                losses.append(FoldLoss(named(part, name), bn, error, reason, remedy))
     return tuple(losses)
 
 
 def _error(graph: fx.GraphModule, folded: fx.GraphModule, group: Any) -> float:
     """Relative error of the folded weights of a group's layer."""
     layer: Any = module_of(group.layer)
-    gain = per_output_channel(group, bn_affine(module_of(group.bn)).gain)
-    exact = layer.weight.double() * layout_of(layer).expand(gain)
+    exact = layer.weight.double()
+    if group.bn is not None:
+        exact = exact * layout_of(layer).expand(per_output_channel(group, bn_affine(module_of(group.bn)).gain))
     found = folded.get_submodule(str(group.layer.target)).weight.double()
     norm = float(exact.norm())
     return float((found - exact).norm()) / norm if norm else 0.0

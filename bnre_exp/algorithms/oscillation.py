@@ -1,7 +1,7 @@
 """Weights that oscillate between two integers in quantization-aware training: how many, and two ways to stop them.
 
 Source: Nagel, Fournarakis, Bondarenko and Blankevoort, "Overcoming oscillations in quantization-aware training", ICML
-2022, section 4.
+2022. In which order a step is counted, averaged and frozen is that of the authors' code.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ class Oscillations:
         """Take in the integers that a step of the optimizer left, once, and freeze weights that oscillate too often."""
         now, threshold = torch.empty_like(self.state["codes"]), annealed(self.freeze_from, self.freeze_to, progress)
         for layer in self.layers:
-            layer.of(now).copy_(layer.quantizer.codes(layer.weight))
+            is_trained = layer.weight.requires_grad
+            layer.of(now).copy_(layer.quantizer.codes(layer.weight) if is_trained else layer.of(self.state["codes"]))
         for codes, *own in zip(now.split(CHUNK), *(flat.split(CHUNK) for flat in self.state.values())):
             state = dict(zip(self.state, own))
             if "frozen" in state:
@@ -160,9 +161,10 @@ def track_oscillations(
     gradient of it. The strength rises from 0 to ``dampening`` by a cosine over all steps. "freezing" holds a weight for
     the rest of the training at the rounded moving average of its integers, once its frequency exceeds a threshold that
     goes from ``freeze_from`` to ``freeze_to`` by a cosine. Its scale is still trained, and it is held in integers.
+    Weights that are not trained count as standing still, though a scale that is trained may change their integers.
 
     The simulation must be where it is trained, and may not be replaced or moved before that. Raises ``UserError`` for a
-    simulation without quantized weights, two of whose layers share a weight, and for numbers that make no sense.
+    simulation without quantized weights, for numbers that make no sense, and for freezing where layers share a weight.
     """
     if method not in METHODS:
         raise UserError(f"method={method!r}: expected one of {', '.join(METHODS)}.")
@@ -171,6 +173,8 @@ def track_oscillations(
     for name, value in (("freeze_from", freeze_from), ("freeze_to", freeze_to)):
         _check(name, value, "0 to 1", lambda x: 0 <= x <= 1)
     quantizers, weights = weight_quantizers(sim), _latent_weights(sim)
+    if method == "freezing":
+        _refuse_shared(weights)
     starts = accumulate((weight.numel() for weight in weights.values()), initial=0)
     layers = tuple(_Layer(name, quantizers[name], weights[name], start) for name, start in zip(weights, starts))
     return Oscillations(method, momentum, dampening, freeze_from, freeze_to, layers, _state(layers, method))
@@ -181,7 +185,7 @@ def follow(now: Tensor, before: Tensor, direction: Tensor, frequency: Tensor, mo
     """Take one step of integer weights into ``direction`` and ``frequency``, in place; all of one shape.
 
     now, before: integers after this step and the one before, of a type that holds their difference. An oscillation is a
-    change against ``direction``, that of the change before (section 4.1 of the paper).
+    change against ``direction``, that of the change before.
     """
     change = (now - before).sign_()
     oscillates = (change * direction).clamp_(max=0).neg_()
@@ -192,7 +196,7 @@ def follow(now: Tensor, before: Tensor, direction: Tensor, frequency: Tensor, mo
 @torch.no_grad()
 def freeze(state: Mapping[str, Tensor], threshold: float, momentum: float) -> None:
     """Freeze weights whose frequency exceeds the threshold at the rounded average of their integers of before this
-    step, then take this step into the average; in place (algorithm 1 of the paper)."""
+    step, then take this step into the average; in place."""
     codes, average, frozen = state["codes"], state["average"], state["frozen"]
     now = codes.to(average.dtype)
     new = (state["frequency"] > threshold).view(torch.int8) * (1 - frozen)
@@ -240,15 +244,22 @@ def _correct_scale_gradient(layer: _Layer, codes: Tensor, frozen: Tensor) -> Non
 
 
 def _latent_weights(sim: nn.Module) -> dict[str, nn.Parameter]:
-    """The float weights behind all weight quantizers, by layer, each of one layer alone."""
+    """The float weights behind all weight quantizers, by layer."""
     layers: dict[str, Any] = {name: sim.get_submodule(name) for name in weight_quantizers(sim)}
     weights: dict[str, nn.Parameter] = {name: layer.parametrizations.weight.original for name, layer in layers.items()}
     if not weights:
         raise UserError("track_oscillations: no weights of this network are quantized; expected what quantize() made.")
+    return weights
+
+
+def _refuse_shared(weights: Mapping[str, nn.Parameter]) -> None:
+    """Raise ``UserError`` if two layers share a weight: each has a scale of its own, and so an integer of its own."""
     shared = [name for name, weight in weights.items() if sum(weight is other for other in weights.values()) > 1]
     if shared:
-        raise UserError(f"track_oscillations: {few(shared)} share a weight, which has no integer of its own.")
-    return weights
+        raise UserError(
+            f"track_oscillations: {few(shared)} share a weight, which cannot be held at an integer times the scale of "
+            "each; expected method='dampening' or 'none', or weights that are not shared."
+        )
 
 
 def _state(layers: Sequence[_Layer], method: str) -> dict[str, Tensor]:

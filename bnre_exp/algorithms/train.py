@@ -92,7 +92,7 @@ def train(
     _name_frozen(model, description)
     how: dict[str, Any] = {"task": task, "precision": precision, "compile": compile}
     for number in range(len(history) + 1, recipe.epochs + 1):
-        batches = _epoch_batches(dataloader, recipe, steps_per_epoch)
+        batches = _epoch_batches(dataloader, run, steps_per_epoch)
         batches = progress(batches, f"{description} {number}/{epochs}", each)
         epoch = _train_epoch(run, number, batches, loss_of, unused, description, compile)
         with averaged(run.average, oscillations):
@@ -149,12 +149,13 @@ def _count(dataloader: Iterable[Any], recipe: Recipe, steps_per_epoch: int | Non
     return length
 
 
-def _epoch_batches(dataloader: Iterable[Any], recipe: Recipe, steps_per_epoch: int | None) -> Iterable[Any]:
-    """The batches of an epoch: as many as the schedule was made for."""
+def _epoch_batches(dataloader: Iterable[Any], run: _Run, steps_per_epoch: int | None) -> Iterable[Any]:
+    """The batches of an epoch: as many as the schedules were made for."""
     if steps_per_epoch is not None:
         return take_batches(dataloader, int(steps_per_epoch))
+    is_scheduled = run.training.settings["schedule"] != "constant" or run.control.needs_end
     length = length_of(dataloader)
-    return dataloader if length is None or recipe.schedule == "constant" else as_many(dataloader, length)
+    return as_many(dataloader, length) if is_scheduled and length is not None else dataloader
 
 
 def _start(

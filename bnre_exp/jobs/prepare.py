@@ -32,6 +32,7 @@ from bnre_exp.jobs.reporting import Job, Results, log_inputs
 from bnre_exp.jobs.stages.export import check_export
 from bnre_exp.jobs.stages.fp32 import epochs_of
 from bnre_exp.jobs.stages.network import check_storable
+from bnre_exp.jobs.stages.qat import check_qat
 from bnre_exp.jobs.stages.setting import Setting, seed
 from bnre_exp.jobs.stages.simulation import modes, scheme
 from bnre_exp.jobs.stages.table import STAGES
@@ -191,6 +192,7 @@ def _check_before_training(job: Job, stages: list[Planned]) -> None:
     }
     sim = quantize(setting.built.module, setting.example(), quick, **how)
     _check_reest(job, sim)
+    check_qat(job.config.qat, sim)
     _tell_fold_loss(job, sim)
     setting.trial = sim_report(sim)
     check_export(sim, job.config.export, setting.loaders.example())

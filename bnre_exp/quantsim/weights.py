@@ -26,23 +26,21 @@ def quantize_weights(
     """Give the placed layers their weight quantizers, ranges fitted; in place. Returns what is to be noted.
 
     A channel whose gamma is negative is on the mirrored full grid from the start, so that the sign of its codes can
-    change when BN is folded. Raises ``UserError`` for a weight that is not finite.
+    change when BN is folded. One scale for a whole tensor is not mirrored: folding quantizes such weights anew. Which
+    layer has which kind of grid depends on no values, since a state is loaded into a simulation of other ones. Raises
+    ``UserError`` for a weight that is not finite.
     """
-    negative, narrow, vanishing = negative_gammas(grouping), list[str](), list[str]()
+    negative, vanishing = negative_gammas(grouping), list[str]()
     for name, bits in ((place.name, place.bits) for place in placed):
         layer: Any = sim.get_submodule(name)
         weight: Tensor = layer.weight.detach()
-        is_negative = negative.get(name, torch.zeros(1, dtype=torch.bool, device=weight.device))
-        is_negative = is_negative if scheme.per_channel else is_negative.any()[None]
-        has_full_grid = scheme.weight_grid == FULL
-        if has_full_grid and not scheme.per_channel and bool(is_negative):
-            has_full_grid = False
-            narrow.append(name)
-        quantizer = _quantizer_of(name, layer, bits, scheme, is_negative if has_full_grid else None)
+        is_negative = torch.zeros(1, dtype=torch.bool, device=weight.device)
+        is_negative = negative.get(name, is_negative) if scheme.per_channel else is_negative
+        quantizer = _quantizer_of(name, layer, bits, scheme, is_negative if scheme.weight_grid == FULL else None)
         is_lost = (quantizer.codes(weight) == 0) & (weight != 0)
         vanishing += [name] if int(is_lost.sum()) > MANY_ZEROS * weight.numel() else []
         parametrize.register_parametrization(layer, "weight", quantizer)
-    return _notes(narrow, vanishing, scheme)
+    return _notes(vanishing, scheme)
 
 
 def _quantizer_of(name: str, layer: Any, bits: int, scheme: QuantScheme, is_negative: Tensor | None) -> WeightQuantizer:
@@ -61,17 +59,11 @@ def _quantizer_of(name: str, layer: Any, bits: int, scheme: QuantScheme, is_nega
     return WeightQuantizer(bits, layout, scale, scheme.range_learning, scheme.per_channel, zero_point)
 
 
-def _notes(narrow: Sequence[str], vanishing: Sequence[str], scheme: QuantScheme) -> tuple[str, ...]:
-    notes = []
-    if narrow:
-        notes.append(
-            f"weight_grid=full: {counted(len(narrow), 'layer')} on the narrow grid ({few(narrow)}), since a BN with a "
-            "negative gamma folds into one scale for the whole tensor"
-        )
-    if vanishing:
-        better = "more bits round" if scheme.weight_range == "mse" else "weight_range=mse rounds"
-        notes.append(
-            f"more than half of the weights are rounded to zero in {counted(len(vanishing), 'layer')} "
-            f"({few(vanishing)}) with weight_range={scheme.weight_range}; {better} fewer"
-        )
-    return tuple(notes)
+def _notes(vanishing: Sequence[str], scheme: QuantScheme) -> tuple[str, ...]:
+    if not vanishing:
+        return ()
+    better = "more bits round" if scheme.weight_range == "mse" else "weight_range=mse rounds"
+    return (
+        f"more than half of the weights are rounded to zero in {counted(len(vanishing), 'layer')} "
+        f"({few(vanishing)}) with weight_range={scheme.weight_range}; {better} fewer",
+    )

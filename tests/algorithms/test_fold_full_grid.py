@@ -19,6 +19,7 @@ from bnre_exp import (
     quantize,
     weight_quantizers,
 )
+from bnre_exp.algorithms.fold_loss import fold_loss
 from bnre_exp.export.encodings import VERSIONS, read_encodings
 from bnre_exp.onnx_io.session import feeds, open_session
 from tests.export.saving import folded_network, round_trip
@@ -105,7 +106,7 @@ def flipped(sim: nn.Module, bn: str, channels: list[int]) -> nn.Module:
     return sim
 
 
-@pytest.mark.parametrize("kind", ["conv", "before depthwise"])
+@pytest.mark.parametrize("kind", LAYERS)
 @torch.no_grad()
 def test_a_gamma_that_changed_its_sign_is_named_with_the_codes_that_it_costs(kind):
     parts, bits = LAYERS[kind](), 3
@@ -137,6 +138,47 @@ def test_a_gamma_that_changed_its_sign_is_named_with_the_codes_that_it_costs(kin
 
 
 @torch.no_grad()
+def test_a_clamped_code_is_that_of_its_layer_alone_where_a_weight_is_shared():
+    """Of two layers with one weight, gamma changed its sign behind the first."""
+    model = randomize(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    model[2].weight = model[0].weight
+    model[0].weight.copy_(torch.tensor([[9.0, 1, -9], [9, 1, -9], [9, 1, -9]]).reshape(3, 3, 1, 1))
+    for bn in (model[1], model[3]):
+        bn.weight.copy_(torch.tensor([1.0, -1.0, 1.0]))
+    sim = quantize(model.double().eval(), torch.randn(2, 3, 6, 6).double(), scheme(3, weight_range="minmax"))
+    first, second = (sim.get_submodule(name).parametrizations.weight for name in ("0", "2"))
+    assert first.original is second.original
+    for weight in (first, second):
+        weight[0].scale.mul_(0.4)
+    flipped(sim, "1", [0, 1])
+    expected = second[0].codes(second.original).int() * torch.tensor([1, -1, 1]).reshape(3, 1, 1, 1)
+    folded, report = fold_batch_norms(sim)
+    assert [layer for layer, _ in report.lossy] == ["0"] and "2 codes without counterpart" in report.lossy[0][1]
+    assert torch.equal(folded.get_submodule("2").parametrizations.weight.original.int(), expected)
+
+
+@torch.no_grad()
+def test_what_a_change_of_sign_costs_is_told_also_where_no_bn_folds_any_more():
+    model = with_gammas(nn.Sequential(*LAYERS["conv"]()), 1)
+    sim = quantize(model, x := example(model), scheme(3, weight_range="minmax"))
+    sim.get_submodule("0").parametrizations.weight[0].scale.mul_(0.4)
+    assert fold_loss(sim) == ()
+    weight = sim.get_submodule("0").weight.clone()
+    sim.get_submodule("1").register_forward_hook(lambda module, inputs, output: None)
+    (loss,) = fold_loss(sim)
+    folded, report = fold_batch_norms(sim)
+    assert report.folded == () and report.lossy == ((loss.layer, loss.reason),) and (loss.layer, loss.bn) == ("0", "")
+    assert loss.reason.startswith("its BN is no longer folded: in 4 channels, ")
+    difference = folded.get_submodule("0").weight - weight
+    channels = difference.flatten(1).abs().amax(dim=1) > 0
+    assert torch.equal(channels, model[1].weight < 0)  # those that are mirrored
+    assert loss.error == pytest.approx(float(difference.norm() / weight.norm())) and loss.error > 0.01
+    assert not torch.equal(folded(x), sim(x))
+    codes = folded.get_submodule("0").parametrizations.weight.original
+    assert (int(codes.min()), int(codes.max())) == (-4, 3)
+
+
+@torch.no_grad()
 def test_a_sign_that_changed_costs_nothing_where_no_code_is_at_the_end():
     model = randomize(nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8))).double().eval()
     sim = quantize(model, x := torch.randn(3, 4, 6, 6).double(), scheme(4))
@@ -164,9 +206,8 @@ def test_a_gamma_that_became_zero_costs_nothing_and_the_narrow_grid_fits_either_
 @torch.no_grad()
 def test_weights_that_are_quantized_anew_use_the_whole_grid(per_channel):
     model = randomize(flat_cnn()).eval()
-    if not per_channel:  # otherwise the grid is narrow
-        for bn in (model[1], model[4], model[7]):
-            bn.weight.abs_()
+    for bn in (model[1], model[4], model[7]):
+        bn.weight.abs_()  # with one scale for weights of all signs and sizes, the best one may leave out an end
     sim = quantize(model, IMAGES, scheme(2, per_channel=per_channel))
     folded, report = fold_batch_norms(sim, "weight")
     why = "fold.mode=weight" if per_channel else "one scale for the whole tensor"

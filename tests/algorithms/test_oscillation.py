@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from bnre_exp import QuantScheme, UserError, calibrate, quantize, track_oscillations, train, weight_quantizers
+from bnre_exp import (
+    QuantScheme,
+    UserError,
+    calibrate,
+    fold_batch_norms,
+    quantize,
+    track_oscillations,
+    train,
+    weight_quantizers,
+)
 from bnre_exp.algorithms.oscillation import annealed, dampening_gradient, follow
 from bnre_exp.quantsim.quantizers.fake_quantize import positive
 from tests.algorithms.test_train_evaluate import labelled
@@ -18,10 +27,12 @@ from tests.networks import flat_cnn, randomize
 DATA = labelled((16,) * 6)
 
 
-def simulation(bits: int = 3, seed: int = 0, model: nn.Module | None = None, **scheme):
+def simulation(bits: int = 3, seed: int = 0, model: nn.Module | None = None, gammas: str = "one", **scheme):
+    """gammas: of the network that DATA are for, "one" or of "either" sign."""
     torch.manual_seed(seed)
-    x = DATA[0][0] if model is None else torch.randn(4, 4, 6, 6)
-    sim = quantize(flat_cnn() if model is None else model, x, QuantScheme(weight_bits=bits, act_bits=8, **scheme))
+    x, flat = DATA[0][0] if model is None else torch.randn(4, 4, 6, 6), flat_cnn()
+    model = model or (randomize(flat) if gammas == "either" else flat)
+    sim = quantize(model, x, QuantScheme(weight_bits=bits, act_bits=8, **scheme))
     calibrate(sim, [x], 1)
     return sim
 
@@ -72,9 +83,10 @@ def test_a_weight_that_oscillates_in_every_step_has_the_closed_form():
     assert found[-1] == pytest.approx(1 - (1 - M) ** 38)
 
 
+@pytest.mark.parametrize("grid", ["narrow", "full"])
 @pytest.mark.parametrize("bits", [2, 7, 8, 9, 16])
-def test_a_change_across_the_whole_range_has_its_direction(bits):
-    sim = simulation(bits)
+def test_a_change_across_the_whole_range_has_its_direction(bits, grid):
+    sim = simulation(bits, weight_grid=grid)
     watch, weight = track_oscillations(sim), latent(sim, "0")
     with torch.no_grad():
         for value in (-1e9, 1e9, -1e9):
@@ -82,8 +94,11 @@ def test_a_change_across_the_whole_range_has_its_direction(bits):
             watch.after_step(1.0)
     layer = watch.layers[0]
     ends = layer.of(watch.state["codes"]), layer.of(watch.state["direction"]), layer.of(watch.state["frequency"])
-    largest = 2 ** (bits - 1) - 1
-    assert (ends[0] == -largest).all() and (ends[1] == -1).all() and (ends[2] > 0.0099).all()
+    assert (
+        (ends[0] == -(2 ** (bits - 1)) + (grid == "narrow")).all()
+        and (ends[1] == -1).all()
+        and (ends[2] > 0.0099).all()
+    )
     others = watch.layers[1].of(watch.state["frequency"])
     assert not others.any() and sum(row.oscillating for row in watch.by_layer()) == 1.0
 
@@ -117,8 +132,27 @@ def grouped() -> nn.Module:
     return randomize(nn.Sequential(nn.ConvTranspose2d(4, 6, 3, groups=2), nn.BatchNorm2d(6)))
 
 
-@pytest.mark.parametrize("scheme", [{}, {"per_channel": False}], ids=["per channel", "per tensor"])
-@pytest.mark.parametrize("build", [None, grouped], ids=["flat", "transposed in groups"])
+def chain() -> nn.Module:
+    """With gammas of either sign: on the full grid some channels are mirrored."""
+    return randomize(nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3)))
+
+
+def ends(layer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Smallest and largest code of each channel, as the grids are described."""
+    quantizer = layer.quantizer
+    half, is_mirrored = 2 ** (quantizer.bits - 1), quantizer.mirrored.float()
+    low = -half + is_mirrored if quantizer.full_grid else torch.full_like(is_mirrored, 1 - half)
+    return quantizer.layout.expand(low), quantizer.layout.expand(half - 1 + is_mirrored)
+
+
+SCHEMES = {
+    "per channel": {}, "per tensor": {"per_channel": False}, "full grid": {"weight_grid": "full"},
+    "full grid per tensor": {"weight_grid": "full", "per_channel": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+@pytest.mark.parametrize("build", [None, chain, grouped], ids=["flat", "chain", "transposed in groups"])
 def test_the_gradient_of_dampening_is_that_of_its_formula_and_reaches_latent_weights_alone(build, scheme):
     sim = simulation(model=build and build(), **scheme)
     watch = track_oscillations(sim, method="dampening", dampening=0.3)
@@ -128,11 +162,13 @@ def test_the_gradient_of_dampening_is_that_of_its_formula_and_reaches_latent_wei
             layer.quantizer.scale[0].neg_()  # what training may do; its magnitude counts
     for layer in watch.layers:
         w, s = layer.weight.detach().clone().requires_grad_(), layer.scale().detach()
-        end = s * layer.quantizer.quant_max
-        quantized = (w / s).round().clamp(-layer.quantizer.quant_max, layer.quantizer.quant_max) * s
-        loss = (quantized.detach() - torch.minimum(torch.maximum(w, -end), end)).square().sum() * 0.3
+        low, high = ends(layer)
+        quantized = torch.minimum(torch.maximum((w / s).round(), low), high) * s
+        loss = (quantized.detach() - torch.minimum(torch.maximum(w, low * s), high * s)).square().sum() * 0.3
         (expected,) = torch.autograd.grad(loss, w)
-        assert (w.abs() > end).any() and expected.any()
+        assert (w > high * s).any() and (w < low * s).any() and expected.any()
+        is_mixed = build is not None and len(layer.quantizer.scale) > 1 and layer.name == "0"
+        assert bool(layer.quantizer.mirrored.any()) == (is_mixed and layer.quantizer.full_grid)
         torch.testing.assert_close(dampening_gradient(layer.quantizer, layer.weight, 0.3), expected)
         layer.weight.grad = torch.ones_like(layer.weight)
     watch.before_step(1.0)  # at the end of the training: the whole strength
@@ -170,12 +206,13 @@ def test_a_weight_is_frozen_at_the_rounded_average_of_its_integers_once_its_freq
             assert float(layer.of(watch.state["average"])[where]) == pytest.approx(average)
     assert frozen == [0, 0, 1, 1] and watch.state["frozen"].sum() == 1  # 0.19 after the third step
     assert int(layer.of(watch.state["codes"])[where]) == round(average) == 2  # though it was 3 in that step
-    assert float(layer.weight[where]) == pytest.approx(2 * scale)
+    assert float(layer.weight[where].detach()) == pytest.approx(2 * scale)
 
 
+@pytest.mark.parametrize("grid", ["narrow", "full"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_frozen_weights_keep_their_integers_through_training_weight_decay_and_moving_scales(optimizer):
-    sim, seen = simulation(), []
+def test_frozen_weights_keep_their_integers_through_training_weight_decay_and_moving_scales(optimizer, grid):
+    sim, seen = simulation(gammas="one" if grid == "narrow" else "either", weight_grid=grid), []
     watch = track_oscillations(sim, method="freezing", freeze_from=0.02, freeze_to=0.005)
     scales = {name: q.scale.detach().clone() for name, q in weight_quantizers(sim).items()}
 
@@ -196,13 +233,70 @@ def test_frozen_weights_keep_their_integers_through_training_weight_decay_and_mo
     assert history[-1].shares["frozen"] == pytest.approx(counts[-1] / len(seen[-1][0]))
 
 
-@pytest.mark.parametrize("scheme", [{}, {"per_channel": False}], ids=["per channel", "per tensor"])
-@pytest.mark.parametrize("build", [None, grouped], ids=["flat", "transposed in groups"])
+@torch.no_grad()
+def test_a_weight_is_frozen_at_the_end_of_a_mirrored_grid_and_folded_there():
+    """At 4 with 3 bits, the code that only the mirrored grid has, while the scale goes on changing."""
+    sim = simulation(model=chain(), weight_grid="full")
+    channel, scale = int(sim.get_submodule("1").weight.argmin()), weight_quantizers(sim)["0"].scale
+    where = (channel, 0, 0, 0)
+    latent(sim, "0")[where] = 9.0 * scale[channel]  # beyond the end
+    watch = track_oscillations(sim, method="freezing", momentum=0.5, freeze_from=0.4, freeze_to=0.4)
+    layer = watch.layers[0]
+    for code in (3.2, 9.0, 9.0, 9.0):  # to 3 and back to 4: one oscillation, of a frequency of 0.5
+        layer.weight[where] = code * scale[channel]
+        watch.after_step(1.0)
+    assert watch.state["frozen"].sum() == 1 and layer.of(watch.state["frozen"])[where] == 1
+    for factor in (1.1, 0.7, -1.3):  # a learned scale may change its sign; its magnitude counts
+        scale.mul_(factor)
+        layer.weight.sub_(0.01 * layer.weight.sign())  # what an optimizer might do
+        watch.after_step(1.0)
+        assert float(layer.weight[where]) == pytest.approx(4 * float(scale[channel].abs()), rel=1e-6)
+        assert int(layer.quantizer.codes(layer.weight)[where]) == 4
+    folded, report = fold_batch_norms(sim)
+    assert report.lossy == () and int(folded.get_submodule("0").parametrizations.weight.original[where]) == -4
+
+
+@pytest.mark.parametrize("grid", ["narrow", "full"])
+def test_the_integers_of_frozen_weights_are_those_that_are_folded(grid):
+    sim = simulation(gammas="either", weight_grid=grid)
+    watch = track_oscillations(sim, method="freezing", freeze_from=0.02, freeze_to=0.005)
+    train(sim, DATA, 15, lr=0.03, oscillations=watch, weight_decay=0.01)
+    folded, _ = fold_batch_norms(sim)
+    for layer, bn in zip(watch.layers, ("1", "4", "7", None)):
+        frozen = layer.of(watch.state["frozen"]).bool()
+        sign = 1 if bn is None else layer.quantizer.layout.expand(sim.get_submodule(bn).weight.sign()).int()
+        wanted = (layer.of(watch.state["codes"]).int() * sign).clamp(-4, 3)
+        found = folded.get_submodule(layer.name).parametrizations.weight.original.int()
+        assert torch.equal(found[frozen], wanted[frozen])
+    assert sum(row.frozen > 0 for row in watch.by_layer()) >= 2
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.5])
+def test_weights_that_are_not_trained_stand_still_whatever_their_scale_does(ema_decay):
+    """Their scale is trained, so that their integers change; a weight that its user froze is not to be moved."""
+    sim = simulation(2)
+    latent(sim, "3").requires_grad_(False)
+    before = latent(sim, "3").detach().clone()
+    watch = track_oscillations(sim, method="freezing", momentum=0.2, freeze_from=0.05, freeze_to=0.0)
+    start = watch.layers[1].of(watch.state["codes"]).clone()
+    train(sim, DATA, 15, lr=0.05, oscillations=watch, validation=DATA, ema_decay=ema_decay)
+    assert torch.equal(latent(sim, "3"), before)
+    assert (watch.layers[1].quantizer.codes(before) != start).any()
+    rows = {row.layer: row for row in watch.by_layer()}
+    assert rows["3"].frozen == rows["3"].oscillating == 0.0 and rows["0"].frozen > 0
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+@pytest.mark.parametrize("build", [None, chain, grouped], ids=["flat", "chain", "transposed in groups"])
 def test_a_scale_has_the_gradient_of_integer_times_scale_for_frozen_weights(build, scheme):
     sim = simulation(model=build and build(), **scheme)
     watch = track_oscillations(sim, method="freezing")
     torch.manual_seed(1)
     watch.state["frozen"].bernoulli_(0.5)
+    for layer in watch.layers:  # among them weights at both ends of the range, where a weight is not clipped yet
+        low, high = (end.expand_as(layer.weight).flatten().to(watch.state["codes"].dtype) for end in ends(layer))
+        part = layer.of(watch.state["codes"]).view(-1)
+        part[::7], part[3::7] = low[::7], high[3::7]
     for layer in watch.layers:
         layer.quantizer.scale.data[0].neg_()
     watch.hold()
@@ -296,8 +390,43 @@ def test_a_network_without_quantized_weights_and_a_loader_without_a_length_are_r
     train(sim, DATA, 1, schedule="constant", steps_per_epoch=3, oscillations=watch)
 
 
-def test_layers_that_share_a_weight_are_refused():
-    sim = simulation(model=nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)))
-    sim.get_submodule("2").parametrizations.weight.original = latent(sim, "0")
-    with pytest.raises(UserError, match="0, 2 share a weight"):
-        track_oscillations(sim)
+class Claims(list):
+    """A loader that yields fewer batches than it says."""
+
+    def __len__(self) -> int:
+        return 2 * super().__len__()
+
+
+def test_a_schedule_goes_by_a_length_that_has_to_be_true():
+    sim = simulation()
+    with pytest.raises(UserError, match="is 12 batches, but it yields 6"):
+        watch = track_oscillations(sim, method="dampening")
+        train(sim, Claims(DATA), 1, schedule="constant", oscillations=watch)
+    train(sim, Claims(DATA), 1, schedule="constant", oscillations=track_oscillations(sim))  # follows no schedule
+
+
+def sharing() -> nn.Module:
+    sim = simulation(model=nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3)))
+    sim.get_submodule("3").parametrizations.weight.original = latent(sim, "0")
+    sim.get_submodule("3").parametrizations.weight[0].scale.data.mul_(0.7)  # so that integers are others
+    return sim
+
+
+def test_a_weight_that_layers_share_is_followed_and_dampened_for_each():
+    sim = sharing()
+    watch = track_oscillations(sim, method="dampening", dampening=0.3)
+    first, second = watch.layers
+    assert not torch.equal(first.of(watch.state["codes"]), second.of(watch.state["codes"]))
+    watch.before_step(1.0)
+    expected = sum(dampening_gradient(layer.quantizer, layer.weight, 0.3) for layer in watch.layers)
+    torch.testing.assert_close(latent(sim, "0").grad, expected)
+    with torch.no_grad():
+        latent(sim, "0").neg_()
+    watch.after_step(1.0)
+    for layer in watch.layers:
+        assert torch.equal(layer.of(watch.state["codes"]).int(), layer.quantizer.codes(layer.weight).int())
+
+
+def test_a_weight_that_layers_share_is_not_frozen():
+    with pytest.raises(UserError, match="0, 3 share a weight, which cannot be held .* expected method='dampening'"):
+        track_oscillations(sharing(), method="freezing")

@@ -22,3 +22,11 @@ class Residual(nn.Module):
         x = torch.relu(self.bn3(self.conv3(x)))
         x = torch.relu(self.bn4(self.conv4(x)) + x)
         return self.fc(x.mean((2, 3)))
+
+
+class Tied(Residual):
+    """Two of its layers share a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv4.weight = self.conv3.weight

@@ -240,16 +240,27 @@ def test_the_control_of_qat_is_in_curves_and_a_table_also_when_it_is_reused(tmp_
 
 
 def test_what_validation_sees_is_what_re_estimation_gives(tmp_path):
-    """With as many batches as the stage of re-estimation takes, in the same order."""
-    last, _ = job(tmp_path, *CONTROL, "qat.validate_batches=4", "fold.bias_bits=null")
-    found, shipped = curves(tmp_path / "run")[-1], last.metrics
-    assert found["qat/val_loss"] != pytest.approx(curves_as_is(tmp_path)["qat/val_loss"], rel=1e-3)
-    assert found["qat/val_top1"] == pytest.approx(shipped["fold/val_top1"], abs=0.06)
+    """With as many batches as the stage of re-estimation takes, in the same order. What is trained is the same."""
+    last, _ = job(tmp_path, *CONTROL, "qat.validate_batches=4", "fold.bias_bits=null", "dataset.augment=true")
+    plain, _ = job(
+        tmp_path, *CONTROL, "qat.validate=as_is", "fold.bias_bits=null", "dataset.augment=true", name="as is"
+    )
+    found, as_is = curves(tmp_path / "run"), curves(tmp_path / "as is")
+    assert found[-1]["qat/val_loss"] != pytest.approx(as_is[-1]["qat/val_loss"], rel=1e-3)
+    assert found[-1]["qat/val_top1"] == pytest.approx(last.metrics["fold/val_top1"], abs=0.06)
+    assert [epoch["qat/train_loss"] for epoch in found] == [epoch["qat/train_loss"] for epoch in as_is]
+    assert last.metrics["qat/loss"] == plain.metrics["qat/loss"]  # on the test data
 
 
-def curves_as_is(tmp_path: Path) -> dict[str, float]:
-    job(tmp_path, *CONTROL, "qat.validate=as_is", name="as is")
-    return curves(tmp_path / "as is")[-1]
+def test_weights_that_layers_share_are_trained_and_freezing_them_is_refused_before_anything_is(tmp_path):
+    results, _ = job(tmp_path, "model._target_=tests.jobs.nets.Tied")
+    table = (tmp_path / "run" / "oscillating_weights.md").read_text()
+    assert "qat/oscillating" in results.metrics and "| conv3 | 147456 | " in table and "| conv4 | 147456 | " in table
+    how = ("model._target_=tests.jobs.nets.Tied", "qat.oscillation=freezing", "store.mode=off")
+    with pytest.raises(UserError, match=r"qat\.oscillation=freezing: .*conv3, conv4 share a weight"):
+        job(tmp_path, *how, name="frozen")
+    assert "train_loss" not in (tmp_path / "frozen" / "metrics.jsonl").read_text()
+    job(tmp_path, *how, "qat.epochs=0", name="not trained")
 
 
 def test_weights_that_are_not_quantized_cannot_oscillate_which_is_told(tmp_path):

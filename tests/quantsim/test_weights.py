@@ -148,15 +148,14 @@ def test_minmax_and_percentile_cover_what_the_full_grid_can():
     assert float(fit_symmetric_scale(outliers, 1, "percentile", 99.8, quant_min=-2)) == 0.5
 
 
-def test_one_scale_for_the_tensor_is_on_the_narrow_grid_where_a_negative_gamma_folds():
-    model, scheme = randomize(flat_cnn()), replace(FULL, per_channel=False)
-    with torch.no_grad():
-        model[4].weight.abs_()
-    sim = quantize(model, X, scheme)
-    assert {name: q.full_grid for name, q in weight_quantizers(sim).items()} == {"0": 0, "3": 1, "6": 0, "11": 1}
-    note = sim_report(sim).weight_notes[0]
-    assert note.startswith("weight_grid=full: 2 layers on the narrow grid (0, 6), since a BN with a negative gamma")
-    assert sim_report(quantize(model, X, FULL)).weight_notes == ()
+def test_one_scale_for_the_tensor_is_on_the_full_grid_whatever_the_gammas():
+    for gamma in (None, -1.0, 1.0):
+        model = randomize(flat_cnn())
+        if gamma is not None:
+            nn.init.constant_(model[1].weight, gamma)
+        sim = quantize(model, X, replace(FULL, per_channel=False))
+        assert all(q.full_grid and not q.mirrored.any() for q in weight_quantizers(sim).values())
+        assert codes(sim, "6").unique().tolist() == [-2, -1, 0, 1] and sim_report(sim).weight_notes == ()
 
 
 def vanishing() -> nn.Module:
@@ -193,14 +192,17 @@ def test_notes_are_about_the_weights_that_were_given():
     assert sim_report(rebuild_sim(vanishing(), X, scheme)).weight_notes == ()
 
 
-def test_a_rebuilt_simulation_has_the_grids_of_the_state_and_not_of_the_gammas():
-    model, flipped = randomize(flat_cnn()), randomize(flat_cnn())
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("factor", [-1.0, 0.0], ids=["of the other sign", "as before training"])
+def test_a_rebuilt_simulation_has_the_grids_of_the_state_and_not_of_the_gammas(factor, per_channel):
+    model, others, scheme = randomize(flat_cnn()), randomize(flat_cnn()), replace(FULL, per_channel=per_channel)
     with torch.no_grad():
-        for bn in (flipped[1], flipped[4], flipped[7]):
-            bn.weight.neg_()
-    sim = quantize(model, X, FULL)
-    other = rebuild_sim(flipped, X, FULL)
-    assert not torch.equal(weight_quantizers(other)["0"].mirrored, weight_quantizers(sim)["0"].mirrored)
+        for bn in (others[1], others[4], others[7]):
+            bn.weight.mul_(factor).add_(1.0 + factor)  # all 1 where a network is rebuilt that was never trained
+    sim = quantize(model, X, scheme)
+    other = rebuild_sim(others, X, scheme)
+    is_same = torch.equal(weight_quantizers(other)["0"].mirrored, weight_quantizers(sim)["0"].mirrored)
+    assert is_same != per_channel
     other.load_state_dict(sim.state_dict())
     assert torch.equal(other.eval()(X), sim.eval()(X))
     assert torch.equal(weight_quantizers(other)["0"].mirrored, weight_quantizers(sim)["0"].mirrored)

@@ -10,7 +10,7 @@ from bnre_exp.algorithms.bn_statistics import has_running_statistics
 from bnre_exp.algorithms.oscillation import Oscillations, track_oscillations
 from bnre_exp.algorithms.reestimate import ReestimationHandle, reestimate_bn_stats
 from bnre_exp.config import Oscillation, QatBn, QatConfig, QatValidate
-from bnre_exp.errors import counted
+from bnre_exp.errors import UserError, counted
 from bnre_exp.jobs.stages.given import Given
 from bnre_exp.jobs.stages.outcome import Measured, Outcome
 from bnre_exp.jobs.stages.setting import Setting
@@ -34,6 +34,16 @@ def qat_settings(setting: Setting, own: dict[str, Any]) -> dict[str, Any]:
         left_out |= {"qat.validate", "qat.validate_batches"}
     kept = {name: value for name, value in own.items() if name not in left_out and value is not None}
     return kept if frozen_from is None else {**kept, "qat.freeze_bn_epoch": frozen_from}
+
+
+def check_qat(how: QatConfig, sim: nn.Module) -> None:
+    """Raise ``UserError`` if there is to be QAT, and weights of the simulation cannot be followed as is asked for."""
+    if not how.epochs:
+        return
+    try:
+        _watch(how, sim)
+    except UserError as error:
+        raise UserError(f"qat.oscillation={how.oscillation.value}: {error}") from error
 
 
 def qat(setting: Setting, given: Given) -> tuple[Outcome, nn.Module]:

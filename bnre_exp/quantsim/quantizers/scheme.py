@@ -49,7 +49,7 @@ class QuantScheme:
     the others.
     overrides: exceptions by name, the last match wins.
     weight_grid: "narrow", the codes from -(2^(bits-1) - 1) to 2^(bits-1) - 1; or "full", which has -2^(bits-1) as well,
-    and its mirror image in a channel whose BN has a negative gamma.
+    and its mirror image in a channel whose BN has a negative gamma (with one scale per channel).
     weight_range, act_range: range estimators, "mse", "minmax" or "percentile" (which keeps ``percentile`` percent).
 
     Raises ``UserError`` for values out of range.
