@@ -111,7 +111,7 @@ class _Group:
         ):
             each.mean, each.spread = mean, spread
         self._sizes = torch.tensor(sizes)
-        self._errors = SamplingErrors(self.joint.mean) if with_errors else None
+        self._errors = SamplingErrors(self._of_channels([bn.eps for bn in bns])) if with_errors else None
         old = [*(bn.running_mean for bn in bns), *(bn.running_var for bn in bns)]
         # What is not finite survives its weight of zero.
         self._old = [x if bool(x.isfinite().all()) else torch.zeros_like(x) for x in old]
@@ -147,7 +147,7 @@ class _Group:
         errors = zip(self.estimators.items(), self._errors.of_layers(self._sizes.tolist()))
         return [(bn, error) for (bn, each), error in errors if each.calls]
 
-    def _of_channels(self, values: Sequence[int]) -> Tensor:
+    def _of_channels(self, values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64).repeat_interleave(self._sizes).to(self.joint.mean.device)
 
 

@@ -98,8 +98,8 @@ def reestimate_bn_stats(
     method: "batch_average", the plain mean over batches of their means and unbiased variances (as AIMET does);
     "pooled", the statistics of all samples together; "ema", an exponential moving average that starts from the present
     statistics and gives the newest batch the weight ``momentum``, as training does.
-    tolerance: stop as soon as the standard error of every channel's mean, in its standard deviations, and the relative
-    one of its variance are not above it; ``num_batches`` is then the most.
+    tolerance: stop as soon as the standard error of every channel's mean, over the root of variance + eps, and that of
+    its variance, over variance + eps, are not above it; ``num_batches`` is then the most.
     prior: the old statistics count as so many samples (Schneider et al., NeurIPS 2020, equation 3).
     passes: in each after the first, BNs see what the statistics of the one before make of the layers before them; a
     function in place of the loader is called for each, so that all see the same batches.

@@ -19,7 +19,7 @@ from bnre_exp.algorithms.feeding import to_device
 from bnre_exp.algorithms.fold_loss import fold_loss
 from bnre_exp.algorithms.reestimate import chosen_layers
 from bnre_exp.algorithms.speed import check_compiler
-from bnre_exp.config import Config, Device, FoldMode, MemoryFormat
+from bnre_exp.config import Config, Device, FoldMode, MemoryFormat, QatBn
 from bnre_exp.data.classes import count_classes
 from bnre_exp.data.loaders import Loaders, build_loaders
 from bnre_exp.data.preprocess import resolve_preprocessing
@@ -89,9 +89,22 @@ def prepare(
     _check_before_training(job, planned)
     log_inputs(job)
     job.exceptions("note", [stage.off for stage in STAGES if stage.off and not stage.is_on(config)])
+    job.exceptions("note", _of_frozen(config))
     job.exceptions("note", [("model", note) for note in (*built.notes, *_other_names(built, loaders))])
     job.exceptions("note", [("store", note) for note in loaders.notes if store.mode != "off"])
     return job, planned
+
+
+def _of_frozen(config: Config) -> list[tuple[str, str]]:
+    """A note where the weights are trained for the statistics that re-estimation then replaces."""
+    is_frozen = config.qat.epochs and (config.qat.bn is QatBn.frozen or config.qat.freeze_bn_epoch == 1)
+    if not (is_frozen and config.reest.num_batches):
+        return []
+    why = (
+        "QAT with frozen batch norms fits the weights to the statistics that it starts with; others may harm. Compare "
+        "qat and reest, or leave re-estimation to before QAT (qat.prepare=reestimate reest=off)"
+    )
+    return [("re-estimation", why)]
 
 
 def _other_names(built: BuiltModel, loaders: Loaders) -> list[str]:

@@ -23,6 +23,19 @@ def test_errors_are_those_of_the_formula():
     assert errors.of_layers([1, 2]) == pytest.approx([float(worst[0]), float(worst[1:].max())])
 
 
+def test_errors_are_in_terms_of_what_batch_norm_divides_by():
+    tiny, eps = 1e-9, 1e-5
+    errors, plain = SamplingErrors(torch.tensor([eps, eps])), SamplingErrors(torch.zeros(2))
+    for number in range(8):
+        for each in (errors, plain):
+            each.add(
+                torch.tensor([tiny**0.5 * number, number]), torch.tensor([tiny * (1 + number % 2), 1 + number % 2])
+            )
+    (of_mean, of_var), before = errors.of_channels(), plain.of_channels()
+    assert of_mean[0] == pytest.approx(float(before[0][0]) * (1.5 * tiny / (1.5 * tiny + eps)) ** 0.5, rel=1e-4)
+    assert of_var[0] < 1e-4 < 0.1 < before[1][0] and of_var[1] == pytest.approx(float(before[1][1]), rel=1e-4)
+
+
 def test_few_batches_say_nothing_and_constant_channels_are_certain():
     errors = SamplingErrors(torch.zeros(2))
     for number in range(MIN_BATCHES):

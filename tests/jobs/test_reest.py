@@ -99,3 +99,18 @@ def test_mistakes_are_told_before_training(tmp_path, overrides, message):
     with pytest.raises(UserError, match=message):
         job(tmp_path, *PTQ, *overrides)
     assert not list((tmp_path / "store" / "entries").glob("fp32*"))
+
+
+def test_statistics_that_qat_was_fitted_to_are_not_replaced_without_a_word(tmp_path):
+    frozen, _ = job(tmp_path, "qat.bn=frozen", "export=off", name="frozen")
+    assert "re-estimation" in dict(frozen.summary.exceptions["note"])
+    for number, more in enumerate(("qat.bn=train", "qat.bn=frozen reest.num_batches=0", "qat.bn=frozen qat.epochs=0")):
+        plain, _ = job(tmp_path, *more.split(), "export=off", name=f"plain{number}")
+        assert "re-estimation" not in dict(plain.summary.exceptions.get("note", []))
+
+
+def test_a_job_without_files_ends_with_the_folded_network(tmp_path):
+    results, _ = job(tmp_path, *PTQ[:2], "export=off", tracking=True, name="none")
+    assert results.metrics["fold/folded_bns"] == 4 and results.folded is None
+    assert ("export", "off (export.formats=[])") in results.summary.exceptions["note"]
+    assert not {"folded", "model.onnx"} & {path.name for path in (tmp_path / "none").iterdir()}
