@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -101,11 +101,24 @@ def bypassed(sim: nn.Module, *, activations: bool = True, weights: bool = False)
     chosen: list[ActivationQuantizer | WeightQuantizer] = []
     chosen += list(activation_quantizers(sim).values()) if activations else []
     chosen += list(weight_quantizers(sim).values()) if weights else []
-    before = [quantizer.bypassed for quantizer in chosen]
-    for quantizer in chosen:
-        quantizer.bypassed = True
+    with _switched(chosen, True):
+        yield
+
+
+@contextmanager
+def in_use(sim: nn.Module) -> Iterator[None]:
+    """Within the block, activation quantizers quantize, also where a block around it bypasses them."""
+    with _switched(list(activation_quantizers(sim).values()), False):
+        yield
+
+
+@contextmanager
+def _switched(quantizers: Sequence[ActivationQuantizer | WeightQuantizer], is_bypassed: bool) -> Iterator[None]:
+    before = [quantizer.bypassed for quantizer in quantizers]
+    for quantizer in quantizers:
+        quantizer.bypassed = is_bypassed
     try:
         yield
     finally:
-        for quantizer, was in zip(chosen, before):
+        for quantizer, was in zip(quantizers, before):
             quantizer.bypassed = was

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from bnre_exp import UserError
+from bnre_exp.jobs.stages.setting import Setting
 from tests.jobs.test_run import job
 
 PTQ = ("qat.epochs=0", "quant=w2a8", "export=checkpoint")
@@ -27,6 +28,22 @@ def test_a_curve_in_one_pass_is_that_of_as_many_jobs(tmp_path):
         assert plain.metrics[name] == results.metrics[name]
     short, _ = job(tmp_path, *PTQ, "reest.num_batches=3", "reest.curve=[3]", name="short")
     assert steps_of(tmp_path / "short", "reest/val_loss") == {3: curve[3]}
+
+
+@pytest.mark.parametrize(
+    "more", [("quant.act_bits=3",), ("quant.act_bits=3", "qat.epochs=1"), ("quant.act_bits=null",)]
+)
+def test_a_curve_is_of_networks_as_re_estimation_leaves_them(tmp_path, monkeypatch, more):
+    evaluate, left = Setting.evaluate, []
+
+    def watched(setting, network, description, **how):
+        if description == "reest: evaluate":
+            left.append(evaluate(setting, network, description, on_validation=True).metrics["loss"])
+        return evaluate(setting, network, description, **how)
+
+    monkeypatch.setattr(Setting, "evaluate", watched)
+    job(tmp_path, *PTQ, *more, "export=off", "reest.num_batches=4", "reest.curve=[2,4]", name="curve")
+    assert left == [steps_of(tmp_path / "curve", "reest/val_loss")[4]]
 
 
 def test_a_tolerance_stops_and_says_which_layer_was_last(tmp_path):

@@ -19,7 +19,7 @@ from bnre_exp.jobs.stages.calibration import calibrate_stage
 from bnre_exp.jobs.stages.given import Given
 from bnre_exp.jobs.stages.outcome import Measured, Outcome
 from bnre_exp.jobs.stages.setting import Setting, seed, timed
-from bnre_exp.quantsim.sim import activation_quantizers, bypassed
+from bnre_exp.quantsim.sim import activation_quantizers, bypassed, in_use
 
 CONSISTENCY_BATCHES = 10
 SMALL_BATCH = 32  # MobileNetV2, W3A8, on Fashion-MNIST: with batches of 8, batch_average is 1.25 points below pooled
@@ -49,7 +49,7 @@ def re_estimated(setting: Setting, given: Given, sim: nn.Module, has_qat: bool, 
         before = outcome.measured[-1].stage
     is_main = stage == "reest"
     alone = _each_alone(setting, sim, bypass) if is_main and how.ablate else None
-    curve = _Curve(setting, sim)
+    curve = _Curve(setting, sim, again)
 
     def work() -> Any:
         with bypassed(sim, activations=bypass):
@@ -92,15 +92,22 @@ def most_batches(setting: Setting) -> int:
 
 
 class _Curve:
-    """Evaluates the validation data on the way. seconds: that this took."""
+    """Evaluates the validation data on the way, as re-estimation would end there. again: with ranges fitted anew.
+    seconds: that this took."""
 
-    def __init__(self, setting: Setting, sim: nn.Module) -> None:
-        self._setting, self._sim, self.seconds = setting, sim, 0.0
+    def __init__(self, setting: Setting, sim: nn.Module, again: bool) -> None:
+        self._setting, self._sim, self._again, self.seconds = setting, sim, again, 0.0
 
     def measure(self) -> dict[str, float]:
-        evaluation, seconds = timed(lambda: self._setting.evaluate(self._sim, "reest: curve", on_validation=True))
+        metrics, seconds = timed(self._measured)
         self.seconds += seconds
-        return dict(evaluation.metrics)
+        return metrics
+
+    def _measured(self) -> dict[str, float]:
+        with in_use(self._sim):
+            if self._again:
+                calibrate_stage(self._setting, self._sim, "curve")
+            return dict(self._setting.evaluate(self._sim, "reest: curve", on_validation=True).metrics)
 
 
 def _each_alone(setting: Setting, sim: nn.Module, bypass: bool) -> dict[str, float]:
