@@ -27,7 +27,7 @@ from bnre_exp.tasks.task import Evaluation, Headline
 from bnre_exp.tracking import RunLog
 from bnre_exp.tracking.journal import curves, read_records
 from bnre_exp.tracking.links import compare_link, ui_address, ui_command
-from bnre_exp.tracking.typed_text import as_params
+from bnre_exp.tracking.typed_text import LONGEST_PARAM, shortened, typed
 
 logger = logging.getLogger(__name__)
 
@@ -200,18 +200,19 @@ def _leave_page(job: Job, found: Sequence[Verdict], default: Config | None, erro
 def _page_of(job: Job, found: Sequence[Verdict], default: Config | None, error: BaseException | None) -> RunPage:
     results, records = job.results, read_records(job.run_dir)
     by_step = curves(records)
-    typed = records[0].get("run", {}).get("tags", {}).get("overrides", "") if records else ""
+    overrides = records[0].get("run", {}).get("tags", {}).get("overrides", "") if records else ""
     return RunPage(
         results.summary, job.run_dir, job.setting.task.headline, results.metrics, by_step,
         {verdict.stage: verdict.interval for verdict in found if verdict.interval is not None}, _settings(job.config),
-        {} if default is None else _settings(default), overrides=typed,
+        {} if default is None else _settings(default), overrides=overrides,
         error=None if error is None else _ending(error), drift=results.drift,
         by_batches=by_step.get(f"reest/val_{job.setting.task.headline.name}"), tables=results.tables,
     )  # fmt: skip
 
 
 def _settings(config: Config) -> dict[str, str]:
-    return as_params(concealed(flatten(config)))
+    """As the user types them, by name."""
+    return {name: shortened(typed(value), LONGEST_PARAM) for name, value in concealed(flatten(config)).items()}
 
 
 def _ending(error: BaseException) -> tuple[str, str]:

@@ -85,9 +85,7 @@ def _changes(rows: Sequence[RunRow]) -> str:
         label = label_of(row, names) or row.name
         dots.append(Dot(label, change, f"{change:+.4f}", (low, high), not is_told, SHADES.get(row.verdict, 0)))
     title = "What re-estimation changed"
-    notes = [
-        "mean score of a test image, the higher the better, with its 95% interval; hollow: neither better nor worse"
-    ]
+    notes = ["mean score of a test image, the higher the better, with its 95% interval; hollow: no difference is sure"]
     notes += [f"the first {MOST_RUNS} of {len(found)} runs"] if len(found) > MOST_RUNS else []
     chart = dot_chart(title, dots, axis="change", reference=0.0)
     return page.figure(chart, title, "; ".join(notes))

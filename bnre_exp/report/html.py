@@ -191,12 +191,10 @@ def _drift(columns: Columns | None, label: str) -> str:
             doublings[1], [f"× {ratio:.4g}" for ratio in measured[RATIO]], doublings[0], doublings[2],
         ),
     ]  # fmt: skip
-    alone = measured.get(f"{label} alone")
-    if alone is not None:
-        title = f"{as_beginning(label)} by re-estimating one BN alone"
-        pictures.append(chart(title, "on validation data", "change", alone, [f"{value:+.4f}" for value in alone]))
-    said = f"All {len(names)} layers"
-    return page.section("Drift of the BN statistics", page.figures(*pictures), page.folded_away(said, _table(columns)))
+    title, changes = f"{as_beginning(label)} by re-estimating one BN alone", measured.get(f"{label} alone", [])
+    alone = chart(title, "on validation data", "change", changes, [f"{n:+.4f}" for n in changes]) if changes else ""
+    table = page.folded_away(f"All {len(names)} layers", _table(columns))
+    return page.section("Drift of the BN statistics", page.figures(*pictures), page.figures(alone), table)
 
 
 def _table(columns: Columns) -> str:
@@ -239,7 +237,7 @@ def _settings(run: RunPage) -> list[str]:
         texts = [(name, text, run.defaults.get(name, NOTHING)) for name, text in settings.items()]
         rows = [[page.code(name), escape(text), escape(plain)] for name, text, plain in texts]
         kept = 3 if run.defaults else 2
-        headings, kinds = ["setting", "here", "plain command"], ["", "long", "long"]
+        headings, kinds = ["setting", "here", "plain command"], ["", "value", "value"]
         return page.table(headings[:kept], [row[:kept] for row in rows], kinds[:kept])
 
     changed = {

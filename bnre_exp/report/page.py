@@ -47,13 +47,14 @@ svg{display:block;width:100%;height:auto;fill:var(--ink);overflow:visible}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .6rem;text-align:left;vertical-align:top;border-bottom:1px solid var(--rule);overflow-wrap:normal}
 td.long{min-width:14rem;overflow-wrap:anywhere}
+td.value{min-width:6.5rem;overflow-wrap:anywhere}
 .number{text-align:right}
 summary{cursor:pointer;padding:.2rem 0}
 code{font:.85em ui-monospace,monospace;background:var(--soft);padding:.05rem .25rem;border-radius:3px}
 a{color:var(--c0)}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.2rem 1rem;margin:.5rem 0}
 dd{margin:0}
-@media(max-width:40rem){table{font-size:.8rem}td.long{min-width:6.5rem}th,td{padding:.2rem .35rem}
+@media(max-width:40rem){table{font-size:.8rem}th,td{padding:.2rem .35rem}
 dl{display:block}dd{margin:0 0 .5rem}}
 @media print{body{max-width:none;padding:0;font-size:11pt}h2,h3,section>p{break-after:avoid}
 .table,.plots figure{overflow:visible}
@@ -102,7 +103,8 @@ def figures(*shown: str, kind: str = "charts") -> str:
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]], kinds: Sequence[str]) -> str:
-    """A table of cells that are HTML, below headings that are text. kinds: of each column, "number", "long" or ""."""
+    """A table of cells that are HTML, below headings that are text. kinds: of each column, "number", "value" (which
+    may break anywhere), "long" or ""."""
     classes = [f' class="{kind}"' if kind else "" for kind in kinds]
     head = "".join(f"<th{of}>{escape(heading)}</th>" for heading, of in zip(headings, classes))
     body = ["<tr>" + "".join(f"<td{of}>{cell}</td>" for cell, of in zip(row, classes)) + "</tr>" for row in rows]

@@ -17,7 +17,8 @@ pytestmark = pytest.mark.usefixtures("verified_here")
 
 
 def test_a_run_leaves_a_page_that_mlflow_has_too(tmp_path):
-    results, console = job(tmp_path, f'tracking.run_name="{BAD}"', tracking=True)
+    exception = "quant.overrides=[{pattern: fc, off: true}]"
+    results, console = job(tmp_path, f'tracking.run_name="{BAD}"', exception, tracking=True)
     text = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     page = read(text)
     assert page.headings[0].startswith("Re-estimation alone, without training, ") and BAD in page.text
@@ -35,6 +36,7 @@ def test_a_run_leaves_a_page_that_mlflow_has_too(tmp_path):
     changed = page.text.partition("What differs from a plain command")[2].partition("All ")[0]
     lines = changed.replace("\n", "")
     assert "reest.num_batches4100" in lines and "quant.act_bits" not in changed
+    assert "quant.overrides[0].patternfc–" in lines  # as it is typed
     assert "quant.weight_bits" not in changed  # 2, as in a plain command, though the class has 8
     client, (record,) = mlflow_runs(tmp_path)
     assert "report.html" in {file.path for file in client.list_artifacts(record.info.run_id)}
