@@ -68,16 +68,16 @@ def test_verdicts_that_differ_are_counted():
 
 
 def test_a_console_of_120_columns_shows_which_setting_a_row_is_and_every_spread():
-    names = ["fp32", "ptq", "recal_only", "reest", "fold"]
+    names = ["fp32", "ptq", "recal_only", "qat", "reest", "fold"]
     rows = [
         row(seed, bits, 0.1 * seed + 0.1, 0.7, **{f"{name}/top1": 0.5 + 0.01 * seed + 0.1 * bits for name in names})
         for bits in (2, 4) for seed in (0, 1)
     ]  # fmt: skip
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(comparison_table("sweep", over_seeds(rows), {name: "quantized" + name for name in names}))
+    console.print(comparison_table("sweep", over_seeds(rows), {name: name for name in names}))
     lines = [line.split() for line in console.export_text().splitlines()]
     assert [line[0] for line in lines if line[1:2] == ["0.7050"] or line[1:2] == ["0.9050"]] == ["2", "4"]
-    assert sum(line.count("±") for line in lines) == 12
+    assert sum(line.count("±") for line in lines) == 14
 
 
 def test_metrics_that_a_run_lacks_are_left_out():

@@ -54,7 +54,7 @@ def test_dots_stand_in_proportion_and_intervals_with_them():
 
 def test_numbers_of_an_axis_do_not_overlap_however_little_room_there_is():
     for label in ("a", "a" * 26):
-        for high in (0.0123, 1.0, 123456.0):
+        for high in (0.0108, 0.0123, 1.0, 123456.0):
             svg = dot_chart("t", [Dot(label, 0.0, "9" * 10), Dot(label, high, "1")])
             marks = [(float(one.get("x")), len(one.text)) for one in parsed(svg).iter("text") if one.get("class")]
             assert marks and all(
