@@ -18,6 +18,7 @@ from bnre_exp.tasks.task import Headline
 
 COMPARED = ("recal_only", "reest_only")  # rows of networks that no later stage goes on with
 TRAINED = {"fp32": "FP32", "qat": "QAT"}  # stages with curves
+LIMITS = "fp32."  # settings that may have ended the run
 MOST_LINES = 8  # of a list that is not folded away
 MOST_LAYERS = 40  # of a picture layer by layer
 Columns = Mapping[str, Sequence[str | float]]
@@ -243,7 +244,9 @@ def _settings(run: RunPage) -> list[str]:
     changed = {
         name: text
         for name, text in run.settings.items()
-        if run.defaults and text != run.defaults.get(name) and not INCIDENTAL.fullmatch(name)
+        if run.defaults
+        and text != run.defaults.get(name)
+        and (name.startswith(LIMITS) or not INCIDENTAL.fullmatch(name))
     }
     parts = [f"<p>As typed: {page.code(run.overrides)}</p>"] if run.overrides else []
     if changed:

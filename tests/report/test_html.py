@@ -83,9 +83,10 @@ def test_settings_that_differ_come_first_and_places_below_the_run_are_links():
 
 
 def test_settings_beside_those_of_a_plain_command():
-    more = {"quant.overrides[0].act_bits": "4"}
+    more = {"quant.overrides[0].act_bits": "4", "fp32.min_headline": "1.0"}
     page = read(run_page(replace(RUN, settings={**RUN.settings, **more})))
-    assert "quant.overrides[0].act_bits4–" in page.text.replace("\n", "")
+    changed = page.text.replace("\n", "").partition("What differs")[2].partition("All 5 settings")[0]
+    assert "quant.overrides[0].act_bits4–" in changed and "fp32.min_headline1.0" in changed
     alike = read(run_page(replace(RUN, defaults={**RUN.settings, "tracking.uri": "y"})))
     assert "Nothing differs from a plain command" in alike.text and "What differs" not in alike.text
     unknown = read(run_page(replace(RUN, defaults={})))
