@@ -15,6 +15,12 @@ from bnre_exp.quantsim.nodes import module_of
 from bnre_exp.quantsim.sim import graphs_of
 from bnre_exp.quantsim.whole import named
 
+# Headings of drift_columns
+BN, KIND, SHIFT, RATIO, KL = "BN", "kind", "shift [sd]", "variance ratio", "KL [nats]"
+SHIFTS = ("shift 5% [sd]", "shift 50% [sd]", "shift 95% [sd]")  # of the channels
+RATIOS = ("ratio 5%", "ratio 50%", "ratio 95%")
+_QUANTILES = (0.05, 0.5, 0.95)
+
 
 @dataclass(frozen=True)
 class BnDrift:
@@ -22,8 +28,9 @@ class BnDrift:
     variances v (eps included):
 
     shift: root mean square of (m1 - m0) / sqrt(v0); ratio: geometric mean of v1 / v0; kl: mean of the Kullback-Leibler
-    divergence [nats] of the normal distribution after from the one before. kind: of the layer that it folds into:
-    depthwise, pointwise, grouped, convolution, transposed, linear; "alone" without one, "" where that is not known.
+    divergence [nats] of the normal distribution after from the one before; shifts, ratios: quantiles over the channels
+    (5, 50 and 95 percent), the shift with its sign. kind: of the layer that it folds into: depthwise, pointwise,
+    grouped, convolution, transposed, linear; "alone" without one, "" where that is not known.
     """
 
     name: str
@@ -32,6 +39,8 @@ class BnDrift:
     shift: float
     ratio: float
     kl: float
+    shifts: tuple[float, ...]
+    ratios: tuple[float, ...]
 
 
 def bn_drift(
@@ -45,30 +54,39 @@ def bn_drift(
     kinds, rows = _kinds(model), []
     for name, module in model.named_modules():
         if name in after:
-            shift, ratio, kl = _drift(before[name], after[name], float(getattr(module, "eps", 0.0)))
-            rows.append(BnDrift(name, kinds.get(name, ""), len(after[name][0]), shift, ratio, kl))
+            moved = _drift(before[name], after[name], float(getattr(module, "eps", 0.0)))
+            rows.append(BnDrift(name, kinds.get(name, ""), len(after[name][0]), *moved))
     return tuple(rows)
 
 
 def drift_columns(rows: Sequence[BnDrift]) -> dict[str, list[str | int | float]]:
     """Column by heading, a value for every row."""
     return {
-        "BN": [row.name for row in rows],
-        "kind": [row.kind for row in rows],
+        BN: [row.name for row in rows],
+        KIND: [row.kind for row in rows],
         "channels": [row.channels for row in rows],
-        "shift [sd]": [row.shift for row in rows],
-        "variance ratio": [row.ratio for row in rows],
-        "KL [nats]": [row.kl for row in rows],
+        SHIFT: [row.shift for row in rows],
+        RATIO: [row.ratio for row in rows],
+        KL: [row.kl for row in rows],
+        **{name: [row.shifts[place] for row in rows] for place, name in enumerate(SHIFTS)},
+        **{name: [row.ratios[place] for row in rows] for place, name in enumerate(RATIOS)},
     }
 
 
-def _drift(before: Statistics, after: Statistics, eps: float) -> tuple[float, float, float]:
+def _drift(
+    before: Statistics, after: Statistics, eps: float
+) -> tuple[float, float, float, tuple[float, ...], tuple[float, ...]]:
     (m0, v0), (m1, v1) = ((mean.double(), var.double() + eps) for mean, var in (before, after))
     tiny = torch.finfo(torch.float64).tiny  # a variance of zero without eps
     v0, v1 = v0.clamp(min=tiny), v1.clamp(min=tiny)
-    shifts, ratios = (m1 - m0).square() / v0, v1 / v0
-    kl = 0.5 * (ratios + shifts - 1 - ratios.log())
-    return float(shifts.mean().sqrt()), float(ratios.log().mean().exp()), float(kl.mean())
+    shifts, ratios = (m1 - m0) / v0.sqrt(), v1 / v0
+    kl = 0.5 * (ratios + shifts.square() - 1 - ratios.log())
+    shift, ratio = shifts.square().mean().sqrt(), ratios.log().mean().exp()
+    return float(shift), float(ratio), float(kl.mean()), _quantiles(shifts), _quantiles(ratios)
+
+
+def _quantiles(values: torch.Tensor) -> tuple[float, ...]:
+    return tuple(values.quantile(values.new_tensor(_QUANTILES)).tolist())
 
 
 def _kinds(model: nn.Module) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
 from functools import cache
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -96,12 +97,26 @@ def typed(composed: DictConfig) -> Config:
 def compose_config(overrides: Sequence[str]) -> Config:
     """The checked configuration that the command line would run with these overrides. Raises ``UserError``."""
     register()
+    is_within = GlobalHydra.instance().is_initialized()  # in a job; Hydra refuses to be started there again
     try:
-        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_folder())):
+        with (
+            nullcontext()
+            if is_within
+            else hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_folder()))
+        ):
             composed = hydra.compose("config", overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise as_mistake(error) from error
     return typed(composed)
+
+
+@cache
+def plain_config() -> Config | None:
+    """What a command without overrides composes, here and now; None where that is no configuration, as after a change
+    of the files."""
+    with suppress(UserError):
+        return compose_config([])
+    return None
 
 
 def as_mistake(error: BaseException) -> BaseException:

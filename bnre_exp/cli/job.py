@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.text import Text
 
-from bnre_exp.cli.compose import config_folder, identity_of, register, typed
+from bnre_exp.cli.compose import config_folder, identity_of, plain_config, register, typed
 from bnre_exp.cli.config_files import refuse_unchosen
 from bnre_exp.cli.launch import stops_raise
 from bnre_exp.cli.mistakes import exit_status, explain_failure
@@ -120,6 +120,7 @@ def _run(config: Config, run_dir: Path, overrides: Sequence[str], console: Conso
     run(
         config, run_dir=run_dir, overrides=overrides, console=console, parent=sweep if record else None,
         since=record.started if record else None, differing=_differing(overrides) if record else "",
+        default=plain_config(),
     )  # fmt: skip
 
 

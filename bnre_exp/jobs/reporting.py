@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from bnre_exp.tasks.task import Evaluation, Headline
 from bnre_exp.tracking import RunLog
 from bnre_exp.tracking.journal import curves, read_records
 from bnre_exp.tracking.links import compare_link, ui_address, ui_command
-from bnre_exp.tracking.typed_text import as_params
+from bnre_exp.tracking.typed_text import LONGEST_PARAM, shortened, typed
 
 logger = logging.getLogger(__name__)
 
@@ -37,13 +37,14 @@ HEADLINE = "bnre.headline"  # tag of a run: by which metric its stages are compa
 @dataclass
 class Results:
     """What a job measured. metrics: by MLflow name; summary: the table; evaluations: of its rows, as metrics name them;
-    folded: the checkpoint's folder; drift: columns of the table of batch norms that moved."""
+    folded: the checkpoint's folder; drift: columns of the table of batch norms that moved; tables: others, by name."""
 
     metrics: dict[str, float]
     summary: Summary
     evaluations: Mapping[str, Evaluation]
     folded: Path | None = None
     drift: Mapping[str, Sequence[Any]] | None = None
+    tables: dict[str, Mapping[str, Sequence[Any]]] = field(default_factory=dict)
 
 
 @dataclass
@@ -82,10 +83,12 @@ class Job:
             self.exceptions(heading, rows)
         title = self.results.summary.title
         if outcome.layers is not None:
+            self.results.tables["layer by layer"] = outcome.layers
             self._leave_table("layer by layer", "layers", outcome.layers, layers_markdown(title, outcome.layers))
         if outcome.drift is not None:
             self.results.drift = outcome.drift
             self._leave_table("which BNs moved", "drift", outcome.drift, drift_markdown(title, outcome.drift))
+        self.results.tables.update(outcome.tables)
         for name, columns in outcome.tables.items():
             self._leave_table(name, name.replace(" ", "_"), columns, table_markdown(f"{title}: {name}", columns))
         self.log.tag_once(f"stage.{stage}", how)
@@ -156,8 +159,9 @@ def _judge(job: Job) -> list[Verdict]:
     return found
 
 
-def leave_report(job: Job, error: BaseException | None = None) -> None:
-    """The report of a whole run, or of what is finished when a stage fails, with its error."""
+def leave_report(job: Job, default: Config | None, error: BaseException | None = None) -> None:
+    """The report of a whole run, or of what is finished when a stage fails, with its error. default: what a command
+    without overrides would have been; None where that is not known."""
     summary, log = job.results.summary, job.log
     found = _judge(job)
     log.settle()
@@ -172,7 +176,7 @@ def leave_report(job: Job, error: BaseException | None = None) -> None:
         job.exceptions(
             "note", [("MLflow", f"{log.undelivered} records are not there yet: bnre-exp-sync {job.run_dir}")]
         )
-    _leave_page(job, found, error)
+    _leave_page(job, found, default, error)
     path = job.run_dir / "report.md"
     path.write_text(markdown(summary))
     log.artifact(path)
@@ -181,11 +185,11 @@ def leave_report(job: Job, error: BaseException | None = None) -> None:
         log.artifact(config_file)
 
 
-def _leave_page(job: Job, found: Sequence[Verdict], error: BaseException | None) -> None:
+def _leave_page(job: Job, found: Sequence[Verdict], default: Config | None, error: BaseException | None) -> None:
     """The report with its pictures."""
     path = job.run_dir / REPORT
     try:
-        write_page(path, run_page(_page_of(job, found, error)))
+        write_page(path, run_page(_page_of(job, found, default, error)))
     except Exception as problem:  # it must neither cost a run nor hide why one failed
         logger.warning("%s cannot be written: %s", path, problem, exc_info=not isinstance(problem, OSError))
         return
@@ -193,23 +197,22 @@ def _leave_page(job: Job, found: Sequence[Verdict], error: BaseException | None)
     job.log.artifact(path)
 
 
-def _page_of(job: Job, found: Sequence[Verdict], error: BaseException | None) -> RunPage:
+def _page_of(job: Job, found: Sequence[Verdict], default: Config | None, error: BaseException | None) -> RunPage:
     results, records = job.results, read_records(job.run_dir)
-    settings, defaults = (as_params(concealed(flatten(config))) for config in (job.config, Config()))
     by_step = curves(records)
-    typed = records[0].get("run", {}).get("tags", {}).get("overrides", "") if records else ""
+    overrides = records[0].get("run", {}).get("tags", {}).get("overrides", "") if records else ""
     return RunPage(
         results.summary, job.run_dir, job.setting.task.headline, results.metrics, by_step,
-        {verdict.stage: verdict.interval for verdict in found if verdict.interval is not None}, settings, defaults,
-        overrides=typed, error=None if error is None else _ending(error), drift=_drift_of(results),
-        by_batches=by_step.get(f"reest/val_{job.setting.task.headline.name}"),
+        {verdict.stage: verdict.interval for verdict in found if verdict.interval is not None}, _settings(job.config),
+        {} if default is None else _settings(default), overrides=overrides,
+        error=None if error is None else _ending(error), drift=results.drift,
+        by_batches=by_step.get(f"reest/val_{job.setting.task.headline.name}"), tables=results.tables,
     )  # fmt: skip
 
 
-def _drift_of(results: Results) -> Mapping[str, Sequence[Any]] | None:
-    """Which batch norms moved, under the names that the page has."""
-    names = {"layer": "BN", "kind": "kind", "shift": "shift [sd]", "ratio": "variance ratio", "kl": "KL [nats]"}
-    return None if results.drift is None else {name: results.drift[column] for name, column in names.items()}
+def _settings(config: Config) -> dict[str, str]:
+    """As the user types them, by name."""
+    return {name: shortened(typed(value), LONGEST_PARAM) for name, value in concealed(flatten(config)).items()}
 
 
 def _ending(error: BaseException) -> tuple[str, str]:

@@ -37,11 +37,13 @@ def run(
     parent: Path | None = None,
     since: float | None = None,
     differing: str = "",
+    default: Config | None = None,
 ) -> Results:
     """Run all stages of one job; everything it leaves is below ``run_dir``, in the store and in MLflow.
 
     parent: folder of the sweep that the job is part of. since: when the command began (seconds since 1970), for
-    ``store.mode=refresh``; None: now. differing: what the run of a sweep has that the others have not.
+    ``store.mode=refresh``; None: now. differing: what the run of a sweep has that the others have not. default: what a
+    command without overrides would have been, for the report to say what differs.
 
     Raises ``UserError`` for a user's mistake, before training wherever it can be told before. What is finished by then
     stays: metrics in ``metrics.jsonl`` and MLflow, results in the store, the trained network in ``fp32.safetensors``.
@@ -62,9 +64,9 @@ def run(
         try:
             _run_stages(job, stages)
         except BaseException as error:
-            leave_report(job, error)
+            leave_report(job, default, error)
             raise
-        leave_report(job)
+        leave_report(job, default)
     print_summary(job.results.summary, console, with_places=parent is None)
     results = job.results
     del job

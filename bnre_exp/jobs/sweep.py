@@ -176,13 +176,13 @@ def job_rows(folder: Path) -> list[RunRow]:
 
 def leave_comparison(title: str, rows: Sequence[RunRow], folder: Path) -> list[Path]:
     """Write table (Markdown, CSV), plots (SVG, PNG) and a page with both into a folder; returns the files. In all but
-    the CSV, runs that differ in the seed alone are one row."""
+    the CSV, runs that differ in the seed alone are one row; the page has them run by run as well."""
     folder.mkdir(parents=True, exist_ok=True)
     table, values, page = folder / "comparison.md", folder / "comparison.csv", folder / REPORT
     values.write_text(comparison_csv(rows))
-    rows = over_seeds(rows)
-    table.write_text(comparison_markdown(title, rows, HEADINGS))
-    plots = save_plots(rows, folder, HEADINGS)
+    joined = over_seeds(rows)
+    table.write_text(comparison_markdown(title, joined, HEADINGS))
+    plots = save_plots(joined, folder, HEADINGS)
     pictures = [path for path in plots if path.suffix == ".svg"]
     write_page(page, comparison_page(title, rows, HEADINGS, folder, pictures))
     return [table, values, page, *plots]

@@ -21,6 +21,7 @@ from bnre_exp.tasks.classification import Classification
 from bnre_exp.tasks.task import Headline
 
 SIZE = "fold/megabytes"
+SEED = "seed"
 P_OVER_SEEDS = "reest/p_value_over_seeds"
 # What says where and how a job was run, and not what was run.
 INCIDENTAL = re.compile(
@@ -74,9 +75,10 @@ def result_columns(rows: Sequence[RunRow], stages: Mapping[str, str]) -> list[Co
 
 
 def differing_params(rows: Sequence[RunRow]) -> list[str]:
-    """Names of the params that not all runs share, in the order of the configuration."""
+    """Names of the params that not all runs share, in the order of the configuration; the seed last, so that runs which
+    differ in it alone stand together."""
     names = list(dict.fromkeys(name for row in rows for name in row.params))
-    names = [name for name in names if not INCIDENTAL.fullmatch(name)]
+    names = sorted((name for name in names if not INCIDENTAL.fullmatch(name)), key=lambda name: name == SEED)
     return [name for name in names if len({row.params.get(name, EARLIER.get(name)) for row in rows}) > 1]
 
 
@@ -217,7 +219,8 @@ def _table_that_fits(
 def _table(
     title: str, columns: Mapping[str, list[str]], best: Mapping[str, float], settings: int, is_wide: bool
 ) -> Table:
-    """settings: how many columns say what a run is. is_wide: headings break at hyphens, and there are no lines."""
+    """settings: how many columns say what a run is. is_wide: headings break at hyphens, spreads stand below their
+    means (rich measures words, and would take the room from the settings), and there are no lines."""
     table = Table(
         title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD if is_wide else box.HEAVY_HEAD,
         collapse_padding=is_wide, pad_edge=not is_wide,
@@ -229,7 +232,8 @@ def _table(
         table.add_column(Text(text), justify="left" if left else "right", overflow="fold", no_wrap=place >= settings)
     for cells in zip(*columns.values()):
         best_here = [is_best(heading, cell, best) for heading, cell in zip(columns, cells)]
-        table.add_row(*(Text(cell, style="bold" if bold else "") for cell, bold in zip(cells, best_here)))
+        shown = [cell.replace(" ± ", "\n± ") if is_wide else cell for cell in cells]
+        table.add_row(*(Text(cell, style="bold" if bold else "") for cell, bold in zip(shown, best_here)))
     return table
 
 

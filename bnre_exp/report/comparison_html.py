@@ -20,6 +20,7 @@ from bnre_exp.report.comparison import (
     without_results,
 )
 from bnre_exp.report.plots import COLOURS, label_of
+from bnre_exp.report.seeds import over_seeds
 from bnre_exp.report.svg import Dot, dot_chart
 from bnre_exp.report.verdict import HARMED, HELPED, SAME, UNCLEAR
 
@@ -42,14 +43,16 @@ def comparison_page(
     title: str, rows: Sequence[RunRow], stages: Mapping[str, str], folder: Path, pictures: Sequence[Path]
 ) -> str:
     """The comparison as one HTML file to stand in ``folder``, which needs nothing else but has links to the pages of
-    the runs. stages: headings by their names in metrics; pictures: SVG files of :func:`save_plots`. Raises
-    ``ValueError`` without runs."""
+    the runs. rows: run by run; those that differ in the seed alone are one row of a table of their own. stages:
+    headings by their names in metrics; pictures: SVG files of :func:`save_plots`. Raises ``ValueError`` without runs.
+    """
     if not rows:
         raise ValueError("There are no runs to compare.")
     absent = without_results(rows, stages)
     shown = ordered([row for row in rows if row not in absent])
     name = titled(title, shown) if shown else title
     counted = f"{sum(row.status == 'FINISHED' for row in rows)} of {len(rows)} runs finished"
+    joined = over_seeds(shown)
     plots = [_inlined(path.read_text(encoding="utf-8"), path.stem) for path in pictures]
     return page.document(
         name,
@@ -57,6 +60,7 @@ def comparison_page(
         f"<h1>{_heading(shown) or escape(name)}</h1>\n</header>",
         _changes(shown),
         page.figures(*map(page.figure, plots), kind="plots"),
+        page.section("Over seeds", _table(ordered(joined), stages, folder) if len(joined) < len(shown) else ""),
         page.section("Run by run", _table(shown, stages, folder) if shown else ""),
         page.section("What did not finish", *(_failed(row, folder) for row in rows if row in absent or row.error)),
     )
@@ -81,7 +85,7 @@ def _changes(rows: Sequence[RunRow]) -> str:
         label = label_of(row, names) or row.name
         dots.append(Dot(label, change, f"{change:+.4f}", (low, high), not is_told, SHADES.get(row.verdict, 0)))
     title = "What re-estimation changed"
-    notes = ["mean score of a test image, the higher the better, with its 95% interval; hollow: no difference is shown"]
+    notes = ["mean score of a test image, the higher the better, with its 95% interval; hollow: no difference is sure"]
     notes += [f"the first {MOST_RUNS} of {len(found)} runs"] if len(found) > MOST_RUNS else []
     chart = dot_chart(title, dots, axis="change", reference=0.0)
     return page.figure(chart, title, "; ".join(notes))
@@ -97,7 +101,7 @@ def _table(rows: Sequence[RunRow], stages: Mapping[str, str], folder: Path) -> s
     kinds = ["" if n < settings or heading == "status" else "number" for n, heading in enumerate(columns)]
     cells = [
         [
-            f"<b>{escape(cell)}</b>" if is_best(heading, cell, best) else escape(cell)
+            f"<b>{_number(cell)}</b>" if is_best(heading, cell, best) else _number(cell)
             for heading, cell in zip(columns, line)
         ]
         for line in zip(*columns.values())
@@ -112,19 +116,24 @@ def _table(rows: Sequence[RunRow], stages: Mapping[str, str], folder: Path) -> s
     return page.table(headings, cells, kinds)
 
 
-def _report(row: RunRow, folder: Path) -> str:
-    """A link to the page of a run; its folder's name where it has none, as when its process was killed."""
+def _number(cell: str) -> str:
+    """A cell; a mean may be on the line above its spread."""
+    return escape(cell).replace(" ± ", " ±&nbsp;")
+
+
+def _report(row: RunRow, folder: Path, text: str = "") -> str:
+    """A link to the page of a run, by default with its folder's name; that name alone where it has no page, as when its
+    process was killed."""
     if not row.folder:
         return ""
     report = Path(row.folder) / page.REPORT
-    return (
-        page.link(report.parent.name, page.relative(report, folder)) if report.exists() else escape(report.parent.name)
-    )
+    name = report.parent.name
+    return page.link(text or name, page.relative(report, folder)) if report.exists() else escape(name)
 
 
 def _failed(row: RunRow, folder: Path) -> str:
     about = " ".join(part for part in (escape(row.name), page.code(row.overrides) if row.overrides else "") if part)
-    return f"<p>{about} {_report(row, folder)}</p>\n{page.failure(row.status, row.error or '')}"
+    return f"<p>{about} {_report(row, folder, 'report')}</p>\n{page.failure(row.status, row.error or '')}"
 
 
 def _inlined(svg: str, name: str) -> str:

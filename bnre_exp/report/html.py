@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
+from bnre_exp.algorithms.drift import BN, KIND, KL, RATIO, RATIOS, SHIFT, SHIFTS
 from bnre_exp.report import page
-from bnre_exp.report.comparison import INCIDENTAL
+from bnre_exp.report.comparison import INCIDENTAL, NOTHING
 from bnre_exp.report.plots import as_beginning
 from bnre_exp.report.summary import RUN_FOLDER, Summary, by_reason, headings, stage_rows
 from bnre_exp.report.svg import Dot, bar_chart, dot_chart, line_chart
@@ -17,9 +18,10 @@ from bnre_exp.tasks.task import Headline
 
 COMPARED = ("recal_only", "reest_only")  # rows of networks that no later stage goes on with
 TRAINED = {"fp32": "FP32", "qat": "QAT"}  # stages with curves
+LIMITS = "fp32."  # settings that may have ended the run
 MOST_LINES = 8  # of a list that is not folded away
 MOST_LAYERS = 40  # of a picture layer by layer
-Drift = Mapping[str, Sequence[str | float]]
+Columns = Mapping[str, Sequence[str | float]]
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,11 @@ class RunPage:
     """All that the page of a run shows.
 
     metrics: by MLflow name; curves: values of metrics by epoch; intervals: of a row's headline metric, by the row's
-    name; settings, defaults: as the user types them, by name; overrides: as they were typed; error: status and message
-    of a run that did not finish; drift: columns layer, kind, shift, ratio and kl, of what re-estimation changed in each
-    BN (shift: of the mean, in standard deviations; ratio: of the variances, new to old; kl: in nats); by_batches: the
-    headline metric by number of batches of re-estimation.
+    name; settings, defaults: as the user types them, by name, here and in a command without overrides (empty where that
+    is not known); overrides: as they were typed; error: status and message of a run that did not finish; drift: what
+    re-estimation changed in each BN, as :func:`~bnre_exp.algorithms.drift.drift_columns` has it, and the change of the
+    headline metric by each BN alone where that was measured; by_batches: the headline metric by number of batches of
+    re-estimation; tables: others, cells by heading, by their names.
     """
 
     summary: Summary
@@ -43,8 +46,9 @@ class RunPage:
     defaults: Mapping[str, str] = field(default_factory=dict)
     overrides: str = ""
     error: tuple[str, str] | None = None
-    drift: Drift | None = None
+    drift: Columns | None = None
     by_batches: Mapping[int, float] | None = None
+    tables: Mapping[str, Columns] = field(default_factory=dict)
 
 
 def run_page(run: RunPage) -> str:
@@ -57,9 +61,12 @@ def run_page(run: RunPage) -> str:
         summary.title,
         _header(run),
         page.figures(_stages(run), _scores(run), *_curves(run), _by_batches(run), *_sizes(run.metrics)),
-        _drift(run.drift),
+        _drift(run.drift, run.headline.label),
         page.section("Stage by stage", stages),
         page.section("What is left out, and notes", *_exceptions(summary.exceptions)),
+        page.section(
+            "Layers", *(page.folded_away(as_beginning(name), _table(run.tables[name])) for name in run.tables)
+        ),
         page.section("Settings", *_settings(run)),
         page.section("Files and commands", _places(summary.places, run.folder)),
     )
@@ -110,10 +117,11 @@ def _scores(run: RunPage) -> str:
 
 
 def _curves(run: RunPage) -> list[str]:
-    """Loss and headline metric by epoch."""
+    """Loss, headline metric and oscillating weights by epoch."""
     shown = {
         "Training loss": "train_loss",
         f"{as_beginning(run.headline.label)} on validation data": f"val_{run.headline.name}",
+        "Part of the weights that oscillates": "oscillating",
     }
     found = []
     for title, metric in shown.items():
@@ -126,7 +134,7 @@ def _by_batches(run: RunPage) -> str:
     title = f"{as_beginning(run.headline.label)} by batches of re-estimation"
     numbers = {count: value for count, value in (run.by_batches or {}).items() if count > 0}
     chart = line_chart(title, {"re-estimated": numbers}, x_label="batches", is_log=True)
-    return page.figure(chart, title)
+    return page.figure(chart, title, "on validation data")
 
 
 def _sizes(metrics: Mapping[str, float]) -> list[str]:
@@ -149,32 +157,55 @@ def _sizes(metrics: Mapping[str, float]) -> list[str]:
     ]
 
 
-def _drift(columns: Drift | None) -> str:
+def _drift(columns: Columns | None, label: str) -> str:
     """What re-estimation changed, layer by layer: pictures of the layers that changed most, and a table of all."""
-    if not columns or not columns["layer"]:
+    if not columns or not columns[BN]:
         return ""
-    layers, kinds = ([str(cell) for cell in columns[name]] for name in ("layer", "kind"))
-    shifts, ratios = ([float(cell) for cell in columns[name]] for name in ("shift", "ratio"))
-    most_first = sorted(range(len(layers)), key=lambda n: -abs(shifts[n]) if math.isfinite(shifts[n]) else -math.inf)
+    names, kinds = ([str(cell) for cell in columns[heading]] for heading in (BN, KIND))
+    measured = {name: [float(cell) for cell in cells] for name, cells in columns.items() if name not in (BN, KIND)}
+    most_first = sorted(range(len(names)), key=lambda n: -measured[KL][n] if math.isfinite(measured[KL][n]) else 0.0)
     shown = sorted(most_first[:MOST_LAYERS])
     colours = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
+    few = f"; the {len(shown)} of {len(names)} layers that moved most" if len(shown) < len(names) else ""
 
-    def chart(title: str, values: Sequence[float], texts: Sequence[str], axis: str) -> str:
-        dots = [Dot(layers[n], values[n], texts[n], None, colours[kinds[n]] > 0, colours[kinds[n]]) for n in shown]
-        note = f"the {len(shown)} of {len(layers)} that moved most" if len(shown) < len(layers) else ""
-        note += f"; filled: {kinds[0]}; hollow: {', '.join(list(colours)[1:])}" if len(colours) > 1 else ""
-        return page.figure(dot_chart(title, dots, axis=axis, reference=0.0), title, note.removeprefix("; "))
+    def chart(
+        title: str, note: str, axis: str, middle: Sequence[float], texts: Sequence[str], *ends: Sequence[float]
+    ) -> str:
+        dots = [
+            Dot(names[n], middle[n], texts[n], (ends[0][n], ends[1][n]) if ends else None, False, colours[kinds[n]])
+            for n in shown
+        ]
+        legend = [kind or "unknown" for kind in colours] if len(colours) > 1 else []
+        picture = dot_chart(title, dots, axis=axis, reference=0.0, names=legend)
+        return page.figure(picture, title, f"{note}{few}".removeprefix("; "))
 
-    doublings = [math.log2(ratio) if ratio > 0 else math.nan for ratio in ratios]
-    pictures = page.figures(
-        chart("Shift of the mean", shifts, [f"{shift:+.3g}" for shift in shifts], "standard deviations"),
-        chart("Ratio of the variances, new to old", doublings, [f"× {ratio:.3g}" for ratio in ratios], "doublings"),
-    )
+    over_channels = "dot and bar: median and middle 90% of the channels"
+    shifts, ratios = ([measured[name] for name in headings] for headings in (SHIFTS, RATIOS))
+    doublings = [[math.log2(ratio) if ratio > 0 else math.nan for ratio in part] for part in ratios]
+    pictures = [
+        chart(
+            "Shift of the mean", f"{over_channels}; number: their root mean square", "standard deviations before",
+            shifts[1], [f"{shift:.3g}" for shift in measured[SHIFT]], shifts[0], shifts[2],
+        ),
+        chart(
+            "Variance after to before", f"{over_channels}; number: their geometric mean", "doublings (-1: half)",
+            doublings[1], [f"× {ratio:.4g}" for ratio in measured[RATIO]], doublings[0], doublings[2],
+        ),
+    ]  # fmt: skip
+    title, changes = f"{as_beginning(label)} by re-estimating one BN alone", measured.get(f"{label} alone", [])
+    alone = chart(title, "on validation data", "change", changes, [f"{n:+.4f}" for n in changes]) if changes else ""
+    table = page.folded_away(f"All {len(names)} layers", _table(columns))
+    return page.section("Drift of the BN statistics", page.figures(*pictures), page.figures(alone), table)
+
+
+def _table(columns: Columns) -> str:
+    """A table of texts and numbers, all of it."""
+    kinds = ["number" if all(isinstance(cell, (int, float)) for cell in cells) else "" for cells in columns.values()]
     rows = [
-        [escape(cell if isinstance(cell, str) else f"{cell:.4g}") for cell in row] for row in zip(*columns.values())
+        [escape(f"{cell:.4g}" if isinstance(cell, float) else str(cell)) for cell in row]
+        for row in zip(*columns.values())
     ]
-    table = page.table(list(columns), rows, ["" if name in ("layer", "kind") else "number" for name in columns])
-    return page.section("Drift of the BN statistics", pictures, page.folded_away(f"All {len(layers)} layers", table))
+    return page.table(list(columns), rows, kinds)
 
 
 def _exceptions(exceptions: Mapping[str, Sequence[tuple[str, str]]]) -> list[str]:
@@ -190,7 +221,7 @@ def _exceptions(exceptions: Mapping[str, Sequence[tuple[str, str]]]) -> list[str
         else:
             parts.append(f"<h3>{escape(heading)}</h3>\n{listed}")
     empty = ", ".join(heading for heading, rows in exceptions.items() if not rows)
-    return [*parts, f"<p>None: {escape(empty)}.</p>" if empty else ""]
+    return [*parts, f"<p>Nothing under: {escape(empty)}.</p>" if empty else ""]
 
 
 def _line(reason: str, names: Sequence[str]) -> str:
@@ -201,17 +232,27 @@ def _line(reason: str, names: Sequence[str]) -> str:
 
 
 def _settings(run: RunPage) -> list[str]:
+    """What was typed, what differs from a command without overrides, and all."""
+
     def table(settings: Mapping[str, str]) -> str:
-        rows = [[page.code(name), escape(text), escape(run.defaults.get(name, ""))] for name, text in settings.items()]
-        return page.table(["setting", "here", "default"], rows, ["", "long", "long"])
+        texts = [(name, text, run.defaults.get(name, NOTHING)) for name, text in settings.items()]
+        rows = [[page.code(name), escape(text), escape(plain)] for name, text, plain in texts]
+        kept = 3 if run.defaults else 2
+        headings, kinds = ["setting", "here", "plain command"], ["", "value", "value"]
+        return page.table(headings[:kept], [row[:kept] for row in rows], kinds[:kept])
 
     changed = {
         name: text
         for name, text in run.settings.items()
-        if text != run.defaults.get(name) and not INCIDENTAL.fullmatch(name)
+        if run.defaults
+        and text != run.defaults.get(name)
+        and (name.startswith(LIMITS) or not INCIDENTAL.fullmatch(name))
     }
     parts = [f"<p>As typed: {page.code(run.overrides)}</p>"] if run.overrides else []
-    parts += [table(changed)] if changed else []
+    if changed:
+        parts += ["<p>What differs from a plain command, beside where and how it ran:</p>", table(changed)]
+    elif run.defaults:
+        parts.append("<p>Nothing differs from a plain command, beside where and how it ran.</p>")
     parts += [page.folded_away(f"All {len(run.settings)} settings", table(run.settings))] if run.settings else []
     return parts
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bnre_exp.algorithms.drift import BN, KIND, KL
 from bnre_exp.quantsim.listing import LayerRow
 from bnre_exp.quantsim.quantizers.scheme import FULL
 
@@ -39,17 +40,18 @@ def table_markdown(title: str, columns: Mapping[str, Sequence[str]]) -> str:
 
 def drift_markdown(title: str, columns: Mapping[str, Sequence[Any]]) -> str:
     """How far batch norms moved, as a page: those that moved most first, by the divergence."""
-    order = sorted(range(len(columns["BN"])), key=lambda place: -float(columns["KL [nats]"][place]))
+    order = sorted(range(len(columns[BN])), key=lambda place: -float(columns[KL][place]))
     lines = [
         f"# {title}: which batch norms moved",
         "",
         "The running statistics before and after re-estimation: shift of the means (root mean square over the "
         "channels, in standard deviations before), geometric mean of the ratio of variances, and mean Kullback-Leibler "
-        "divergence of the normal distribution after from the one before. *Alone*, if it is there: the change of the "
-        "metric on the validation data by re-estimating this one alone.",
+        "divergence of the normal distribution after from the one before; of the shift, with its sign, and of the "
+        "ratio also what 5, 50 and 95% of the channels are below. *Alone*, if it is there: the change of the metric "
+        "on the validation data by re-estimating this one alone.",
         "",
         f"| {' | '.join(columns)} |",
-        f"|{'|'.join('---' if name in ('BN', 'kind') else '--:' for name in columns)}|",
+        f"|{'|'.join('---' if name in (BN, KIND) else '--:' for name in columns)}|",
     ]
     for place in order:
         cells = [column[place] for column in columns.values()]

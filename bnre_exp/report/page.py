@@ -22,7 +22,7 @@ body{margin:0 auto;padding:1rem;max-width:70rem;background:var(--paper);color:va
 font:16px/1.5 system-ui,sans-serif}
 h1{font-size:1.15rem;line-height:1.35;margin:.2rem 0 1rem}
 h1 span{display:block;margin:.5rem 0;padding-left:.7rem;border-left:4px solid var(--c0)}
-h1 small{display:block;font-size:.85rem;font-weight:normal;color:var(--muted)}
+h1 small{display:block;font-size:.9rem;font-weight:normal}
 h2{font-size:1.1rem;margin:1.8rem 0 .5rem;border-bottom:1px solid var(--rule)}
 h3{font-size:1rem;margin:1rem 0 .3rem}
 .name{margin:0;color:var(--muted)}
@@ -30,12 +30,11 @@ h3{font-size:1rem;margin:1rem 0 .3rem}
 .error b{color:var(--bad)}
 .charts{columns:2 22rem;column-gap:2rem}
 figure{margin:0 0 1.2rem;max-width:36rem;break-inside:avoid}
-.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,30rem),1fr));gap:1rem 2rem}
 .plots figure{max-width:none;overflow-x:auto}
 figcaption{font-weight:600;margin-bottom:.3rem}
 figcaption small{display:block;font-weight:normal;color:var(--muted)}
-svg{display:block;width:100%;height:auto;fill:var(--ink)}
-.plots svg{min-width:30rem;max-width:46rem}
+svg{display:block;width:100%;height:auto;fill:var(--ink);overflow:visible}
+.plots svg{min-width:30rem;max-width:44rem}
 .chart text{font:13px system-ui,sans-serif;paint-order:stroke;stroke:var(--paper);stroke-width:3px}
 .chart .mark{font-size:12px;fill:var(--muted)}
 .chart .rule{stroke:var(--rule)}
@@ -47,16 +46,18 @@ svg{display:block;width:100%;height:auto;fill:var(--ink)}
 .table{overflow-x:auto}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .6rem;text-align:left;vertical-align:top;border-bottom:1px solid var(--rule);overflow-wrap:normal}
-th{white-space:nowrap}
 td.long{min-width:14rem;overflow-wrap:anywhere}
-.number{text-align:right;white-space:nowrap}
+td.value{min-width:6.5rem;overflow-wrap:anywhere}
+.number{text-align:right}
 summary{cursor:pointer;padding:.2rem 0}
 code{font:.85em ui-monospace,monospace;background:var(--soft);padding:.05rem .25rem;border-radius:3px}
 a{color:var(--c0)}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.2rem 1rem;margin:.5rem 0}
 dd{margin:0}
-@media(max-width:40rem){table{font-size:.8rem}th,td{padding:.2rem .35rem}dl{display:block}dd{margin:0 0 .5rem}}
-@media print{body{max-width:none;padding:0;font-size:11pt}.table,.plots figure{overflow:visible}
+@media(max-width:40rem){table{font-size:.8rem}th,td{padding:.2rem .35rem}
+dl{display:block}dd{margin:0 0 .5rem}}
+@media print{body{max-width:none;padding:0;font-size:11pt}h2,h3,section>p{break-after:avoid}
+.table,.plots figure{overflow:visible}
 .plots svg{min-width:0}tr{break-inside:avoid}details.told::details-content{content-visibility:visible;height:auto}}
 """
 # Nothing is fetched and no script runs, whatever the text of the page holds.
@@ -102,7 +103,8 @@ def figures(*shown: str, kind: str = "charts") -> str:
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]], kinds: Sequence[str]) -> str:
-    """A table of cells that are HTML, below headings that are text. kinds: of each column, "number", "long" or ""."""
+    """A table of cells that are HTML, below headings that are text. kinds: of each column, "number", "value" (which
+    may break anywhere), "long" or ""."""
     classes = [f' class="{kind}"' if kind else "" for kind in kinds]
     head = "".join(f"<th{of}>{escape(heading)}</th>" for heading, of in zip(headings, classes))
     body = ["<tr>" + "".join(f"<td{of}>{cell}</td>" for cell, of in zip(row, classes)) + "</tr>" for row in rows]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import mean, stdev
 
-from bnre_exp.report.comparison import INCIDENTAL, P_OVER_SEEDS, RunRow, differing_params, number
-
-SEED = "seed"
+from bnre_exp.report.comparison import INCIDENTAL, P_OVER_SEEDS, SEED, RunRow, differing_params, number
 
 
 def over_seeds(rows: Sequence[RunRow]) -> list[RunRow]:
@@ -39,8 +38,16 @@ def _joined(rows: Sequence[RunRow]) -> RunRow:
     return replace(
         rows[0], name=f"{len(rows)} seeds", params={**rows[0].params, SEED: ", ".join(seeds)}, metrics=means,
         spreads={name: stdev(found) for name, found in values.items()}, overrides="", folder="",
-        verdict=rows[0].verdict if len({row.verdict for row in rows}) == 1 else "",
+        verdict=_joined_verdict([row.verdict for row in rows]),
     )  # fmt: skip
+
+
+def _joined_verdict(words: Sequence[str]) -> str:
+    """The word of all; how many runs have which, where they differ: 2 helped, 1 no difference."""
+    counted = Counter(word for word in words if word)
+    if len(set(words)) == 1:
+        return words[0]
+    return ", ".join(f"{count} {word}" for word, count in counted.items())
 
 
 def p_value_of(changes: Sequence[float]) -> float:

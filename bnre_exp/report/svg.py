@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH = 460  # of a view box: on a phone text is a little smaller than that of the page, on a desk as large
-LETTER = 6.9  # of text, on average
+LETTER = 7.6  # of text, on average, in the widest of the usual fonts
+DIGIT = 7.2  # of a number of an axis
 LONGEST_LABEL = 26  # letters that stand beside a row; longer labels stand above it
 CUT = 62  # letters of any label
 MOST_POINTS = 40  # of a line whose points are marked
@@ -37,9 +38,11 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     return [number * step for number in range(first, last + 1)]
 
 
-def dot_chart(title: str, dots: Sequence[Dot], *, axis: str = "", reference: float | None = None) -> str:
-    """A row for each dot: label, dot and interval, value. reference: a value that a line marks. Empty text if no value
-    is finite; a single one that is not has its row, and no dot."""
+def dot_chart(
+    title: str, dots: Sequence[Dot], *, axis: str = "", reference: float | None = None, names: Sequence[str] = ()
+) -> str:
+    """A row for each dot: label, dot and interval, value. reference: a value that a line marks; names: of the colours,
+    for a legend. Empty text if no value is finite; a single one that is not has its row, and no dot."""
     if not any(math.isfinite(dot.value) for dot in dots):
         return ""
     found = [value for dot in dots for value in (dot.value, *(dot.interval or ())) if math.isfinite(value)]
@@ -49,21 +52,22 @@ def dot_chart(title: str, dots: Sequence[Dot], *, axis: str = "", reference: flo
     is_beside = longest <= LONGEST_LABEL
     left = LETTER * longest + 14 if is_beside else 10.0
     right, step = WIDTH - LETTER * max(len(dot.text) for dot in dots) - 18, 24 if is_beside else 38
-    bottom = step * len(dots) + 6.0
+    parts, top = _legend({name: colour for colour, name in enumerate(names)}) if names else ([], 0.0)
+    bottom = top + step * len(dots) + 6.0
 
     def x(value: float) -> float:
         return left + (value - low) / (high - low) * (right - left)
 
-    parts = []
-    for mark, text in _written(ticks(low, high, 6)):
-        parts += [_rule(x(mark), x(mark), 2, bottom), _mark(text, x(mark), bottom + 16)]
+    for mark, text in _readable(low, high, right - left):
+        parts += [_rule(x(mark), x(mark), top + 2, bottom), _mark(text, x(mark), bottom + 16)]
     if axis:
         parts.append(_mark(axis, (left + right) / 2, bottom + 33))
     if marked is not None:
-        parts.append(_rule(x(marked), x(marked), 2, bottom, "reference"))
+        parts.append(_rule(x(marked), x(marked), top + 2, bottom, "reference"))
     for number, dot in enumerate(dots):
-        label_at = (left - 10, number * step + 17) if is_beside else (10.0, number * step + 14)
-        y = number * step + (12 if is_beside else 26)
+        above = top + number * step
+        label_at = (left - 10, above + 17) if is_beside else (10.0, above + 14)
+        y = above + (12 if is_beside else 26)
         parts.append(_text(_shortened(dot.label), *label_at, "end" if is_beside else "start"))
         parts += [_text(dot.text, WIDTH - 4, y + 5, "end"), *_dot(dot, x, y)]
     described = "; ".join(f"{dot.label}: {dot.text}{_interval_in_words(dot.interval)}" for dot in dots)
@@ -91,14 +95,16 @@ def bar_chart(title: str, bars: Sequence[tuple[str, float, str]]) -> str:
 
 def line_chart(title: str, lines: Mapping[str, Mapping[int, float]], *, x_label: str, is_log: bool = False) -> str:
     """Lines of values by a whole number, each with its name; values that are not finite are left out. is_log: the
-    numbers, all above zero, are as far apart as their logarithms. Empty text if no line has two points."""
+    numbers, all above zero, are as far apart as their logarithms. A line has the colour of its place, also where others
+    are empty. Empty text if no line has two points."""
+    colours = {name: colour for colour, name in enumerate(lines)}
     points = {name: [(n, y) for n, y in sorted(line.items()) if math.isfinite(y)] for name, line in lines.items()}
     points = {name: line for name, line in points.items() if line}
     if not any(len(line) > 1 for line in points.values()):
         return ""
     numbers = sorted({n for line in points.values() for n, _ in line})
     low, high = _padded([y for line in points.values() for _, y in line])
-    parts, top = _legend(list(points))
+    parts, top = _legend({name: colours[name] for name in points})
     marks = _written(ticks(low, high))
     left, right, bottom = LETTER * max(len(text) for _, text in marks) + 14, WIDTH - 14.0, top + 190
     place: Callable[[float], float] = math.log if is_log else float
@@ -112,17 +118,36 @@ def line_chart(title: str, lines: Mapping[str, Mapping[int, float]], *, x_label:
 
     for mark, text in marks:
         parts += [_rule(left, right, y(mark), y(mark)), _mark(text, left - 6, y(mark) + 4, "end")]
-    whole = [float(n) for n in numbers]
-    if len(whole) > MOST_MARKS:
-        whole = [n for n in ticks(whole[0], whole[-1], 6) if n == round(n)]
-    parts += [_mark(f"{n:.0f}", x(n), bottom + 17) for n in whole]
+    parts += [_mark(f"{n:.0f}", x(n), bottom + 17) for n in _marked(numbers, x, is_log)]
     parts.append(_mark(x_label, (left + right) / 2, bottom + 35))
-    parts += [_line([(x(n), y(value)) for n, value in line], colour) for colour, line in enumerate(points.values())]
+    parts += [_line([(x(n), y(value)) for n, value in line], colours[name]) for name, line in points.items()]
     said = [
         f"{name}: from {line[0][1]:.4g} at {line[0][0]} to {line[-1][1]:.4g} at {line[-1][0]}"
         for name, line in points.items()
     ]
     return _svg(title, "; ".join(said), bottom + 42, parts)
+
+
+def _readable(low: float, high: float, room: float) -> list[tuple[float, str]]:
+    """Ticks of a horizontal axis as text, as many as can be read in ``room``."""
+    for most in (6, 5, 4, 3, 2):
+        marks = _written(ticks(low, high, most))
+        widest = DIGIT * max((len(text) for _, text in marks), default=0) + 8
+        if len(marks) < 2 or room * (marks[1][0] - marks[0][0]) / (high - low) >= widest:
+            break
+    return marks
+
+
+def _marked(numbers: Sequence[int], x: Callable[[float], float], is_log: bool) -> list[float]:
+    """The whole numbers that an axis has, far enough apart to be read."""
+    marks = [float(n) for n in numbers]
+    if len(marks) > MOST_MARKS and not is_log:
+        return [n for n in ticks(marks[0], marks[-1], 6) if n == round(n)]
+    kept = marks[:1]
+    for mark in marks[1:]:
+        if x(mark) - x(kept[-1]) >= DIGIT * len(f"{mark:.0f}") + 8:
+            kept.append(mark)
+    return kept
 
 
 def _padded(values: Sequence[float]) -> tuple[float, float]:
@@ -166,10 +191,10 @@ def _line(points: Sequence[tuple[float, float]], colour: int) -> str:
     return f'<g class="c{colour % COLOURS}"><polyline points="{path}"/>{"".join(marks)}</g>'
 
 
-def _legend(names: Sequence[str]) -> tuple[list[str], float]:
+def _legend(colours: Mapping[str, int]) -> tuple[list[str], float]:
     """The names of lines in their colours, and where the chart begins below them."""
     parts, x, y = [], 8.0, 14.0
-    for colour, name in enumerate(names):
+    for name, colour in colours.items():
         name, width = _shortened(name), 34 + LETTER * min(len(name), CUT)
         if x + width > WIDTH and x > 8:
             x, y = 8.0, y + 20

@@ -115,7 +115,9 @@ def _judged(
     told = f"{headline.label} {start.value:.4f} → {end.value:.4f} ({change:+.4f}; "
     low, high = (test.low, test.high) if headline.higher_is_better or not is_mean else (-test.high, -test.low)
     told += "" if is_mean else f"score of an image {test.change:+.4f}, "
-    told += f"{test.confidence:.0%} interval {low:+.4f} to {high:+.4f})"
+    told += f"{test.confidence:.0%} interval {low:+.4f} to {high:+.4f}"
+    is_apart = test.low > 0 or test.high < 0  # the interval is an approximation, and may part from the exact test
+    told += f", but p = {test.p_value:.3f} by {test.test})" if is_apart != test.is_sure else ")"
     said, advice = words[word]
     begin = said.format(images=counted(test.count, "test image"))
     interval = (start.value + low, start.value + high) if is_mean else None

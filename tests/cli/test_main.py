@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from bnre_exp.cli.compose import plain_config
 from bnre_exp.cli.main import main
 from bnre_exp.config import Config
 from bnre_exp.errors import Terminated, UserError
@@ -309,6 +310,21 @@ def test_a_job_of_a_sweep_is_told_by_what_it_differs(job: Job, monkeypatch: pyte
     assert given == ["weight_bits=3 per_channel=True", "weight_bits=3 per_channel=False"]
     given.clear()
     assert call(monkeypatch, "seed=7") == 0 and given == [""]
+
+
+def test_a_job_is_told_what_a_plain_command_would_be(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[int, int]] = []
+
+    def note(config: Config, *, default: Config, **more: Any) -> Any:
+        given.append((config.quant.weight_bits or 0, default.quant.weight_bits or 0))
+        assert (default.model.name, default.dataset.batch_size, default.seed) == ("resnet18", 64, 0)
+        return SimpleNamespace(metrics={})
+
+    monkeypatch.setattr(pipeline, "run", note)
+    plain_config.cache_clear()
+    assert call(monkeypatch, "quant=w3", "model=mobilenet_v2", "seed=7", "store=off", "tracking=off") == 0
+    assert call(monkeypatch, "-m", "quant.weight_bits=2,4", "experiment=smoke", "store=off", "tracking=off") == 0
+    assert given == [(3, 2), (2, 2), (4, 2)]
 
 
 # --- Hydra's own flags

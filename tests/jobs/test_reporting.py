@@ -17,7 +17,8 @@ pytestmark = pytest.mark.usefixtures("verified_here")
 
 
 def test_a_run_leaves_a_page_that_mlflow_has_too(tmp_path):
-    results, console = job(tmp_path, f'tracking.run_name="{BAD}"', tracking=True)
+    exception = "quant.overrides=[{pattern: fc, off: true}]"
+    results, console = job(tmp_path, f'tracking.run_name="{BAD}"', exception, tracking=True)
     text = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     page = read(text)
     assert page.headings[0].startswith("Re-estimation alone, without training, ") and BAD in page.text
@@ -25,12 +26,18 @@ def test_a_run_leaves_a_page_that_mlflow_has_too(tmp_path):
         assert f"{row.stage}: {row.value:.4f}" in text
     low, high = results.metrics["reest/score_low"], results.metrics["reest/score_high"]
     start = results.metrics["qat/top1"]
-    assert f"({start + low:.4f} to {start + high:.4f})" in text and text.count('class="interval"') == 2
+    assert f"({start + low:.4f} to {start + high:.4f})" in text
+    pictures = text.partition("Drift of the BN statistics")[0]
+    assert pictures.count('class="interval"') == 2 and f"All {len(results.drift['BN'])} layers" in text
+    assert "Oscillating weights" in page.text and "Layer by layer" in page.text
     history = results.metrics["fp32/train_loss"], results.metrics["qat/val_top1"]
     assert f"to {history[0]:.4g} at 2" in text and f"to {history[1]:.4g} at 1" in text
     assert {"folded", "layers.md", "fp32.safetensors"} <= set(page.links)
-    changed = page.text.rpartition("All ")[0]
-    assert "reest.num_batches4100" in changed.replace("\n", "") and "quant.act_bits" not in changed
+    changed = page.text.partition("What differs from a plain command")[2].partition("All ")[0]
+    lines = changed.replace("\n", "")
+    assert "reest.num_batches4100" in lines and "quant.act_bits" not in changed
+    assert "quant.overrides[0].patternfc–" in lines  # as it is typed
+    assert "quant.weight_bits" not in changed  # 2, as in a plain command, though the class has 8
     client, (record,) = mlflow_runs(tmp_path)
     assert "report.html" in {file.path for file in client.list_artifacts(record.info.run_id)}
     assert str(tmp_path / "run" / "report.html") in console.export_text()

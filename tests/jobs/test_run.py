@@ -21,7 +21,7 @@ from rich.console import Console
 
 from bnre_exp import UserError, evaluate, integer_simulation, load_folded
 from bnre_exp.algorithms.compare import Difference
-from bnre_exp.cli.compose import compose_config
+from bnre_exp.cli.compose import compose_config, plain_config
 from bnre_exp.jobs.reporting import Results
 from bnre_exp.jobs.run import run
 
@@ -40,7 +40,8 @@ def job(tmp_path: Path, *overrides: str, name: str = "run", tracking: bool = Fal
     more = [f"runtime.output_dir={tmp_path}", f"tracking.enabled={tracking}".lower()]
     config = compose_config([*base, *more, *overrides])
     console = Console(record=True, width=160, file=io.StringIO())
-    return run(config, run_dir=tmp_path / name, overrides=overrides, console=console), console
+    done = run(config, run_dir=tmp_path / name, overrides=overrides, console=console, default=plain_config())
+    return done, console
 
 
 def environment(tmp_path: Path) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,24 @@ def test_the_page_says_in_how_many_runs_re_estimation_helped(tmp_path):
     assert "<b>0.8000</b>" in text and "<b>0.4000</b>" not in text
     without = read(comparison_page("sweep", [row(2, None, ""), row(3, None, "")], HEADINGS, tmp_path, []))
     assert without.headings[0] == "sweep: top-1" and "svg" not in without.tags
+
+
+def test_runs_over_seeds_are_counted_and_linked_one_by_one_and_joined_in_a_table(tmp_path):
+    rows = []
+    for bits, seed, change, verdict in ((2, 0, 0.3, "helped"), (2, 1, 0.2, "helped"), (4, 0, 0.1, "helped"),
+                                        (4, 1, 0.01, "no difference")):  # fmt: skip
+        (tmp_path / f"{len(rows)}").mkdir()
+        (tmp_path / f"{len(rows)}" / "report.html").touch()
+        one = row(bits, change, verdict, folder=str(tmp_path / f"{len(rows)}"))
+        rows.append(replace(one, params={"seed": str(seed), **one.params}))
+    text = comparison_page("sweep", rows, HEADINGS, tmp_path, [])
+    page = read(text)
+    assert page.headings == [
+        "Re-estimation helped in 3 of 4 runs, made no difference that the test images can show in 1 of 4 runs",
+        "Over seeds", "Run by run",
+    ]  # fmt: skip
+    assert "4 of 4 runs finished" in page.text and page.links == [f"{n}/report.html" for n in range(4)]
+    assert text.count("<circle") == 4 and "0.7500 ±&nbsp;0.0707" in text and "1 helped, 1 no difference" in page.text
 
 
 def test_runs_are_linked_where_they_left_a_page(tmp_path):

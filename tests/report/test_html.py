@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from bnre_exp.algorithms.drift import BnDrift, drift_columns
 from bnre_exp.report.html import MOST_LAYERS, MOST_LINES, RunPage, run_page
 from bnre_exp.report.page import write_page
 from bnre_exp.report.summary import StageResult, Summary
@@ -37,13 +38,10 @@ RUN = RunPage(
     defaults={"quant.weight_bits": "8", "reest.num_batches": "10", "tracking.uri": "null"},
     overrides="quant.weight_bits=2",
 )  # fmt: skip
-DRIFT = {
-    "layer": ["a", "b"],
-    "kind": ["conv", "depthwise"],
-    "shift": [0.5, -2.0],
-    "ratio": [2.0, 0.25],
-    "kl": [0.1, 1.25],
-}
+DRIFT = drift_columns([
+    BnDrift("a", "conv", 8, 0.5, 2.0, 0.1, (-0.25, 0.1, 0.4), (1.0, 2.0, 4.0)),
+    BnDrift("b", "depthwise", 4, 2.0, 0.25, 1.25, (-3.0, -1.0, 1.0), (0.125, 0.25, 0.5)),
+])  # fmt: skip
 
 
 def test_a_run_has_its_verdict_first_and_then_its_pictures():
@@ -84,6 +82,17 @@ def test_settings_that_differ_come_first_and_places_below_the_run_are_links():
     assert page.links == ["model.onnx", "http://127.0.0.1:5000/#/x"]
 
 
+def test_settings_beside_those_of_a_plain_command():
+    more = {"quant.overrides[0].act_bits": "4", "fp32.min_headline": "1.0"}
+    page = read(run_page(replace(RUN, settings={**RUN.settings, **more})))
+    changed = page.text.replace("\n", "").partition("What differs")[2].partition("All 5 settings")[0]
+    assert "quant.overrides[0].act_bits4–" in changed and "fp32.min_headline1.0" in changed
+    alike = read(run_page(replace(RUN, defaults={**RUN.settings, "tracking.uri": "y"})))
+    assert "Nothing differs from a plain command" in alike.text and "What differs" not in alike.text
+    unknown = read(run_page(replace(RUN, defaults={})))
+    assert "plain command" not in unknown.text and "All 3 settings" in unknown.text
+
+
 def test_long_lists_are_folded_away_by_reason_and_lose_nothing():
     many = [(f"layer{n}", f"reason {n}") for n in range(MOST_LINES + 1)]
     alike = [(f"conv{n}", "of the same kind") for n in range(MOST_LINES + 1)]
@@ -91,7 +100,7 @@ def test_long_lists_are_folded_away_by_reason_and_lose_nothing():
     text = run_page(replace(RUN, summary=summary, settings={}))
     page = read(text)
     assert page.tags.count("details") == 2 and f"many ({len(many)})" in page.text
-    assert f"{len(alike)} × of the same kind" in page.text and "None: none." in page.text
+    assert f"{len(alike)} × of the same kind" in page.text and "Nothing under: none." in page.text
     assert {name for name, _ in (*many, *alike)} <= set(re.findall(r"<code>(\w+)</code>", text))
     assert page.headings[3:5] == ["alike", "few"]
 
@@ -100,22 +109,39 @@ def test_drift_and_batches_are_drawn_when_they_are_given():
     text = run_page(replace(RUN, drift=DRIFT, by_batches={0: 0.1, 1: 0.2, 10: 0.7}))
     page = read(text)
     assert "Drift of the BN statistics" in page.headings and "All 2 layers" in page.text and "1.25" in page.text
-    assert "a: +0.5; b: -2" in text and "a: × 2; b: × 0.25" in text
+    assert "a: 0.5 (-0.2500 to 0.4000); b: 2 (-3.0000 to 1.0000)" in text
+    assert "a: × 2 (0.0000 to 2.0000); b: × 0.25 (-3.0000 to -1.0000)" in text  # in doublings
+    legend = ["conv", "depthwise"]
+    assert [found for found in re.findall(r'text-anchor="start">(\w+)<', text) if found in legend] == legend * 2
     assert "re-estimated: from 0.2 at 1 to 0.7 at 10" in text
-    assert "Drift of the BN statistics" not in read(run_page(replace(RUN, drift={**DRIFT, "layer": []}))).headings
+    assert "one BN alone" not in text
+    assert "Drift of the BN statistics" not in read(run_page(replace(RUN, drift=drift_columns([])))).headings
+
+
+def test_what_each_bn_brings_alone_and_other_tables_are_there():
+    tables = {"layer by layer": {"layer": [BAD, "fc"], "weights": [3, 40]}}
+    text = run_page(replace(RUN, drift={**DRIFT, "top-1 alone": [0.25, -0.125]}, tables=tables))
+    page = read(text)
+    assert "Top-1 by re-estimating one BN alone" in text and "a: +0.2500; b: -0.1250" in text
+    assert (
+        "top-1 alone" in page.text and "Layer by layer" in page.text and BAD in page.text and "Layers" in page.headings
+    )
 
 
 def test_of_many_layers_those_that_moved_most_are_drawn_in_order():
     count = MOST_LAYERS + 5
-    drift = {
-        "layer": [f"bn{n}" for n in range(count)], "kind": ["conv"] * count, "kl": [0.0] * count,
-        "shift": [float(n % 7 - 3) for n in range(count)], "ratio": [1.0] * (count - 1) + [0.0],
-    }  # fmt: skip
+    moved = [float((n + 3) % 9) for n in range(count)]
+    same, last = (1.0, 1.0, 1.0), (0.0, 0.0, 1.0)
+    drift = drift_columns([
+        BnDrift(f"bn{n}", "conv", 8, 0.1, 1.0, moved[n], (0.0, 0.0, 0.0), same if n < count - 1 else last)
+        for n in range(count)
+    ])  # fmt: skip
     text = run_page(replace(RUN, drift=drift))
     shown = re.findall(r"(bn\d+): ", re.search(r"<desc id=\"d-shift-of-the-mean\">([^<]*)", text)[1])
     left = {f"bn{n}" for n in range(count)} - set(shown)
     assert len(shown) == MOST_LAYERS and shown == sorted(shown, key=lambda name: int(name[2:]))
-    assert {drift["shift"][int(name[2:])] for name in left} == {0.0} and f"All {count} layers" in text
+    assert {moved[int(name[2:])] for name in left} == {0.0} and f"All {count} layers" in text
+    assert f"the {MOST_LAYERS} of {count} layers that moved most" in text
 
 
 def test_where_the_metric_is_no_mean_of_scores_their_change_has_a_picture_of_its_own():
@@ -140,7 +166,8 @@ def test_what_users_name_is_no_markup():
     )  # fmt: skip
     run = replace(
         RUN, summary=summary, headline=Headline("top1", BAD), settings={BAD: BAD}, defaults={BAD: "1"}, overrides=BAD,
-        error=("FAILED", f"UserError: {BAD}"), drift={**DRIFT, "layer": [BAD, "b"], "kind": [BAD, "c"]},
+        error=("FAILED", f"UserError: {BAD}"), drift={**DRIFT, "BN": [BAD, "b"], "kind": [BAD, "c"]},
+        tables={BAD: {BAD: [BAD]}},
         by_batches={1: 0.1, 2: 0.2},
     )  # fmt: skip
     page = read(run_page(run))

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import io
+from dataclasses import replace
+
 import pytest
+from rich.console import Console
 from scipy import stats
 
-from bnre_exp.report.comparison import P_OVER_SEEDS, RunRow, comparison_columns, comparison_markdown
+from bnre_exp.report.comparison import (
+    P_OVER_SEEDS,
+    RunRow,
+    comparison_columns,
+    comparison_markdown,
+    comparison_table,
+)
 from bnre_exp.report.seeds import over_seeds, p_value_of
 
 STAGES = {"fp32": "FP32", "ptq": "quantized", "reest": "re-estimated"}
@@ -48,6 +58,26 @@ def test_runs_that_did_not_finish_and_single_ones_stay():
     assert [one.name for one in found] == ["2-0", "4-0", "4-3"]
     alone = [row(0, 2, 0.1, 0.2), row(0, 3, 0.1, 0.2)]
     assert over_seeds(alone) == alone
+
+
+def test_verdicts_that_differ_are_counted():
+    words = ["helped", "no difference", "helped"]
+    rows = [replace(row(seed, 2, 0.1, 0.7), verdict=word) for seed, word in enumerate(words)]
+    assert over_seeds(rows)[0].verdict == "2 helped, 1 no difference"
+    assert over_seeds(rows[::2])[0].verdict == "helped" and over_seeds(ROWS)[0].verdict == ""
+
+
+def test_a_console_of_120_columns_shows_which_setting_a_row_is_and_every_spread():
+    names = ["fp32", "ptq", "recal_only", "qat", "reest", "fold"]
+    rows = [
+        row(seed, bits, 0.1 * seed + 0.1, 0.7, **{f"{name}/top1": 0.5 + 0.01 * seed + 0.1 * bits for name in names})
+        for bits in (2, 4) for seed in (0, 1)
+    ]  # fmt: skip
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(comparison_table("sweep", over_seeds(rows), {name: name for name in names}))
+    lines = [line.split() for line in console.export_text().splitlines()]
+    assert [line[0] for line in lines if line[1:2] == ["0.7050"] or line[1:2] == ["0.9050"]] == ["2", "4"]
+    assert sum(line.count("±") for line in lines) == 14
 
 
 def test_metrics_that_a_run_lacks_are_left_out():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from xml.etree import ElementTree
@@ -49,6 +50,28 @@ def test_dots_stand_in_proportion_and_intervals_with_them():
     assert float(line.get("x1")) == pytest.approx(high, abs=0.2)
     assert [one.get("fill") for one in parsed(svg).iter("circle")] == ["currentColor"] * 2 + ["var(--paper)"]
     assert parsed(svg).find("desc").text == "a: 0; b: 0.25 (0.0000 to 0.5000); c: 1"
+
+
+def test_numbers_of_an_axis_do_not_overlap_however_little_room_there_is():
+    for label in ("a", "a" * 26):
+        for high in (0.0108, 0.0123, 1.0, 123456.0):
+            svg = dot_chart("t", [Dot(label, 0.0, "9" * 10), Dot(label, high, "1")])
+            marks = [(float(one.get("x")), len(one.text)) for one in parsed(svg).iter("text") if one.get("class")]
+            assert marks and all(
+                right - left >= 6 * (wide + next_wide) / 2
+                for (left, wide), (right, next_wide) in itertools.pairwise(marks)
+            )
+    numbers = {n: 0.1 for n in (1, 2, 5, 10, 20, 50, 100, 110, 200, 400)}
+    svg = line_chart("t", {"a": numbers}, x_label="batches", is_log=True)
+    texts = [one for one in parsed(svg).iter("text") if one.get("class") and one.get("text-anchor") == "middle"]
+    assert [one.text for one in texts] == ["1", "2", "5", "10", "20", "50", "100", "200", "400", "batches"]
+
+
+def test_a_legend_names_the_colours():
+    svg = dot_chart("t", [Dot("a", 0.0, "0", colour=1)], names=["first", "second"])
+    assert [one.text for one in parsed(svg).iter("text")][:2] == ["first", "second"]
+    alone = line_chart("t", {"FP32": {}, "QAT": {1: 0.1, 2: 0.2}}, x_label="epoch")
+    assert {one.get("class") for one in parsed(alone).iter("g")} == {"c1"}  # as beside FP32
 
 
 @pytest.mark.parametrize("values", [[0.3], [0.0, 0.0], [-2.0, -2.0], [1e30, -1e30], [1e-300, 2e-300]])

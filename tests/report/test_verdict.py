@@ -38,6 +38,19 @@ def test_without_qat_the_start_is_what_was_recalibrated():
     assert told(ptq=right(50), reest=right(380))["reest"][1].startswith("Re-estimation helped: top-1 0.1250 → 0.9500")
 
 
+def test_an_interval_that_parts_from_the_exact_test_is_explained():
+    start, end = torch.zeros(128), torch.zeros(128)
+    start[:3], end[3:14] = 1, 1  # 11 better, 3 worse
+    found = told(
+        **{
+            name: Evaluation({"top1": float(scores.mean())}, TOP1, 128, scores.long(), scores)
+            for name, scores in (("ptq", start), ("reest", end))
+        }
+    )
+    word, sentence = found["reest"]
+    assert word == "no difference" and "interval +0.0022 to +0.1209, but p = 0.057 by McNemar, exact), from" in sentence
+
+
 def test_with_qat_each_step_has_its_own_gain():
     found = told(
         ptq=right(40),
