@@ -33,7 +33,7 @@ def test_a_curve_in_one_pass_is_that_of_as_many_jobs(tmp_path):
 @pytest.mark.parametrize(
     "more", [("quant.act_bits=3",), ("quant.act_bits=3", "qat.epochs=1"), ("quant.act_bits=null",)]
 )
-def test_a_curve_is_of_networks_as_re_estimation_leaves_them(tmp_path, monkeypatch, more):
+def test_a_curve_is_of_networks_as_re_estimation_leaves_them(tmp_path, monkeypatch, caplog, more):
     evaluate, left = Setting.evaluate, []
 
     def watched(setting, network, description, **how):
@@ -44,6 +44,7 @@ def test_a_curve_is_of_networks_as_re_estimation_leaves_them(tmp_path, monkeypat
     monkeypatch.setattr(Setting, "evaluate", watched)
     job(tmp_path, *PTQ, *more, "export=off", "reest.num_batches=4", "reest.curve=[2,4]", name="curve")
     assert left == [steps_of(tmp_path / "curve", "reest/val_loss")[4]]
+    assert "put back" not in caplog.text  # what is measured on the way changes nothing
 
 
 def test_a_tolerance_stops_and_says_which_layer_was_last(tmp_path):

@@ -104,10 +104,14 @@ class _Curve:
         return metrics
 
     def _measured(self) -> dict[str, float]:
+        ranges = {q: copy.deepcopy(q.state_dict()) for q in activation_quantizers(self._sim).values()}
         with in_use(self._sim):
             if self._again:
                 calibrate_stage(self._setting, self._sim, "curve")
-            return dict(self._setting.evaluate(self._sim, "reest: curve", on_validation=True).metrics)
+            metrics = dict(self._setting.evaluate(self._sim, "reest: curve", on_validation=True).metrics)
+        for quantizer, state in ranges.items():
+            quantizer.load_state_dict(state)
+        return metrics
 
 
 def _each_alone(setting: Setting, sim: nn.Module, bypass: bool) -> dict[str, float]:
