@@ -11,10 +11,9 @@ from bnre_exp.cli.compose import compose_config
 from scripts.bench.results import page
 from scripts.bench.results.cases import COMMON, CONTROLLED, CURVE, LATER, SCHEMES, jobs
 from scripts.bench.results.pictures import draw
-from scripts.bench.results.summary import summary
+from scripts.bench.results.summary import AIMET, summary
 
 ROWS = ("fp32", "ptq", "recal_only", "reest", "fold", "reest_only", "qat_start", "qat", "recalibrated")
-AIMET = ("aimet", "aimet qat", "aimet qat prepared")
 
 
 def measured(right: int, images: int = 200) -> dict:

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from bnre_exp.algorithms.significance import paired_test
+from scripts.bench.results.cases import jobs
 
 Key = tuple[str, int, str, str]  # network, seed, scheme, job
 Side = tuple[str, str]  # job, row
+
+AIMET = ("aimet", "aimet qat", "aimet qat prepared")  # its jobs
 
 # What is compared on the same test images, by name: before, after.
 COMPARED: Mapping[str, tuple[Side, Side]] = {
@@ -63,14 +66,11 @@ def summary(measured: Mapping[Key, Mapping[str, Any]]) -> dict[str, Any]:
 def _whole(measured: Mapping[Key, Any]) -> dict[str, dict[str, list[int]]]:
     """By network and scheme, the seeds of which all is there."""
     seeds: dict[str, dict[str, list[int]]] = {}
-    for network, seed, scheme, job in measured:
-        if job == "aimet qat prepared":  # the last
-            seeds.setdefault(network, {}).setdefault(scheme, []).append(seed)
-    return {
-        network: {scheme: sorted(by_scheme.get(scheme, [])) for network_, _, scheme, _ in measured
-                  if network_ == network}
-        for network, by_scheme in sorted(seeds.items())
-    }  # fmt: skip
+    for network, seed, scheme in sorted({key[:3] for key in measured}):
+        by_scheme = seeds.setdefault(network, {}).setdefault(scheme, [])
+        if all((network, seed, scheme, job) in measured for job in (*jobs(scheme), *AIMET)):
+            by_scheme.append(seed)
+    return seeds
 
 
 def _append(tree: dict[str, Any], value: Any, *path: str) -> None:
