@@ -41,9 +41,7 @@ def draw(known: Mapping[str, Any], folder: Path, name: str) -> list[Path]:
 
 
 def _errors(known: Mapping[str, Any]) -> Figure:
-    networks = [network for network in NETWORKS if network in known["values"]]
-    figure = Figure(figsize=(12, 3.4 * len(networks)), layout="constrained")
-    panels = figure.subplots(len(networks), 2, squeeze=False)
+    figure, networks, panels = _panels(known["values"], 3.4)
     for axes, network in zip(panels, networks, strict=True):
         values = known["values"][network]
         schemes = [scheme for scheme in SCHEMES if scheme in values]
@@ -69,9 +67,7 @@ def _errors(known: Mapping[str, Any]) -> Figure:
 
 
 def _curves(known: Mapping[str, Any]) -> Figure:
-    networks = [network for network in NETWORKS if network in known["curves"]]
-    figure = Figure(figsize=(12, 3.2 * len(networks)), layout="constrained")
-    panels = figure.subplots(len(networks), 2, squeeze=False)
+    figure, networks, panels = _panels(known["curves"], 3.2)
     for axes, network in zip(panels, networks, strict=True):
         for panel, title, job in zip(axes, ("without QAT", "after QAT"), ("ptq", "qat"), strict=True):
             for scheme, jobs in known["curves"][network].items():
@@ -90,6 +86,13 @@ def _curves(known: Mapping[str, Any]) -> Figure:
             panel.spines[["top", "right"]].set_visible(False)
             panel.legend(frameon=False, fontsize=9)
     return figure
+
+
+def _panels(measured: Mapping[str, Any], height: float) -> tuple[Figure, list[str], Any]:
+    """A figure, the networks that are measured, and a row of two panels for each. height: of a row [inch]."""
+    networks = [network for network in NETWORKS if network in measured]
+    figure = Figure(figsize=(12, height * len(networks)), layout="constrained")
+    return figure, networks, figure.subplots(len(networks), 2, squeeze=False)
 
 
 def _deviation(values: Sequence[float]) -> float:
